@@ -1,0 +1,1 @@
+"""Published architectures, one file each, and `zoo`, which knows their names, sizes and checkpoint layouts."""

@@ -1,0 +1,103 @@
+"""The Distilled Decoding student of LlamaGen: the teacher's trunk over continuous codes, with two heads.
+
+Liu et al., "Distilled Decoding" (arXiv 2412.17153). It reads a sequence X_t whose first t tokens are data and the rest
+noise, and gives all tokens at once: as logits over the codebook and as a regressed code. Parameter names are those
+of the published students. Imports ddray.models.llamagen.
+
+Shapes: B batch, L image tokens, V codebook size, E code width, C model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddray.models.llamagen import LlamaGen, LlamaGenConfig, LlamaGenTrunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaGenStudentConfig(LlamaGenConfig):
+    """Sizes of the student: the teacher's, and how codes enter.
+
+    Attributes:
+        codebook_dim: code width E.
+        input_scale: factor on codes and noise before the input layer; 1 in the published students, sqrt(E) in ours,
+            which gives unit-norm codes the variance of the noise.
+    """
+
+    codebook_dim: int = 8
+    input_scale: float = 1.0
+
+
+class CodeHead(nn.Module):
+    """Regression head: LayerNorm without weights, shift and scale from the condition, one linear layer."""
+
+    def __init__(self, dim: int, code_dim: int):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
+        self.linear = nn.Linear(dim, code_dim)
+
+    def forward(self, x_BLC: Tensor, condition_B1C: Tensor) -> Tensor:
+        """Hidden states and class token to float32 codes [B, L, E]; row 0 of the table shifts, row 1 scales."""
+        shift, scale = (self.scale_shift_table + condition_B1C).chunk(2, dim=1)
+        normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
+        out: Tensor = self.linear(normed * (1 + scale) + shift)
+        return out.float()
+
+
+class LlamaGenStudent(LlamaGenTrunk):
+    """All tokens in one forward pass.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: LlamaGenStudentConfig):
+        super().__init__(config)
+        self.config = config
+        self.stages = (1,) * config.block_size
+        self.tok_embeddings = nn.Linear(config.codebook_dim, config.dim)
+        self.n_d_embed = nn.Embedding(2, config.dim)
+        self.final_layer_conti = CodeHead(config.dim, config.codebook_dim)
+
+    def forward(self, x_BLE: Tensor, cond_B: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict every token of X_t.
+
+        Args:
+            x_BLE: float32 [B, L, E], codes of the first t tokens, noise behind them.
+            cond_B: int64 class ids [B].
+            t_B: number of leading tokens that are data, any dtype [B].
+
+        Returns:
+            float32 logits [B, L, V] and float32 codes [B, L, E], both read at the position they describe.
+        """
+        condition = self.cls_embedding(cond_B)
+        codes = self.tok_embeddings((x_BLE * self.config.input_scale).to(condition.dtype))
+        x_BSC = torch.cat((condition.to(codes.dtype), codes), 1)
+        position = torch.arange(x_BSC.shape[1], device=x_BLE.device)
+        is_data = (position[None] <= t_B[:, None]).long()
+        x_BLC = self.hidden(x_BSC + self.n_d_embed(is_data))[:, 1:]
+        return self.logits(x_BLC), self.final_layer_conti(x_BLC, condition)
+
+    @torch.no_grad()
+    def init_from_teacher(self, teacher: LlamaGen, codebook_VE: Tensor) -> None:
+        """Start from the teacher: class table, blocks, final norm and logits copied, the input layer fitted.
+
+        The teacher embeds token ids, the student embeds codes: the linear layer that maps each code to its
+        teacher embedding with the least squared error carries over what a linear map can. (The published code leaves
+        this layer random.)
+
+        Args:
+            teacher: the autoregressive model.
+            codebook_VE: float [V, E].
+        """
+        self.init_weights()
+        shared = LlamaGenTrunk(teacher.config).state_dict().keys()
+        source = teacher.state_dict()
+        self.load_state_dict({name: source[name] for name in shared}, strict=False)
+        inputs = codebook_VE.double() * self.config.input_scale
+        inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
+        fit = torch.linalg.lstsq(inputs, teacher.tok_embeddings.weight.double()).solution
+        self.tok_embeddings.weight.copy_(fit[:-1].T)
+        self.tok_embeddings.bias.copy_(fit[-1])

@@ -1,0 +1,224 @@
+"""Train the bundled digits models on real digits: classifier, tokenizer, teacher.
+
+    python jobs/train_digits_teacher.py --out ddray/models/bundled      (about 25 minutes on two CPU cores)
+
+Each stage is kept in the output folder and skipped by a rerun; `--only STAGE` trains one anew.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ddray.checkpoint import load_into, read_weights, save_folder
+from ddray.digits import Digits, augment, load_digits, reference_digits
+from ddray.metrics import FeatureStatistics, frechet_distance
+from ddray.models.digits_classifier import DigitsClassifier
+from ddray.models.llamagen import LlamaGen, LlamaGenConfig
+from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+
+TOKENIZER = LlamaGenVQConfig(
+    codebook_size=256,
+    codebook_embed_dim=8,
+    z_channels=64,
+    ch=32,
+    ch_mult=(1, 2, 2),
+    num_res_blocks=1,
+    in_channels=1,
+)
+TEACHER = LlamaGenConfig(
+    dim=128, n_layer=6, n_head=4, vocab_size=256, num_classes=10, block_size=49, multiple_of=64
+)
+TOKENIZER_OPTIONAL = frozenset({"quantize.codebook_used"})
+DEFAULT_CFG = 2.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def batches(data: Digits, size: int, steps: int, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Freshly augmented batches, a shuffled pass over the data after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        if len(order) < size:
+            order = torch.cat((order, torch.randperm(len(data.labels), generator=generator)))
+        rows, order = order[:size], order[size:]
+        images = augment(data.images[rows], generator)
+        yield step, images.to(DEVICE), data.labels[rows].to(DEVICE)
+
+
+def optimise(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, object]:
+    """AdamW with warm-up over 5 % of the steps and cosine decay to zero."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+
+    def factor(step: int) -> float:
+        warm = max(1, steps // 20)
+        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def descend(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, schedule) -> None:
+    """One optimizer step with clipped gradients."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def train_classifier(train: Digits, held_out: Digits, out: Path, steps: int) -> None:
+    """The classifier of the metric; saved with the reference statistics of the held-out digits."""
+    torch.manual_seed(1)
+    model = DigitsClassifier().to(DEVICE)
+    optimizer, schedule = optimise(model, 3e-3, steps)
+    for step, images, labels in batches(train, 128, steps, seed=1):
+        loss = F.cross_entropy(model(images), labels)
+        descend(loss, model, optimizer, schedule)
+        report("classifier", step, steps, loss=loss)
+    model = model.eval().cpu().half().float()
+    reference = reference_digits(held_out)
+    statistics = FeatureStatistics.of(model, reference.images)
+    halves = [
+        FeatureStatistics.of(model, reference_digits(Digits(*(x[i::2] for x in held_out))).images)
+        for i in (0, 1)
+    ]
+    with torch.no_grad():
+        accuracy = float((model(held_out.images).argmax(-1) == held_out.labels).float().mean())
+    quality = {
+        "held_out_accuracy": accuracy,
+        "fd_digits_of_disjoint_halves": frechet_distance(*halves),
+        "fd_digits_of_training_digits": frechet_distance(
+            statistics, FeatureStatistics.of(model, reference_digits(train, 1).images)
+        ),
+    }
+    state = {**model.state_dict(), **statistics.tensors()}
+    save_folder(out / "digits-classifier", {"family": "digits-classifier", **quality}, model=state)
+    print(quality)
+
+
+def restart_dead_codes(vq: LlamaGenVQ, used_V: Tensor, latents: Tensor) -> None:
+    """Move codes that nothing chose onto latents that exist."""
+    dead = (used_V == 0).nonzero().squeeze(1)
+    live = latents.flatten(0, 1)
+    pick = torch.randint(len(live), (len(dead),), device=live.device)
+    vq.quantize.embedding.weight.data[dead] = live[pick]
+
+
+def train_tokenizer(train: Digits, steps: int) -> LlamaGenVQ:
+    """VQ autoencoder: squared error, straight-through gradient, commitment, dead codes restarted."""
+    torch.manual_seed(2)
+    vq = LlamaGenVQ(TOKENIZER).to(DEVICE)
+    optimizer, schedule = optimise(vq, 2e-3, steps)
+    used = torch.zeros(TOKENIZER.codebook_size, device=DEVICE)
+    for step, images, _ in batches(train, 128, steps, seed=2):
+        images = images * 2 - 1
+        latents = vq.latents(images)
+        tokens = vq.nearest(latents.detach())
+        codes = vq.codebook[tokens]
+        reconstruction = F.mse_loss(vq.decode(latents + (codes - latents).detach()), images)
+        codebook_loss = F.mse_loss(codes, latents.detach())
+        commitment = F.mse_loss(latents, codes.detach())
+        loss = reconstruction + TOKENIZER.codebook_embed_dim * (codebook_loss + 0.25 * commitment)
+        descend(loss, vq, optimizer, schedule)
+        used += torch.bincount(tokens.flatten(), minlength=len(used))
+        # Restarts stop early enough for every code to settle.
+        if step % 25 == 24 and step < 0.7 * steps:
+            restart_dead_codes(vq, used, latents.detach())
+            used.zero_()
+        report("tokenizer", step, steps, mse=reconstruction / 4, codes=(used > 0).sum())
+    return vq.eval()
+
+
+def encode(vq: LlamaGenVQ, data: Digits, passes: int) -> tuple[Tensor, Tensor]:
+    """Tokens [passes * N, L] and labels of freshly augmented digits."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = []
+    with torch.no_grad():
+        for _ in range(passes):
+            for images in augment(data.images, generator).split(200):
+                tokens.append(vq.encode(images.to(DEVICE) * 2 - 1))
+    return torch.cat(tokens), data.labels.repeat(passes).to(DEVICE)
+
+
+def train_teacher(vq: LlamaGenVQ, train: Digits, held_out: Digits, steps: int) -> LlamaGen:
+    """The autoregressive teacher on tokens of augmented digits; the class is dropped one time in ten."""
+    torch.manual_seed(4)
+    model = LlamaGen(TEACHER).to(DEVICE)
+    model.init_weights()
+    optimizer, schedule = optimise(model, 2e-3, steps)
+    tokens, labels = encode(vq, train, passes=12)
+    held_tokens, held_labels = encode(vq, held_out, passes=1)
+    for step in range(steps):
+        rows = torch.randint(len(tokens), (64,))
+        cond = labels[rows].masked_fill(torch.rand(64) < 0.1, TEACHER.num_classes)
+        logits = model(cond, tokens[rows])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[rows].flatten())
+        descend(loss, model, optimizer, schedule)
+        if step % 250 == 249 or step == steps - 1:
+            with torch.no_grad():
+                held = F.cross_entropy(
+                    model(held_labels, held_tokens).flatten(0, 1), held_tokens.flatten()
+                )
+            print(f"teacher  held-out nll {held:.3f}")
+        report("teacher", step, steps, nll=loss)
+    return model.eval()
+
+
+def report(stage: str, step: int, steps: int, **values: Tensor) -> None:
+    """A line now and then."""
+    if step % 50 == 0 or step == steps - 1:
+        shown = "  ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
+        print(f"{stage}  {step + 1}/{steps}  {time.process_time():.0f} CPU-s  {shown}", flush=True)
+
+
+def half(module: nn.Module) -> dict[str, Tensor]:
+    """Weights as float16, which is how they travel; statistics of the official files left out."""
+    return {
+        name: tensor.half()
+        for name, tensor in module.state_dict().items()
+        if name not in TOKENIZER_OPTIONAL
+    }
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("ddray/models/bundled"))
+    parser.add_argument("--only", choices=("classifier", "tokenizer", "teacher"))
+    parser.add_argument("--classifier-steps", type=int, default=1500)
+    parser.add_argument("--tokenizer-steps", type=int, default=1000)
+    parser.add_argument("--teacher-steps", type=int, default=3000)
+    args = parser.parse_args()
+    train, held_out = load_digits()
+    if args.only == "classifier" or not (args.out / "digits-classifier/config.json").exists():
+        train_classifier(train, held_out, args.out, args.classifier_steps)
+    folder = args.out / "digits-llamagen"
+    tokenizer_file = folder / "tokenizer.safetensors"
+    if args.only == "tokenizer" or not tokenizer_file.exists():
+        vq = train_tokenizer(train, args.tokenizer_steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(half(vq.cpu()), tokenizer_file)
+    vq = LlamaGenVQ(TOKENIZER)
+    load_into(vq, read_weights(tokenizer_file), str(tokenizer_file), TOKENIZER_OPTIONAL)
+    if args.only == "teacher" or not (folder / "config.json").exists():
+        model = train_teacher(vq.to(DEVICE), train, held_out, args.teacher_steps)
+        config = {
+            "family": "llamagen",
+            **asdict(TEACHER),
+            "default_cfg": DEFAULT_CFG,
+            "tokenizer": asdict(TOKENIZER),
+        }
+        save_folder(folder, config, model=half(model.cpu()), tokenizer=half(vq.cpu()))
+
+
+if __name__ == "__main__":
+    main()

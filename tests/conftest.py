@@ -1,0 +1,37 @@
+"""Shared by all tiers: what Ray needs to know in tests, and the one local Ray of the ray tier."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Read when ray is first imported, which any test module may do: hence here and not in the fixture.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_worker_niceness"] = "0"  # Ray's default, 15, starves the workers on a busy machine
+os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+os.environ.pop("RAY_ADDRESS", None)  # never a cluster that happens to run
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """Start one small Ray at its first use; it serves the whole session."""
+    import ray
+
+    # Not tmp_path: below it, the names of Ray's sockets would pass the 107 bytes that Linux allows.
+    temp_dir = tempfile.mkdtemp(prefix="ddr", dir="/tmp")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=120 * 2**20,
+            logging_level="error",
+            log_to_driver=False,
+            _temp_dir=temp_dir,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)

@@ -1,0 +1,353 @@
+"""Facts about URIs and atomic writes, on real files and a real S3 service on loopback."""
+
+import errno
+import logging
+import os
+import pickle
+import re
+import resource
+import stat
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ddray.errors import ConfigError, StorageError
+from ddray.storage import (
+    LocalStorage,
+    NotFoundError,
+    S3Storage,
+    Storage,
+    _local_errors,
+    open_storage,
+)
+
+BUCKET = "trajectories"
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    """Run moto's S3 on loopback, and point the AWS environment at it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_ENDPOINT_URL": endpoint,
+        }.items():
+            environment.setenv(name, value)
+        boto3.session.Session().client("s3").create_bucket(Bucket=BUCKET)
+        yield endpoint
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """Give an empty storage of each kind."""
+    if request.param == "local":
+        return open_storage(str(tmp_path / "new" / "set"))
+    request.getfixturevalue("s3_endpoint")
+    name = re.sub(r"\W+", "-", request.node.name)
+    return open_storage(f"s3://{BUCKET}/{name}/")
+
+
+# What both kinds do.
+
+
+def test_what_is_written_is_read_and_listed(storage: Storage) -> None:
+    assert storage.list() == {}
+    assert storage.write("shards/b.parquet", b"12345")
+    assert storage.write("shards/a.parquet", b"")
+    assert storage.write("manifest.json", b"{}")
+    assert storage.read("shards/b.parquet") == b"12345"
+    assert storage.list() == {"manifest.json": 2, "shards/a.parquet": 0, "shards/b.parquet": 5}
+    assert list(storage.list("shards/")) == ["shards/a.parquet", "shards/b.parquet"]
+    assert list(storage.list("shards/b")) == ["shards/b.parquet"]
+    assert storage.list("other/") == {}
+
+
+def test_a_write_replaces_and_a_conditional_write_does_not(storage: Storage) -> None:
+    assert storage.write("x", b"one", if_absent=True)
+    assert not storage.write("x", b"two", if_absent=True)
+    assert storage.read("x") == b"one"
+    assert storage.write("x", b"three")
+    assert storage.read("x") == b"three"
+    assert storage.list() == {"x": 5}
+
+
+def test_of_many_conditional_writers_one_wins(storage: Storage) -> None:
+    barrier = threading.Barrier(8)
+
+    def write(writer: int) -> bool:
+        barrier.wait()
+        return storage.write("x", str(writer).encode(), if_absent=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, range(8)))
+    assert sum(won) == 1
+    assert storage.read("x") == str(won.index(True)).encode()
+    assert list(storage.list()) == ["x"]
+
+
+def test_exists_and_delete(storage: Storage) -> None:
+    assert not storage.exists("a/x")
+    storage.write("a/xy", b"")
+    assert not storage.exists("a/x")
+    storage.write("a/x", b"")
+    assert storage.exists("a/x")
+    storage.delete("a/x")
+    storage.delete("a/x")
+    assert not storage.exists("a/x")
+    with pytest.raises(NotFoundError, match=r"cannot read .*a/x: no such"):
+        storage.read("a/x")
+
+
+def test_check_writable_leaves_nothing_behind(storage: Storage, tmp_path: Path) -> None:
+    storage.check_writable()
+    assert storage.list() == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_used_storage_pickles(storage: Storage) -> None:
+    storage.write("x", b"1")
+    copy = pickle.loads(pickle.dumps(storage))
+    assert copy.uri == storage.uri
+    assert copy.read("x") == b"1"
+
+
+@pytest.mark.parametrize("name", ["", "/x", "../x", "a//b", "a/./b", "a/"])
+def test_names_stay_below_the_uri(storage: Storage, name: str) -> None:
+    with pytest.raises(StorageError, match="is not a plain relative path"):
+        storage.write(name, b"")
+
+
+def test_temporary_names_are_not_listed(storage: Storage) -> None:
+    storage.write("shards/.tmp-0123", b"left by a killed writer")
+    assert storage.list() == {}
+
+
+# URIs.
+
+
+def test_uris(tmp_path: Path) -> None:
+    assert open_storage("some/path/").uri == str(Path("some/path").absolute())
+    assert open_storage(tmp_path).uri == str(tmp_path)
+    assert open_storage("file:///a%20b/c").uri == "/a b/c"
+    assert open_storage("file://localhost/a").uri == "/a"
+    assert open_storage("s3://bucket").join("a/b") == "s3://bucket/a/b"
+    assert open_storage("s3://bucket/p/q/").join("a") == "s3://bucket/p/q/a"
+    assert isinstance(open_storage("s3://bucket"), S3Storage)
+    assert isinstance(open_storage("plain"), LocalStorage)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("", "uri is empty"),
+        ("gs://bucket/x", "has the scheme 'gs'; give a path, file:///path or s3://"),
+        ("s3:/bucket/x", "has the scheme 's3'"),
+        ("file://host/x", "names a host or a relative path"),
+        ("s3:///x", "is not s3://bucket/prefix"),
+        ("s3://bucket/x?endpoint_override=y", "an endpoint goes into AWS_ENDPOINT_URL"),
+    ],
+)
+def test_bad_uris_are_refused(uri: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        open_storage(uri)
+
+
+def test_a_secret_in_a_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="holds credentials") as caught:
+        open_storage("s3://key:hunter2@bucket/x")
+    assert "hunter2" not in str(caught.value)
+
+
+# Local files.
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    open_storage(tmp_path).write("x", b"")
+    (tmp_path / "plain").touch()
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("x", "plain")]
+    assert modes[0] == modes[1]
+
+
+def test_a_path_under_a_regular_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for uri in (tmp_path / "file", tmp_path / "file" / "below"):
+        storage = open_storage(uri)
+        message = rf"{tmp_path}/file.*: a part of the path is not a directory; choose another"
+        for call in (
+            storage.check_writable,
+            lambda s=storage: s.write("x", b""),
+            lambda s=storage: s.read("x"),
+            lambda s=storage: s.exists("x"),
+            storage.list,
+        ):
+            with pytest.raises(StorageError, match=message):
+                call()
+
+
+def test_a_directory_in_the_way_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*/x: it is a directory"):
+        open_storage(tmp_path).write("x", b"1")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_place_where_nothing_can_be_made_is_refused() -> None:
+    # /proc takes no files, not even from root.
+    with pytest.raises(StorageError, match=r"cannot write to /proc/nothing/here: .+; .+"):
+        open_storage("/proc/nothing/here").check_writable()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="permission denied; choose another URI"):
+        open_storage(tmp_path / "set").check_writable()
+    tmp_path.chmod(0o700)
+
+
+WRITE_TOO_MUCH = """
+import sys
+from ddray.errors import StorageError
+from ddray.storage import open_storage
+storage = open_storage(sys.argv[1])
+storage.write("x", b"old")
+try:
+    storage.write("x", bytes(1_000_000))
+except StorageError as exc:
+    print(exc)
+"""
+
+
+def test_a_write_that_fails_half_way_keeps_the_old_file_only(tmp_path: Path) -> None:
+    # A limit of the kernel on the file's size stops the write after 100 kB, as a full disk would.
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_TOO_MUCH, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert done.stdout == (
+        f"cannot write {tmp_path}/x: the file size limit is reached; "
+        "raise it (ulimit -f), or write smaller shards\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_a_full_disk_is_named() -> None:
+    message = "cannot write /dev/full: no space left on device; free some, or choose another URI"
+    with pytest.raises(StorageError, match=f"^{message}$"), _local_errors("write", "/dev/full"):
+        Path("/dev/full").write_bytes(b"x")
+
+
+def test_an_unnamed_error_keeps_the_words_of_the_system() -> None:
+    with pytest.raises(StorageError, match=r"^cannot read /x: Input/output error$"):
+        with _local_errors("read", "/x"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+# S3.
+
+
+def test_a_missing_bucket_is_named(s3_endpoint: str) -> None:
+    storage = open_storage("s3://no-such-bucket/set")
+    message = r"s3://no-such-bucket/set.*: no such bucket; create it, or correct the URI$"
+    for call in (
+        storage.check_writable,
+        lambda: storage.write("x", b""),
+        lambda: storage.read("x"),
+        lambda: storage.exists("x"),
+        storage.list,
+    ):
+        with pytest.raises(StorageError, match=message):
+            call()
+
+
+def test_no_credentials_are_named(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StorageError, match="no credentials; set AWS_ACCESS_KEY_ID and"):
+        open_storage(f"s3://{BUCKET}/set").check_writable()
+
+
+def test_denied_access_is_named(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    iam = boto3.session.Session().client("iam")
+    iam.create_user(UserName="nobody")
+    key = iam.create_access_key(UserName="nobody")["AccessKey"]
+    _authenticate_after(s3_endpoint, "0")
+    try:
+        with pytest.raises(StorageError, match="the credentials are refused; renew them"):
+            open_storage(f"s3://{BUCKET}/set").check_writable()
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        with pytest.raises(StorageError, match="access denied; these credentials need the right"):
+            open_storage(f"s3://{BUCKET}/set").check_writable()
+    finally:
+        _authenticate_after(s3_endpoint, "inf")
+
+
+def _authenticate_after(endpoint: str, num_calls: str) -> None:
+    """Tell moto after how many calls it checks the caller's rights."""
+    request = urllib.request.Request(
+        f"{endpoint}/moto-api/reset-auth",
+        data=num_calls.encode(),
+        headers={"Content-Type": "text/plain"},
+    )
+    urllib.request.urlopen(request).close()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [("not a url", "Invalid endpoint"), ("http://127.0.0.1:1", "the endpoint cannot be reached")],
+)
+def test_a_bad_endpoint_is_named(
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, endpoint: str, message: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_RETRY_MODE", "standard")
+    with pytest.raises(StorageError, match=message):
+        open_storage(f"s3://{BUCKET}/set").exists("x")
+
+
+def test_foreign_folder_markers_are_not_listed(s3_endpoint: str) -> None:
+    import boto3
+
+    client = boto3.session.Session().client("s3")
+    client.put_object(Bucket=BUCKET, Key="marked/", Body=b"")
+    client.put_object(Bucket=BUCKET, Key="marked/shards/", Body=b"")
+    client.put_object(Bucket=BUCKET, Key="marked-too/x", Body=b"")
+    assert open_storage(f"s3://{BUCKET}/marked").list() == {}
+
+
+def test_a_listing_longer_than_a_page_is_whole(
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # the real service's page is 1000 keys
+    storage = open_storage(f"s3://{BUCKET}/many")
+    names = [f"shards/{i:04d}" for i in range(8)]
+    for name in names:
+        storage.write(name, b"")
+    assert list(storage.list()) == names
