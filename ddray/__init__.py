@@ -1,1 +1,35 @@
+"""Distilled Decoding at cluster scale: an autoregressive image model becomes a one-step generator.
+
+Importing this package is instant: torch, ray, deepspeed and pyarrow load when something needs them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ddray.flow import transport
+    from ddray.models.zoo import load_student, load_teacher
+    from ddray.seeding import noise
+
+_HOMES = {
+    "load_student": "ddray.models.zoo",
+    "load_teacher": "ddray.models.zoo",
+    "noise": "ddray.seeding",
+    "transport": "ddray.flow",
+}
+
+__all__ = ["__version__", "load_student", "load_teacher", "noise", "transport"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ddray' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -26,7 +26,7 @@ from ddray.errors import ConfigError, StorageError
 MISSING = "–"
 _PAPER, _INK = (246, 246, 243), (28, 30, 34)  # of labelled_grid; as in report.css, light
 _COLOURS = 6  # line colours in report.css
-_CHART_W, _CHART_H = 720, 340
+_CHART_W, _CHART_H, _END = 760, 320, 26  # the drawing, and the longest name in it
 
 _Runs = list[npt.NDArray[np.float64]]  # the stretches of a curve without gaps, each [n, 2]
 
@@ -211,7 +211,8 @@ def labelled_grid(
     sizes = {array.shape[2:] for array in arrays}
     if len(sizes) != 1:
         raise ConfigError(f"rows hold images of sizes {sorted(sizes)}; one common size is needed")
-    columns = columns or len(column_labels) or max(len(array) for array in arrays)
+    if columns is None:
+        columns = len(column_labels) or max(len(array) for array in arrays)
     if column_labels and len(column_labels) != columns:
         raise ConfigError(f"{len(column_labels)} column labels for {columns} columns")
     font = ImageFont.load_default(size=font_size)
@@ -317,21 +318,20 @@ def _tag(name: str, *inner: str, **attributes: object) -> str:
         for key, value in attributes.items()
         if value not in (None, "")
     )
-    return (
-        f"<{head}/>"
-        if name in ("img", "line", "polyline")
-        else f"<{head}>{''.join(inner)}</{name}>"
-    )
+    if name in ("img", "line", "polyline"):
+        return f"<{head}/>"
+    return f"<{head}>{''.join(inner)}</{name}>"
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """Maps values to pixels: [low, high] to [start, end], on a log scale or not."""
+    """Maps values to pixels: [low, high] to [start, end], on a log scale or not, with its ticks."""
 
     low: float
     high: float
     start: float
     end: float
+    ticks: Sequence[float]
     log: bool = False
 
     def at(self, value: float) -> float:
@@ -341,20 +341,28 @@ class _Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def _ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """Round values, about five, that enclose [low, high]."""
-    if log:
+def _ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
+    """Round values that enclose [low, high], on a log scale where that spans enough of them."""
+    if log and high / low >= 3:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         steps = (1, 2, 5) if len(decades) < 5 else (1,)
         marks = [float(f"{m}e{d}") for d in decades for m in steps]
-        first = max(i for i, mark in enumerate(marks) if mark <= low)
+        first = max((i for i, mark in enumerate(marks) if mark <= low), default=0)
         last = min((i for i, mark in enumerate(marks) if mark >= high), default=len(marks) - 1)
-        return marks[first : last + 1] if last > first else marks[first : first + 2]
-    raw = (high - low) / 5
+        every = math.ceil((last - first) / 10)
+        return marks[first:last:every] + [marks[last]]
+    raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{k * step:.10g}") for k in range(first, last + 1)]
+    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{k * step:.10g}") for k in range(start, stop + 1)]
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """Opens a range too narrow to divide; a positive one stays positive, for the log scale."""
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return low, high
+    return low - (abs(low) or 1) / 3, high + (abs(high) or 1) / 3
 
 
 def _runs(curve: Curve, log_y: bool) -> tuple[_Runs, int]:
@@ -401,44 +409,43 @@ def _words(kind: str, text: str, x: float, y: float, anchor: str = "start") -> s
     return _tag("text", html.escape(text), class_=kind, **place)
 
 
-def _axes_svg(x: _Axis, y: _Axis, x_label: str, y_label: str) -> str:
-    parts = []
-    for tick in _ticks(y.low, y.high, y.log):
-        at = y.at(tick)
-        parts.append(_rule("rule", x.start, x.end, at, at))
-        parts.append(_words("tick", f"{tick:,.10g}", x.start - 10, at + 4.5, "end"))
-    for tick in _ticks(x.low, x.high):
-        if x.low <= tick <= x.high:
-            at = x.at(tick)
-            parts.append(_rule("axis", at, at, y.start, y.start + 5))
-            parts.append(_words("tick", f"{tick:,.10g}", at, y.start + 21, "middle"))
-    parts.append(_rule("axis", x.start, x.end, y.start, y.start))
-    parts.append(_words("title", x_label, x.end, y.start + 42, "end"))
-    parts.append(_words("title", y_label + " (log scale)" * y.log, 4, 14))
-    return "".join(parts)
-
-
 def _axes(points: npt.NDArray[np.float64], log_y: bool, right: float) -> tuple[_Axis, _Axis]:
     (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
-    if x0 == x1:
-        x0, x1 = x0 - 0.5, x1 + 0.5
-    if y0 == y1 and not log_y:
-        y0, y1 = y0 - (abs(y0) or 1) / 2, y1 + (abs(y1) or 1) / 2
-    marks = _ticks(y0, y1, log_y)
-    y_axis = _Axis(marks[0], marks[-1], _CHART_H - 50, 34, log_y)
-    return _Axis(x0, x1, 62, _CHART_W - right), y_axis
+    marks = _ticks(*_widened(y0, y1), log_y)
+    left = 22 + 9.5 * max(len(f"{mark:,.10g}") for mark in marks)  # room for the phone's letters
+    y_axis = _Axis(marks[0], marks[-1], _CHART_H - 44, 36, marks, log_y)
+    x0, x1 = _widened(x0, x1)
+    ticks = [tick for tick in _ticks(x0, x1, about=7) if x0 <= tick <= x1]
+    return _Axis(x0, x1, left, _CHART_W - right, ticks), y_axis
+
+
+def _axes_svg(x: _Axis, y: _Axis, x_label: str, y_label: str) -> str:
+    parts = []
+    for tick in y.ticks:
+        at = y.at(tick)
+        parts.append(_rule("rule", x.start, x.end, at, at))
+        parts.append(_words("tick", f"{tick:,.10g}", x.start - 8, at + 3.5, "end"))
+    for tick in x.ticks:
+        at = x.at(tick)
+        parts.append(_rule("axis", at, at, y.start, y.start + 4))
+        parts.append(_words("tick", f"{tick:,.10g}", at, y.start + 20, "middle"))
+    parts.append(_rule("axis", x.start, x.end, y.start, y.start))
+    parts.append(_words("title", x_label, x.end, y.start + 39, "end"))
+    parts.append(_words("title", y_label + " (log scale)" * y.log, 0, 18))
+    return "".join(parts)
 
 
 def _lines_svg(drawn: Sequence[tuple[str, _Runs]], x: _Axis, y: _Axis) -> str:
     """The polylines, and each curve's name at its end."""
-    heights = _spread([y.at(runs[-1][-1, 1]) for _, runs in drawn], 18, y.end, y.start)
+    heights = _spread([y.at(runs[-1][-1, 1]) for _, runs in drawn], 14, y.end, y.start)
     lines = []
     for i, (label, runs) in enumerate(drawn):
         for run in runs:  # a lone point is doubled: SVG draws no line of one point
             points = [f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in run.tolist()]
             points *= 2 if len(points) == 1 else 1
             lines.append(_tag("polyline", class_=f"line {_hue(i)}", points=" ".join(points)))
-        lines.append(_words(f"end {_hue(i)}", label, x.end + 9, heights[i] + 4.5))
+        short = label if len(label) <= _END else label[: _END - 1] + "…"
+        lines.append(_words(f"end {_hue(i)}", short, x.end + 8, heights[i] + 3.5))
     return "".join(lines)
 
 
@@ -477,7 +484,7 @@ def line_chart(
     drawn = [(label, runs) for label, runs, _ in split if runs]
     if not drawn:
         return _tag("figure", _tag("p", "No curve to draw."), caption, class_="chart")
-    right = 24 + min(150.0, 7.6 * max(len(label) for label, _ in drawn))
+    right = 16 + 7 * min(_END, max(len(label) for label, _ in drawn))
     x, y = _axes(np.concatenate([run for _, runs in drawn for run in runs]), log_y, right)
     ends = [f"{label} from {r[0][0, 1]:.4g} to {r[-1][-1, 1]:.4g}" for label, r in drawn]
     legend = [
@@ -583,8 +590,14 @@ def _pictures_html(pictures: Sequence[Picture]) -> str:
             raise ConfigError(f"{len(labels)} column labels for {columns} columns of a picture")
         spans = [_tag("span", html.escape(label), title=label) for label in labels]
         heads = _tag("div", *spans, class_="heads", aria_hidden="true") if labels else ""
+        # Below this width the columns scroll: digits need little of it, class names more.
+        least = 1.6 if max(map(len, labels), default=0) <= 2 else 3.6
         strips = _tag(
-            "div", heads, *map(_picture_html, group), class_="strips", style=f"--n:{columns}"
+            "div",
+            heads,
+            *map(_picture_html, group),
+            class_="strips",
+            style=f"--n:{columns};--least:{least}rem",
         )
         blocks += _scroll("Pictures", strips)
     return blocks

@@ -622,7 +622,7 @@ def _decode(plan: Plan, k: int, data: bytes) -> Rows:
             raise ShardError(f"the columns are {_names(file.schema_arrow)}, not those of the plan")
         rows = _columns(plan, file.read(use_threads=False))
     except _UNREADABLE as exc:
-        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0].rstrip(". ")
         raise ShardError(f"damaged or truncated ({reason})") from exc
     if _rows_sha256(plan, rows) != metadata[_ROWS_KEY]:
         raise ShardError("the rows do not fit their sha256")

@@ -1,7 +1,7 @@
 """The LlamaGen transformer: a pre-norm decoder over image tokens with 2-D rotary positions and a class token.
 
 Sun et al., "Autoregressive model beats diffusion: Llama for scalable image generation" (arXiv 2406.06525). Parameter
-names are those of the official checkpoints. Imports ddray.errors.
+names are those of the official checkpoints. Imports ddray.errors and ddray.guidance.
 
 Shapes: B batch, L image tokens, S = condition + image tokens, l tokens of this step, V codebook size, C model width,
 H heads, h head width, D = h / 2 rotation pairs.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError
+from ddray.guidance import classifier_free_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,9 +272,19 @@ class LlamaGen(LlamaGenTrunk):
         known = self.tok_embeddings(tokens_BL[:, :-1])
         return self.logits(self.hidden(torch.cat((self.cls_embedding(cond_B), known), 1)))
 
-    def decoder(self, cond_B: Tensor) -> "LlamaGenDecoder":
-        """Begin stage-by-stage decoding of a batch."""
-        return LlamaGenDecoder(self, cond_B)
+    @staticmethod
+    def guides(cfg: float | None) -> bool:
+        """Whether a guidance number does anything: the published code runs no null half up to 1."""
+        return cfg is not None and cfg > 1
+
+    @staticmethod
+    def guide(conditional: Tensor, null: Tensor, cfg: float, stage: int | None) -> Tensor:
+        """Guided logits; the same scale at every stage."""
+        return classifier_free_guidance(conditional, null, cfg)
+
+    def decoder(self, cond_B: Tensor, prefix_BP: Tensor | None = None) -> "LlamaGenDecoder":
+        """Begin stage-by-stage decoding of a batch, behind the tokens of the first stages if given."""
+        return LlamaGenDecoder(self, cond_B, prefix_BP)
 
 
 class LlamaGenDecoder:
@@ -282,11 +293,14 @@ class LlamaGenDecoder:
     Args:
         model: the transformer.
         cond_B: int64 class ids [B].
+        prefix_BP: int64 tokens of the first stages [B, P], or None.
     """
 
-    def __init__(self, model: LlamaGen, cond_B: Tensor):
+    def __init__(self, model: LlamaGen, cond_B: Tensor, prefix_BP: Tensor | None):
         self._model = model
         self._next_BlC = model.cls_embedding(cond_B)
+        if prefix_BP is not None:
+            self._next_BlC = torch.cat((self._next_BlC, model.tok_embeddings(prefix_BP)), 1)
         sizes = model.config
         length = sizes.cls_token_num + sizes.block_size
         shape = (len(cond_B), sizes.n_head, length, sizes.head_dim)

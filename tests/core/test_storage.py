@@ -1,5 +1,6 @@
 """Facts about URIs and atomic writes, on real files and a real S3 service on loopback."""
 
+import dataclasses
 import errno
 import logging
 import os
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from ddray.errors import ConfigError, StorageError
+from ddray.errors import ConfigError, ShardError, StorageError
+from ddray.shards import Plan, TrajectorySet
 from ddray.storage import (
     LocalStorage,
     NotFoundError,
@@ -262,9 +264,9 @@ def test_a_full_disk_is_named() -> None:
 
 
 def test_an_unnamed_error_keeps_the_words_of_the_system() -> None:
-    with pytest.raises(StorageError, match=r"^cannot read /x: Input/output error$"):
-        with _local_errors("read", "/x"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    message = "^cannot read /x: Input/output error$"
+    with pytest.raises(StorageError, match=message), _local_errors("read", "/x"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 # S3.
@@ -351,3 +353,46 @@ def test_a_listing_longer_than_a_page_is_whole(
     for name in names:
         storage.write(name, b"")
     assert list(storage.list()) == names
+
+
+def test_a_trajectory_set_lives_on_s3_and_pyarrow_reads_it(s3_endpoint: str) -> None:
+    import pyarrow.dataset
+
+    uri = f"s3://{BUCKET}/set"
+    plan = Plan(
+        teacher="t",
+        teacher_fingerprint="a",
+        tokenizer_fingerprint="b",
+        conditioning="class",
+        num_classes=10,
+        seed=0,
+        noise_scheme="n",
+        cfg=None,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        solver="ab2",
+        num_evals=24,
+        dtype="float32",
+        threads=1,
+        count=5,
+        shard_rows=2,
+        batch_size=2,
+        stages=(4,),
+        vocab_size=16,
+    )
+    trajectories = pickle.loads(pickle.dumps(TrajectorySet.create(uri, plan)))
+    for k in trajectories.missing():
+        index = plan.shard_range(k)
+        tokens = [[i] * 4 for i in index]
+        trajectories.write_shard(k, index, plan.label(index), tokens)
+    assert TrajectorySet.open(uri).verify().ok
+    table = pyarrow.dataset.dataset(f"{uri}/shards").to_table()
+    assert table["index"].to_pylist() == [0, 1, 2, 3, 4]
+
+    larger = TrajectorySet.create(uri, dataclasses.replace(plan, count=6))
+    assert larger.missing() == [2]
+    assert larger.quarantine(1) == "quarantine/shard-00001.parquet.bad"
+    assert larger.missing() == [1, 2]
+    with pytest.raises(ShardError, match=f"{uri}/shards/shard-00001.parquet is missing; rerun"):
+        larger.read_shard(1)

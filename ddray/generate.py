@@ -1,0 +1,469 @@
+"""Teacher tokens and student images in plain torch: the file to read first.
+
+A teacher fixes a sequence stage by stage: from fresh random numbers (`Teacher.sample`) or, deterministically, from a
+noise sequence (`Teacher.trajectories`). A student jumps from a noise sequence to the whole token sequence in one or a
+few steps (`Student.generate`). Imports the numerics: ddray.seeding, flow, guidance, checkpoint, errors.
+
+Shapes: B batch, L all tokens, l tokens of this stage, P tokens of a prefix, V codebook size, E code width, K stages.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ddray.checkpoint import fingerprint
+from ddray.errors import ConfigError
+from ddray.flow import Transport
+from ddray.guidance import check_filters, draw, filter_logits
+from ddray.schedule import TeacherStages, parse_schedule
+from ddray.seeding import index_tensor, noise, uniforms
+
+
+class Decoder(Protocol):
+    """One batch on its way through the stages of a teacher."""
+
+    def logits(self) -> Tensor:
+        """Logits of the next stage, float32 [B, l, V]."""
+
+    def append(self, tokens_Bl: Tensor) -> None:
+        """Fix the tokens of that stage, int64 [B, l]."""
+
+
+class Tokenizer:
+    """A tokenizer module and what both sides of a distillation ask of it.
+
+    Args:
+        module: a family's tokenizer, or None for a model that was loaded without one.
+        optional: names of statistics in its state dict that mean nothing at inference.
+    """
+
+    def __init__(self, module: Any, optional: frozenset[str] = frozenset()):
+        self._module = module
+        self._optional = optional
+
+    @property
+    def module(self) -> Any:
+        """The module.
+
+        Raises:
+            ConfigError: if the model was loaded without a tokenizer.
+        """
+        if self._module is None:
+            raise ConfigError(
+                'this model was loaded with "tokenizer": None, so it has no codebook and no images; '
+                "give tokenizer= to the loader"
+            )
+        return self._module
+
+    @property
+    def patch(self) -> int:
+        """Pixels along one side of the square that a token of the last stage stands for."""
+        return int(self.module.config.patch)
+
+    @cached_property
+    def codebook(self) -> Tensor:
+        """Codes as the models use them, float32 [V, E]."""
+        return self.module.codebook.detach().float()  # type: ignore[no-any-return]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the weights, or "" without a tokenizer."""
+        return "" if self._module is None else fingerprint(self._module, self._optional)
+
+    @torch.inference_mode()
+    def decode(self, tokens_or_codes: Tensor) -> Tensor:
+        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes float [B, L, E]."""
+        codes = tokens_or_codes
+        if not codes.is_floating_point():
+            codes = self.codebook[codes]
+        images: Tensor = self.module.decode(codes.to(self.module.codebook.dtype))
+        return images.float().add(1).div(2).clamp(0, 1)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1]."""
+        tokens: Tensor = self.module.encode(images.to(self.module.codebook.dtype) * 2 - 1)
+        return tokens
+
+
+class _Model:
+    """What teacher and student share: a network, its tokenizer, its config."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, config: dict[str, Any], name: str):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.name = name
+        self.stages: tuple[int, ...] = model.stages
+        self.num_tokens = sum(self.stages)
+        self.num_classes: int = model.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codes as the model uses them, float32 [V, E]."""
+        return self.tokenizer.codebook
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the network's weights."""
+        return fingerprint(self.model)
+
+    def decode(self, tokens_or_codes: Tensor) -> Tensor:
+        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes float [B, L, E]."""
+        return self.tokenizer.decode(tokens_or_codes)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1]."""
+        return self.tokenizer.encode(images)
+
+    def classes(self, cond_B: Sequence[int] | Tensor) -> Tensor:
+        """Class ids as int64 [B] on the device.
+
+        Raises:
+            ConfigError: for an id outside 0..num_classes (num_classes is the null class).
+        """
+        cond = torch.as_tensor(cond_B, device=self.device)
+        if cond.dim() != 1 or cond.is_floating_point():
+            raise ConfigError(f"classes must be a 1-D list of integers, got {[*cond.shape]}")
+        wrong = cond[(cond < 0) | (cond > self.num_classes)]
+        if len(wrong):
+            raise ConfigError(
+                f"class {int(wrong[0])} is out of range: 0 to {self.num_classes - 1}, or "
+                f"{self.num_classes} for the null class"
+            )
+        return cond.long()
+
+    def stage_starts(self) -> list[int]:
+        """First token of every stage, and L at the end."""
+        return [0, *accumulate(self.stages)]
+
+
+class Teacher(_Model):
+    """A trained autoregressive model: the distribution that is distilled.
+
+    Attributes:
+        stages: token counts per autoregressive step.
+        conditioning: what an image is asked for by: "class".
+        default_cfg: recommended guidance.
+    """
+
+    conditioning = "class"
+
+    @property
+    def default_cfg(self) -> float:
+        """Recommended guidance of the zoo entry or card; 1 where nothing is recommended."""
+        return float(self.config.get("default_cfg", 1.0))
+
+    @torch.inference_mode()
+    def guided_logits(
+        self, cond_B: Sequence[int] | Tensor, tokens_BL: Tensor, cfg: float | None = None
+    ) -> Tensor:
+        """Teacher-forced logits with guidance, before temperature and filters.
+
+        Args:
+            cond_B: class ids [B].
+            tokens_BL: int64 [B, L].
+            cfg: guidance as the family means it; None = off.
+
+        Returns:
+            float32 [B, L, V].
+        """
+        cond = self.classes(cond_B)
+        logits: Tensor = self.model(cond, tokens_BL)
+        if self.model.guides(cfg):
+            null = self.model(torch.full_like(cond, self.num_classes), tokens_BL)
+            logits = self.model.guide(logits, null, cfg, None)
+        return logits
+
+    def sample(
+        self,
+        cond_B: Sequence[int] | Tensor,
+        *,
+        cfg: float | None = None,
+        cfg_interval: int = -1,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        index: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Plain autoregressive sampling.
+
+        Args:
+            cond_B: class ids [B].
+            cfg: guidance as the family means it; None = off.
+            cfg_interval: guide the first cfg_interval + 2 stages only; -1 = all.
+            top_k: codes kept, 0 = off, 1 = greedy.
+            top_p: mass kept, 1 = off.
+            temperature: divides the logits.
+            seed: together with `index` decides every draw.
+            index: sample indices [B]; None = 0..B-1.
+
+        Returns:
+            int64 tokens [B, L].
+        """
+        cond = self.classes(cond_B)
+        index_B = self._index(index, len(cond))
+        uniform_BL = uniforms(seed, index_B, self.num_tokens)
+
+        def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
+            return draw(logits_BlV, uniform_BL[:, start:stop])
+
+        return self._roll_out(cond, choose, cfg, cfg_interval, top_k, top_p, temperature)
+
+    def trajectories(
+        self,
+        cond_B: Sequence[int] | Tensor,
+        index_B: Sequence[int] | Tensor,
+        *,
+        seed: int,
+        cfg: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        solver: str = "ab2",
+        num_evals: int | None = None,
+    ) -> Tensor:
+        """The token sequences that this teacher's flow assigns to `noise(seed, index)`.
+
+        Each stage's noise is transported to tokens under the teacher's distribution given the stages before
+        (arXiv 2412.17153, section 3.2): over random noise they are distributed as `sample`'s.
+
+        Args:
+            cond_B: class ids [B].
+            index_B: sample indices [B].
+            seed: run seed of the noise.
+            cfg, top_k, top_p, temperature: as in `sample`.
+            solver: of the transport.
+            num_evals: of the transport; None = its default.
+
+        Returns:
+            int64 tokens [B, L].
+        """
+        cond = self.classes(cond_B)
+        index = self._index(index_B, len(cond))
+        noise_BLE = noise(seed, index, (self.num_tokens, self.codebook.shape[1]))
+        solve = self._transport(solver, num_evals)
+
+        def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
+            rows = noise_BLE[:, start:stop].flatten(0, 1), logits_BlV.flatten(0, 1)
+            return solve(*rows).unflatten(0, logits_BlV.shape[:2])
+
+        return self._roll_out(cond, choose, cfg, -1, top_k, top_p, temperature)
+
+    def continue_from(
+        self,
+        cond_B: Tensor,
+        prefix_BP: Tensor,
+        last_stage: int,
+        *,
+        seed: int,
+        index: Tensor,
+        **sampling: Any,
+    ) -> Tensor:
+        """Sample on from the tokens of the first stages up to stage `last_stage`, int64 [B, tokens]."""
+        _refuse_unknown(sampling, {"cfg", "cfg_interval", "top_k", "top_p", "temperature"})
+        uniform_BL = uniforms(seed, index, self.num_tokens)
+        settings = {"cfg": None, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        return self._roll_out(
+            cond_B,
+            lambda logits, start, stop: draw(logits, uniform_BL[:, start:stop]),
+            **{**settings, **sampling},
+            prefix_BP=prefix_BP,
+            last_stage=last_stage,
+        )
+
+    def _index(self, index: Sequence[int] | Tensor | None, count: int) -> Tensor:
+        index_B = index_tensor(range(count) if index is None else index, self.device)
+        if len(index_B) != count:
+            raise ConfigError(f"{len(index_B)} indices for {count} classes; give one index a class")
+        return index_B
+
+    def _transport(self, solver: str, num_evals: int | None) -> Transport:
+        known: dict[tuple[str, int | None], Transport] = self.__dict__.setdefault("_maps", {})
+        if (solver, num_evals) not in known:
+            known[solver, num_evals] = Transport(self.codebook, solver, num_evals)
+        return known[solver, num_evals]
+
+    @torch.inference_mode()
+    def _roll_out(
+        self,
+        cond_B: Tensor,
+        choose: Callable[[Tensor, int, int], Tensor],
+        cfg: float | None,
+        cfg_interval: int,
+        top_k: int,
+        top_p: float,
+        temperature: float,
+        prefix_BP: Tensor | None = None,
+        last_stage: int | None = None,
+    ) -> Tensor:
+        """Stage by stage: logits, guidance, filters, `choose(logits_BlV, first token, last token)`."""
+        check_filters(temperature, top_k, top_p)
+        starts = self.stage_starts()
+        first = 0 if prefix_BP is None else starts.index(prefix_BP.shape[1])
+        guided = self.model.guides(cfg)
+        if guided:
+            cond_B = torch.cat((cond_B, torch.full_like(cond_B, self.num_classes)))
+        copies = 2 if guided else 1
+        tokens = [] if prefix_BP is None else [prefix_BP]
+        prefix = None if prefix_BP is None else prefix_BP.repeat(copies, 1)
+        decoder: Decoder = self.model.decoder(cond_B, prefix)
+        for stage in range(first, len(self.stages) if last_stage is None else last_stage):
+            logits = decoder.logits()
+            if guided:
+                conditional, null = logits.chunk(2)
+                off = 0 <= cfg_interval < stage - 1
+                logits = conditional if off else self.model.guide(conditional, null, cfg, stage)
+            logits = filter_logits(logits, temperature, top_k, top_p)
+            tokens.append(choose(logits, starts[stage], starts[stage + 1]))
+            decoder.append(tokens[-1].repeat(copies, 1))
+        return torch.cat(tokens, 1)
+
+
+def keep_data(data_BLE: Tensor, noise_BLE: Tensor, given_BL: Tensor) -> Tensor:
+    """X_t: data where a token is given, noise behind (arXiv 2412.17153, section 3.3); [B, L, E]."""
+    return torch.where(given_BL[..., None], data_BLE, noise_BLE)
+
+
+def given_tokens(stages: Sequence[int], t_B: Tensor) -> Tensor:
+    """Which tokens lie in the first t stages, bool [B, L]."""
+    sizes = torch.tensor(stages, device=t_B.device)
+    stage_L = torch.arange(len(stages), device=t_B.device).repeat_interleave(sizes)
+    return stage_L[None] < t_B[:, None]
+
+
+class Student(_Model):
+    """A network that jumps from X_t to all tokens at once.
+
+    Attributes:
+        config: what `config.json` holds; "schedule" lists the stages at which it was trained to jump.
+    """
+
+    @torch.inference_mode()
+    def predict(
+        self, x_BLE: Tensor, cond_B: Sequence[int] | Tensor, t_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both heads for one X_t.
+
+        Args:
+            x_BLE: float [B, L, E], codes of the first t stages, noise behind them.
+            cond_B: class ids [B].
+            t_B: number of leading stages that are data [B].
+
+        Returns:
+            float32 logits [B, L, V] and codes [B, L, E].
+        """
+        heads: tuple[Tensor, Tensor] = self.model(x_BLE, self.classes(cond_B), t_B)
+        return heads
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        cond_B: Sequence[int] | Tensor,
+        *,
+        noise: Tensor | None = None,
+        index: Sequence[int] | Tensor | None = None,
+        seed: int = 0,
+        schedule: Sequence[int] | str = (0,),
+        split: int | None = None,
+        teacher: Teacher | None = None,
+        **teacher_sampling: Any,
+    ) -> Tensor:
+        """Images' codes in one jump per entry of the schedule.
+
+        Args:
+            cond_B: class ids [B].
+            noise: float [B, L, E]; None = `noise(seed, index)`.
+            index: sample indices [B]; None = 0..B-1.
+            seed: run seed.
+            schedule: stages at which to jump, such as (0,), "0,16" or "0,teacher:8-16,16".
+            split: leading stages read from the logits head (argmax), the rest from the code head; None = the
+                value of the config, or all.
+            teacher: needed for the teacher's parts of a schedule.
+            **teacher_sampling: cfg, top_k, ... of those parts, as in `Teacher.sample`.
+
+        Returns:
+            float32 codes [B, L, E].
+
+        Raises:
+            ConfigError: for a schedule beyond the stages, noise of another shape, or a missing teacher.
+        """
+        cond = self.classes(cond_B)
+        steps = parse_schedule(schedule, len(self.stages))
+        if teacher is None and any(isinstance(step, TeacherStages) for step in steps):
+            raise ConfigError(f"schedule {schedule!r} has a teacher's part; give teacher=")
+        if teacher_sampling and teacher is None:
+            raise ConfigError(f"{', '.join(teacher_sampling)} has no effect without teacher=")
+        index_B = index_tensor(range(len(cond)) if index is None else index, self.device)
+        noise_BLE = self._noise(noise, seed, index_B, len(cond))
+        cut = self.stage_starts()[self._split(split)]
+        x_BLE = noise_BLE
+        for step in steps:
+            if isinstance(step, TeacherStages):
+                assert teacher is not None
+                x_BLE = self._let_teacher_continue(
+                    teacher, step, x_BLE, cond, seed=seed, index=index_B, **teacher_sampling
+                )
+            else:
+                x_BLE = self._jump(x_BLE, noise_BLE, cond, step, cut)
+        return x_BLE
+
+    def _jump(
+        self, x_BLE: Tensor, noise_BLE: Tensor, cond_B: Tensor, t: int, cut: int
+    ) -> Tensor:
+        """Keep the first t stages of x, take the rest of X_t from the noise, predict everything behind t."""
+        t_B = torch.full_like(cond_B, t)
+        given_BL = given_tokens(self.stages, t_B)
+        x_BLE = keep_data(x_BLE, noise_BLE, given_BL)
+        logits_BLV, codes_BLE = self.model(x_BLE, cond_B, t_B)
+        from_logits = logits_BLV[:, :cut].argmax(-1)
+        if t:
+            nearest = self.tokenizer.module.nearest(x_BLE[:, :cut])
+            from_logits = torch.where(given_BL[:, :cut], nearest, from_logits)
+        behind = keep_data(x_BLE, codes_BLE, given_BL)[:, cut:]
+        return torch.cat((self.codebook[from_logits], behind), 1)
+
+    def _let_teacher_continue(
+        self, teacher: Teacher, part: TeacherStages, x_BLE: Tensor, cond_B: Tensor, **sampling: Any
+    ) -> Tensor:
+        """Snap the first stages to tokens and let the teacher write the next ones."""
+        starts = self.stage_starts()
+        prefix = teacher.tokenizer.module.nearest(x_BLE[:, : starts[part.first]])
+        tokens = teacher.continue_from(cond_B, prefix, part.last, **sampling)
+        return torch.cat((teacher.codebook[tokens], x_BLE[:, starts[part.last] :]), 1)
+
+    def _noise(self, given: Tensor | None, seed: int, index_B: Tensor, count: int) -> Tensor:
+        shape = (count, self.num_tokens, self.model.config.codebook_dim)
+        if given is None:
+            if len(index_B) != count:
+                raise ConfigError(f"{len(index_B)} indices for {count} classes")
+            return noise(seed, index_B, shape[1:])
+        if given.shape != shape:
+            raise ConfigError(f"noise is {[*given.shape]}, expected {[*shape]}")
+        return given.to(self.device, torch.float32)
+
+    def _split(self, split: int | None) -> int:
+        if split is None:
+            split = int(self.config.get("split", len(self.stages)))
+        if not 0 <= split <= len(self.stages):
+            raise ConfigError(f"split={split} is outside 0 to {len(self.stages)} stages")
+        return split
+
+
+def _refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown sampling setting {name!r}{hint}")

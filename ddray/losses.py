@@ -1,0 +1,72 @@
+"""What the student learns: the teacher's tokens behind t, from X_t, as logits and as codes.
+
+Liu et al., "Distilled Decoding" (arXiv 2412.17153), section 3.3 and appendix. Plain torch: one call is the whole
+forward half of a training step. Imports ddray.generate.
+
+Shapes: B batch, L tokens, V codebook size, E code width.
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddray.generate import given_tokens, keep_data
+
+
+class Losses(NamedTuple):
+    """Scalars, averaged over the tokens that the student had to predict.
+
+    Attributes:
+        total: what is minimised.
+        cross_entropy: of the logits head against the teacher's tokens, in nats.
+        code_error: mean squared error of the code head, per number.
+        token_accuracy: share of tokens whose argmax is the teacher's.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    code_error: Tensor
+    token_accuracy: Tensor
+
+
+def distillation_loss(
+    student: nn.Module,
+    stages: tuple[int, ...],
+    codebook_VE: Tensor,
+    noise_BLE: Tensor,
+    tokens_BL: Tensor,
+    cond_B: Tensor,
+    t_B: Tensor,
+    *,
+    logits_weight: float = 1.0,
+    code_weight: float = 1.0,
+) -> Losses:
+    """Loss of a batch of trajectories at the given t.
+
+    Args:
+        student: (X_t [B, L, E], cond [B], t [B]) -> logits [B, L, V], codes [B, L, E].
+        stages: token counts per stage.
+        codebook_VE: float32 [V, E].
+        noise_BLE: float32 [B, L, E], where the trajectories start.
+        tokens_BL: int64 [B, L], where they end.
+        cond_B: int64 class ids [B].
+        t_B: int64 [B], stages that are data.
+        logits_weight: weight of the cross entropy.
+        code_weight: weight of the squared error, which is divided by the codes' mean square so that it has the same
+            meaning for every codebook.
+
+    Returns:
+        Scalars with gradient in `total`.
+    """
+    codes_BLE = codebook_VE[tokens_BL]
+    given_BL = given_tokens(stages, t_B)
+    logits_BLV, predicted_BLE = student(keep_data(codes_BLE, noise_BLE, given_BL), cond_B, t_B)
+    asked = ~given_BL
+    logits, target = logits_BLV[asked], tokens_BL[asked]
+    cross_entropy = F.cross_entropy(logits.float(), target)
+    code_error = F.mse_loss(predicted_BLE[asked].float(), codes_BLE[asked])
+    scale = codebook_VE.square().mean()
+    total = logits_weight * cross_entropy + code_weight * code_error / scale
+    accuracy = (logits.detach().argmax(-1) == target).float().mean()
+    return Losses(total, cross_entropy.detach(), code_error.detach(), accuracy)
