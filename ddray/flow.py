@@ -116,7 +116,9 @@ def _median_neighbour_distance(codes_VE: Tensor) -> float:
     every = torch.cat(nearest)
     median = float(every.median())
     # A codebook of mostly equal codes has a median of zero; its distinct codes still need a finite grid.
-    return median if median > 0 else float(every[every > 0].min()) if bool((every > 0).any()) else 1.0
+    return (
+        median if median > 0 else float(every[every > 0].min()) if bool((every > 0).any()) else 1.0
+    )
 
 
 @contextlib.contextmanager
@@ -146,7 +148,9 @@ class Transport:
         if solver not in SOLVERS:
             raise ConfigError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
         if codebook_VE.dim() != 2 or not bool(codebook_VE.isfinite().all()):
-            raise ConfigError(f"codebook must be a finite [V, E] tensor, got {[*codebook_VE.shape]}")
+            raise ConfigError(
+                f"codebook must be a finite [V, E] tensor, got {[*codebook_VE.shape]}"
+            )
         self.solver = solver
         self.num_evals = num_evals or default_num_evals(solver, len(codebook_VE))
         per_step = 4 if solver in ("rk4", "exact") else 1

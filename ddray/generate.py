@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddray.checkpoint import fingerprint
 from ddray.errors import ConfigError
@@ -74,6 +74,11 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 of the weights, or "" without a tokenizer."""
         return "" if self._module is None else fingerprint(self._module, self._optional)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights, without the statistics that mean nothing at inference."""
+        state = self.module.state_dict()
+        return {name: tensor for name, tensor in state.items() if name not in self._optional}
 
     @torch.inference_mode()
     def decode(self, tokens_or_codes: Tensor) -> Tensor:
@@ -419,9 +424,7 @@ class Student(_Model):
                 x_BLE = self._jump(x_BLE, noise_BLE, cond, step, cut)
         return x_BLE
 
-    def _jump(
-        self, x_BLE: Tensor, noise_BLE: Tensor, cond_B: Tensor, t: int, cut: int
-    ) -> Tensor:
+    def _jump(self, x_BLE: Tensor, noise_BLE: Tensor, cond_B: Tensor, t: int, cut: int) -> Tensor:
         """Keep the first t stages of x, take the rest of X_t from the noise, predict everything behind t."""
         t_B = torch.full_like(cond_B, t)
         given_BL = given_tokens(self.stages, t_B)
@@ -465,5 +468,7 @@ def _refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+            )
             raise ConfigError(f"unknown sampling setting {name!r}{hint}")

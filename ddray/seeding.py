@@ -66,7 +66,9 @@ def index_tensor(
     """
     index = torch.as_tensor(index_B, device=device)
     if index.dim() != 1 or index.is_floating_point() or index.is_complex():
-        raise ConfigError(f"index must be a 1-D list of integers, got {index.dtype} {[*index.shape]}")
+        raise ConfigError(
+            f"index must be a 1-D list of integers, got {index.dtype} {[*index.shape]}"
+        )
     if index.numel() and int(index.min()) < 0:
         raise ConfigError(f"index must be >= 0, got {int(index.min())}")
     return index.long()

@@ -1,0 +1,280 @@
+"""Job configurations: what each verb can be told, checked before anything starts.
+
+A preset is overlaid by a YAML file, and that by `--set key.path=value` and the verb's flags. Unknown keys are
+refused with the nearest known one. Imports ddray.errors; no torch, no ray.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ddray.errors import ConfigError
+
+CountT = Annotated[int, Field(gt=0)]
+SeedT = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _parse_workers(value: Any) -> Any:
+    """ "MIN:MAX", "N" or N as a pair."""
+    if isinstance(value, str):
+        value = value.split(":")
+    if isinstance(value, int):
+        value = (value, value)
+    if isinstance(value, Sequence) and len(value) == 1:
+        value = (value[0], value[0])
+    return value
+
+
+def _parse_schedule(value: Any) -> Any:
+    """ "0,16" as (0, 16)."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+Workers = Annotated[tuple[CountT, CountT], BeforeValidator(_parse_workers)]
+JumpStages = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_parse_schedule)
+]
+
+
+class Job(BaseModel):
+    """Base of all job configurations: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolConfig(Job):
+    """A pool of actors that each hold a model and write shards."""
+
+    workers: Workers = Field((1, 2), description="actors, MIN:MAX")
+    threads: CountT = Field(1, description="CPU threads of an actor; part of the plan")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of an actor")
+    max_retries: Annotated[int, Field(ge=0)] = Field(3, description="of a shard, after a crash")
+    stall_timeout_s: CountT = Field(600, description="no shard for so long is an error")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.workers[0] > self.workers[1]:
+            raise ValueError(f"workers {self.workers[0]}:{self.workers[1]} must be MIN:MAX")
+        return self
+
+
+class SampleConfig(PoolConfig):
+    """`ddray sample`: a teacher's trajectories into a set of shards."""
+
+    teacher: str = Field("digits-llamagen", description="bundled name or model folder")
+    out: str = Field("runs/sample/trajectories", description="URI of the set")
+    count: CountT = Field(2000, description="number of trajectories")
+    seed: SeedT = 0
+    cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    solver: Literal["ab2", "euler", "rk4", "exact"] = "ab2"
+    num_evals: CountT | None = Field(None, description="absent = the default for this codebook")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_rows: CountT = Field(500, description="rows of a shard: what a crash can cost")
+    batch_size: CountT = Field(100, description="images sampled together; part of the plan")
+
+
+class DistillConfig(Job):
+    """`ddray distill`: a student from a set of trajectories."""
+
+    data: str = Field("runs/sample/trajectories", description="URI of the trajectory set")
+    out: str = Field("runs/distill", description="URI of the run; the student lies in OUT/student")
+    teacher: str | None = Field(None, description="absent = the one named in the set")
+    steps: CountT = 1000
+    batch_size: CountT = Field(64, description="trajectories a step, over all workers")
+    workers: CountT = 1
+    threads: CountT = Field(2, description="CPU threads of a worker")
+    use_gpu: bool = False
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    schedule: JumpStages = Field((0, 16), description="stages at which the student jumps")
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    warmup: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    logits_weight: Annotated[float, Field(ge=0)] = 1.0
+    code_weight: Annotated[float, Field(ge=0)] = 1.0
+    seed: SeedT = 0
+    checkpoint_every: CountT = 500
+    keep_checkpoints: CountT = 2
+    log_every: CountT = 20
+    max_failures: Annotated[int, Field(ge=0)] = Field(2, description="restarts after lost workers")
+    fresh: bool = Field(False, description="forget an earlier run at this URI")
+    allow_partial: bool = Field(False, description="train on a set that is not complete")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of workers={self.workers}"
+            )
+        if list(self.schedule) != sorted(set(self.schedule)):
+            raise ValueError(f"schedule={[*self.schedule]} must increase")
+        if self.schedule[0] != 0:
+            raise ValueError(f"schedule={[*self.schedule]} must begin with 0, the jump from noise")
+        return self
+
+
+class GenerateConfig(PoolConfig):
+    """`ddray generate`: images in bulk from a student."""
+
+    student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
+    out: str = Field("runs/generate", description="URI of the image set")
+    count: CountT = 1000
+    seed: SeedT = 0
+    schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
+    format: Literal["parquet", "webdataset", "images"] = "parquet"
+    engine: Literal["data"] = Field("data", description="a Ray Data pool of students")
+    shard_rows: CountT = 500
+    batch_size: CountT = 64
+
+
+class EvaluateConfig(Job):
+    """`ddray evaluate`: a student beside its teacher."""
+
+    student: str = "digits-llamagen-dd"
+    teacher: str | None = Field(None, description="absent = the one named in the student's config")
+    data: str | None = Field(None, description="trajectory set, for its rows of the table")
+    out: str = "runs/evaluate"
+    count: CountT = Field(5000, description="images of every generator")
+    seed: SeedT = 1_000_003
+    cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
+    batch_size: CountT = 64
+    speed_batches: tuple[CountT, ...] = (1, 8, 64)
+    speed_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="timed for each figure")
+    transport_count: CountT = Field(400, description="images of the transport's comparison")
+
+
+class ServeConfig(Job):
+    """`ddray serve`: a student behind HTTP."""
+
+    student: str = "digits-llamagen-dd"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    max_batch_size: CountT = 64
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
+    threads: CountT = 1
+    replicas: CountT = 1
+    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+
+class QuickstartConfig(Job):
+    """`ddray quickstart`: all of it; `out`, `teacher` and `seed` override those of the parts."""
+
+    teacher: str = "digits-llamagen"
+    out: str = "runs/quickstart"
+    seed: SeedT = 0
+    sample: SampleConfig = SampleConfig()
+    distill: DistillConfig = DistillConfig()
+    generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+def load_config(
+    kind: type[JobT],
+    *,
+    preset: Mapping[str, Any] | None = None,
+    file: str | Path | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> JobT:
+    """Merge preset < file < `--set` < flags and check the result.
+
+    Args:
+        kind: the verb's config class.
+        preset: values of a named preset.
+        file: YAML file.
+        settings: "key.path=value" strings; values are read as YAML.
+        flags: values of the verb's own flags.
+
+    Returns:
+        The resolved config.
+
+    Raises:
+        ConfigError: one line that names the key, the value and what is allowed.
+    """
+    merged: dict[str, Any] = {}
+    _overlay(merged, preset or {})
+    if file is not None:
+        _overlay(merged, _read_yaml(file))
+    for setting in settings:
+        _overlay(merged, _read_setting(setting))
+    _overlay(merged, flags or {})
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, kind)) from None
+
+
+def _overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _overlay(target[key], value)
+        elif isinstance(value, Mapping):
+            target[key] = {}
+            _overlay(target[key], value)
+        else:
+            target[key] = value
+
+
+def _read_yaml(file: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {file} is not YAML: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"--config {file} must hold keys and values, not {type(values).__name__}")
+    return values
+
+
+def _read_setting(setting: str) -> dict[str, Any]:
+    path, equals, text = setting.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {setting!r} is not of the form key.path=value")
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def _first_problem(error: ValidationError, kind: type[Job]) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(kind, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error" and not where:
+        return message
+    return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        inner = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return sorted(kind.model_fields)

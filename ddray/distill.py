@@ -1,0 +1,129 @@
+"""Distillation in plain torch: which rows a step reads, how the rate moves, what is averaged.
+
+All of it is a function of the step alone, so a run that resumes, or runs on another number of workers, goes on as if
+nothing had happened. Imports ddray.losses, seeding and shards; the loop around it is ddray.runtime.training.
+
+Shapes: B rows of this worker, L tokens, E code width.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddray.errors import ConfigError
+from ddray.losses import Losses, distillation_loss
+from ddray.seeding import noise
+
+
+class TrajectoryBatches:
+    """Rows of a trajectory set in memory, in an order that depends on (seed, step) alone.
+
+    Every epoch is a permutation of all rows; a batch may span two epochs, so no row is ever left out.
+
+    Args:
+        index: int64 [N], sample indices: they name the noise.
+        label: int [N], classes.
+        tokens: unsigned int [N, L].
+        noise_seed: seed of the set.
+        seed: of the order.
+    """
+
+    def __init__(
+        self, index: np.ndarray, label: np.ndarray, tokens: np.ndarray, noise_seed: int, seed: int
+    ):
+        if not len(index):
+            raise ConfigError("the trajectory set has no rows to train on")
+        self._index, self._label, self._tokens = index, label, tokens
+        self._noise_seed, self._seed = noise_seed, seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Row numbers at positions first, ..., first + count - 1 of the endless shuffled stream."""
+        position = np.arange(first, first + count)
+        epoch, within = np.divmod(position, len(self))
+        return np.array([self._order(int(e))[w] for e, w in zip(epoch, within, strict=True)])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+            self._orders[epoch] = generator.permutation(len(self))
+        return self._orders[epoch]
+
+    def batch(
+        self, first: int, count: int, code_width: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise float32 [B, L, E], tokens int64 [B, L] and classes int64 [B] of stream positions."""
+        rows = self.rows(first, count)
+        tokens = torch.from_numpy(self._tokens[rows].astype(np.int64)).to(device)
+        label = torch.from_numpy(self._label[rows].astype(np.int64)).to(device)
+        index = torch.from_numpy(self._index[rows]).to(device)
+        return noise(self._noise_seed, index, (tokens.shape[1], code_width)), tokens, label
+
+
+def jump_stages(schedule: Sequence[int], first: int, count: int, device: torch.device) -> Tensor:
+    """The t of every row, int64 [B]: the schedule's stages take turns along the stream."""
+    positions = torch.arange(first, first + count, device=device)
+    return torch.tensor(schedule, device=device)[positions % len(schedule)]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then a cosine to zero."""
+    rise = min((step + 1) / max(1.0, warmup * steps), 1.0)
+    return peak * rise * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+class MovingAverage:
+    """Exponential moving average of weights in float32.
+
+    It works element by element, so an average of a partition is the partition of the average (ZeRO stage 3).
+
+    Args:
+        tensors: the weights, or this worker's partitions of them.
+        decay: per step; early steps use less, so that the start is soon forgotten.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], decay: float):
+        self._decay = decay
+        self.average = [tensor.detach().float().clone() for tensor in tensors]
+
+    @torch.no_grad()
+    def update(self, tensors: Iterable[Tensor], step: int) -> None:
+        """Move towards the weights after `step` (counted from 0)."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        current = [tensor.detach().float() for tensor in tensors]
+        torch._foreach_lerp_(self.average, current, 1 - decay)
+
+
+def batch_loss(
+    network: nn.Module,
+    batches: TrajectoryBatches,
+    stages: tuple[int, ...],
+    codebook_VE: Tensor,
+    *,
+    first: int,
+    count: int,
+    schedule: Sequence[int],
+    logits_weight: float,
+    code_weight: float,
+) -> Losses:
+    """Losses of the rows at stream positions first, ..., first + count - 1."""
+    device = codebook_VE.device
+    noise_BLE, tokens_BL, cond_B = batches.batch(first, count, codebook_VE.shape[1], device)
+    return distillation_loss(
+        network,
+        stages,
+        codebook_VE,
+        noise_BLE,
+        tokens_BL,
+        cond_B,
+        jump_stages(schedule, first, count, device),
+        logits_weight=logits_weight,
+        code_weight=code_weight,
+    )

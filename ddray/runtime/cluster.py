@@ -1,0 +1,94 @@
+"""The Ray that a job runs on: the one it was submitted to, or a private one on this machine.
+
+Imports ddray.errors.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+from ddray.errors import ClusterError
+
+# Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core still leaves room for
+# Ray's own light tasks; without them its reads would wait for ever.
+_SPARE_CPUS = 2
+_OBJECT_STORE_BYTES = 200 * 2**20
+# Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
+_SHORT_TEMP = "/tmp"
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[None]:
+    """Be connected to Ray: to `RAY_ADDRESS` if set (submitted jobs have it), else to a new private Ray.
+
+    A Ray that this process is connected to already is used and left running. A Ray that merely happens to run on this
+    machine is never joined.
+
+    Raises:
+        ClusterError: if Ray cannot start or be reached.
+    """
+    # Read at import: workers at the driver's priority; no token file in HOME for a private loopback Ray.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    temp = None if address else tempfile.mkdtemp(prefix="ddray-", dir=_SHORT_TEMP)
+    try:
+        _start(address, temp)
+        yield
+    finally:
+        ray.shutdown()
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+def _start(address: str | None, temp: str | None) -> None:
+    import ray
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temp,
+                **quiet,
+            )
+    except Exception as error:  # Ray raises the bare Exception when a node does not come up
+        reason = " ".join(str(error).split())[:300]
+        where = f"connect to Ray at RAY_ADDRESS={address}" if address else "start a local Ray"
+        advice = "is it running?" if address else "free memory or disk in /tmp, then rerun"
+        raise ClusterError(f"cannot {where}: {reason}; {advice}") from error
+
+
+def require(num_cpus: float, num_gpus: float, what: str) -> None:
+    """Refuse a job that the cluster cannot run.
+
+    Raises:
+        ClusterError: with what is asked for and what there is.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    for name, asked in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if asked > total.get(name, 0):
+            raise ClusterError(
+                f"{what} asks for {asked:g} {name}s, but the cluster has {total.get(name, 0):g}; "
+                "ask for fewer workers or a larger cluster"
+            )

@@ -1,0 +1,192 @@
+"""Filling a sharded set with a pool of Ray actors, whoever dies on the way.
+
+Delivery is at least once, so writing a shard must be idempotent; that a set is whole is proved by listing its storage,
+not by what actors returned. Imports ddray.config, errors, progress and the cluster.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ddray.config import PoolConfig
+from ddray.errors import ClusterError, DDRayError, ShardError
+from ddray.progress import Progress
+from ddray.runtime.cluster import connect, require
+
+
+class ShardWorker(Protocol):
+    """Holds a model and writes shards; built in the actor, from a URI and a device."""
+
+    def __init__(self, uri: str, device: str): ...
+
+    def do(self, shard: int) -> int:
+        """Make and commit one shard, and say how many rows it has."""
+
+
+class ShardPlan(Protocol):
+    """What of a plan the pool needs."""
+
+    count: int
+
+    def shard_range(self, k: int) -> range:
+        """Indices of shard k."""
+
+
+class ShardedSet(Protocol):
+    """What of a set the pool needs."""
+
+    @property
+    def plan(self) -> Any:
+        """A `ShardPlan`."""
+
+    def missing(self) -> list[int]:
+        """Shards that the storage lacks."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What filling took.
+
+    Attributes:
+        shards: shards made.
+        rows: rows made.
+        seconds: from before Ray was there to the proof that nothing is missing.
+        first_shard_s: to the first shard.
+    """
+
+    shards: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    first_shard_s: float | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON values, with the rate."""
+        return {
+            "shards_made": self.shards,
+            "rows_made": self.rows,
+            "seconds": round(self.seconds, 3),
+            "first_shard_s": self.first_shard_s and round(self.first_shard_s, 3),
+            "rows_per_s": round(self.rows / self.seconds, 2) if self.rows else None,
+        }
+
+
+def fill(label: str, shards: ShardedSet, uri: str, worker: type, config: PoolConfig) -> Filled:
+    """Make the shards that a set lacks, and prove from its storage that it is whole.
+
+    Args:
+        label: what is made, for people.
+        shards: the set.
+        uri: of the set, for the workers.
+        worker: a `ShardWorker` class.
+        config: size of the pool.
+
+    Raises:
+        ClusterError: Ray cannot start, has too little, or actors keep dying.
+        ShardError: shards are missing although every actor finished.
+        DDRayError: whatever error of ours an actor raised.
+    """
+    missing, plan = shards.missing(), shards.plan
+    if not missing:
+        return Filled()
+    started, first_shard_s = time.monotonic(), None
+    made = {k: len(plan.shard_range(k)) for k in missing}
+    done = plan.count - sum(made.values())
+    arguments = {"uri": uri, "device": "cuda" if config.num_gpus else "cpu"}
+    with connect(), Progress(label, plan.count, "rows", done) as bar:
+        require(config.threads, config.num_gpus, f"an actor for {label}")
+        waiting = set(missing)
+        for shard in _run(config, worker, arguments, missing):
+            first_shard_s = first_shard_s or time.monotonic() - started
+            if shard in waiting:
+                waiting.remove(shard)
+                bar.advance_to(bar.done + made[shard])
+    still = shards.missing()
+    if still:
+        raise ShardError(
+            f"{len(still)} shards are missing in {uri} although every actor finished; rerun to fill "
+            "them"
+        )
+    return Filled(len(missing), sum(made.values()), time.monotonic() - started, first_shard_s)
+
+
+class _Actor:
+    """One actor of the pool: limits the threads before anything computes, then builds the worker."""
+
+    def __init__(self, worker: type, arguments: Mapping[str, Any], threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self._worker: ShardWorker = worker(**arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        shard = int(batch["shard"][0])
+        self._worker.do(shard)
+        return {"shard": [shard]}
+
+
+def _run(
+    config: PoolConfig, worker: type, arguments: Mapping[str, Any], shards: Sequence[int]
+) -> Iterator[int]:
+    """Numbers of shards as they are done, in any order, some perhaps twice."""
+    import ray.data
+    from ray.exceptions import RayError
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = config.stall_timeout_s
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray announces that free keyword arguments will go, but has no other way yet to bound restarts.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    least, most = (min(n, len(shards)) for n in config.workers)
+    # Input from memory has no read task that could wait for a CPU which the pool has taken.
+    plan = ray.data.from_items([{"shard": k} for k in shards], override_num_blocks=len(shards))
+    done = plan.map_batches(
+        _Actor,
+        batch_size=1,
+        num_cpus=config.threads,
+        num_gpus=config.num_gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=least, max_size=most, max_tasks_in_flight_per_actor=2
+        ),
+        max_restarts=config.max_retries,
+        max_task_retries=config.max_retries,
+        fn_constructor_kwargs={
+            "worker": worker,
+            "arguments": dict(arguments),
+            "threads": config.threads,
+        },
+    )
+    try:
+        for row in done.iter_rows():
+            yield int(row["shard"])
+    except (RayError, ray.data.exceptions.RayDataUserCodeException, TimeoutError) as error:
+        raise _explain(error, config) from error
+
+
+def _explain(error: BaseException, config: PoolConfig) -> DDRayError:
+    """Our own error if a worker raised one, else one line about what happened to the pool."""
+    chain: BaseException | None = error
+    while chain is not None:
+        cause = getattr(chain, "cause", None)
+        for candidate in (chain, cause):
+            if isinstance(candidate, DDRayError):
+                # Ray raises a subclass of the original type made on the fly; say it in the plain one.
+                for base in type(candidate).__mro__:
+                    if base.__module__ == "ddray.errors":
+                        return base(_last_line(candidate))  # type: ignore[no-any-return]
+        chain = cause if isinstance(cause, BaseException) else chain.__cause__
+    kind = type(error).__name__
+    return ClusterError(
+        f"the pool of {config.workers[0]}:{config.workers[1]} workers failed ({kind}): "
+        f"{_last_line(error)}; what is written stays, and a rerun fills the gaps"
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip()[:400] if lines else type(error).__name__

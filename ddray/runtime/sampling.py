@@ -1,0 +1,138 @@
+"""Trajectories at scale: a plan, a pool of teachers, shards.
+
+Imports ddray.config, generate (through the zoo), shards, storage and the pool.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddray import __version__
+from ddray.config import SampleConfig
+from ddray.errors import ConfigError, ShardError
+from ddray.flow import default_num_evals
+from ddray.generate import Teacher
+from ddray.models.zoo import load_teacher
+from ddray.runtime.pool import fill
+from ddray.seeding import SCHEME
+from ddray.shards import Plan, TrajectorySet
+from ddray.storage import open_storage
+
+
+def make_plan(config: SampleConfig, teacher: Teacher) -> Plan:
+    """Everything that decides the bytes of a trajectory set."""
+    vocab_size = len(teacher.codebook)
+    return Plan(
+        teacher=teacher.name,
+        teacher_fingerprint=teacher.fingerprint,
+        tokenizer_fingerprint=teacher.tokenizer.fingerprint,
+        conditioning=teacher.conditioning,
+        num_classes=teacher.num_classes,
+        seed=config.seed,
+        noise_scheme=SCHEME,
+        cfg=teacher.default_cfg if config.cfg is None else config.cfg,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        temperature=config.temperature,
+        solver=config.solver,
+        num_evals=config.num_evals or default_num_evals(config.solver, vocab_size),
+        dtype=config.dtype,
+        threads=config.threads,
+        count=config.count,
+        shard_rows=config.shard_rows,
+        batch_size=config.batch_size,
+        stages=teacher.stages,
+        vocab_size=vocab_size,
+    )
+
+
+def sample_rows(teacher: Teacher, plan: Plan, rows: range) -> np.ndarray:
+    """Tokens [rows, L] of consecutive indices, as the plan's settings give them, int64."""
+    index = np.arange(rows.start, rows.stop)
+    tokens = teacher.trajectories(
+        torch.from_numpy(plan.label(index)),
+        torch.from_numpy(index),
+        seed=plan.seed,
+        cfg=plan.cfg,
+        top_k=plan.top_k,
+        top_p=plan.top_p,
+        temperature=plan.temperature,
+        solver=plan.solver,
+        num_evals=plan.num_evals,
+    )
+    return tokens.cpu().numpy()
+
+
+class TrajectoryWorker:
+    """An actor's teacher, which writes whole shards.
+
+    Args:
+        uri: of the trajectory set.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    def __init__(self, uri: str, device: str):
+        self._set = TrajectorySet.open(uri)
+        plan = self._set.plan
+        self._teacher = load_teacher(plan.teacher, device=device, dtype=plan.dtype)
+        if self._teacher.tokenizer.fingerprint != plan.tokenizer_fingerprint:
+            raise ShardError(f"{plan.teacher} on this worker has another tokenizer than the plan's")
+
+    def do(self, shard: int) -> int:
+        """Sample and write one shard."""
+        plan = self._set.plan
+        tokens = [sample_rows(self._teacher, plan, rows) for rows in plan.batches(shard)]
+        index = np.asarray(plan.shard_range(shard))
+        self._set.write_shard(
+            shard, index, plan.label(index), np.concatenate(tokens).astype(plan.token_dtype)
+        )
+        return len(index)
+
+
+def estimate(config: SampleConfig) -> dict[str, Any]:
+    """What a run will write, for `--dry-run`."""
+    teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
+    plan = make_plan(config, teacher)
+    bytes_per_token = np.dtype(plan.token_dtype).itemsize
+    return {
+        "shards": plan.num_shards,
+        "stages_per_image": len(plan.stages),
+        "megabytes": round(plan.count * plan.num_tokens * bytes_per_token / 1e6, 2),
+    }
+
+
+def sample(config: SampleConfig) -> dict[str, Any]:
+    """Fill a trajectory set: plan, refuse what cannot work, sample what is missing, prove it whole.
+
+    Args:
+        config: the job.
+
+    Returns:
+        Summary: what is there, what was made, and how fast.
+
+    Raises:
+        ConfigError: another plan at the URI, or settings that do not fit.
+        StorageError: the URI cannot be written.
+        ClusterError: Ray cannot start, or the pool keeps failing.
+        ShardError: shards are missing although the pool finished.
+    """
+    storage = open_storage(config.out)
+    storage.check_writable()
+    teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
+    if teacher.conditioning != "class":
+        raise ConfigError(f"{config.teacher} is conditioned on {teacher.conditioning}, not classes")
+    trajectories = TrajectorySet.create(config.out, make_plan(config, teacher))
+    plan = trajectories.plan
+    filled = fill("trajectories", trajectories, config.out, TrajectoryWorker, config)
+    summary = {
+        "uri": trajectories.uri,
+        "ddray_version": __version__,
+        "plan_hash": plan.hash,
+        "teacher": plan.teacher,
+        "rows": plan.count,
+        **filled.summary(),
+    }
+    storage.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary

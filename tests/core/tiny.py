@@ -1,0 +1,108 @@
+"""Tiny models, golden fixtures and the chi-square test that the core tests share."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddray.generate import Student, Teacher
+from ddray.models.llamagen import LlamaGen, LlamaGenConfig
+from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
+from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.zoo import load_student, load_teacher
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+SIZES = {
+    "dim": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "vocab_size": 8,
+    "num_classes": 3,
+    "block_size": 4,
+    "multiple_of": 16,
+}
+VQ_SIZES = {
+    "codebook_size": 8,
+    "codebook_embed_dim": 4,
+    "z_channels": 4,
+    "ch": 32,
+    "ch_mult": [1, 1],
+    "num_res_blocks": 1,
+}
+
+
+def golden(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sizes and tensors of a golden case."""
+    config = json.loads((GOLDEN / "meta" / f"{case}.json").read_text())["config"]
+    return config, load_file(GOLDEN / "io" / f"{case}.safetensors")
+
+
+def golden_weights(name: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / "weights" / f"{name}.safetensors")
+
+
+def assert_golden(actual: Tensor, expected: Tensor) -> None:
+    """The pass rule of the fixtures: upstream moves by 1.4e-5 itself, a loading mistake by far more."""
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
+def teacher_state(seed: int = 0, **sizes: Any) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return dict(LlamaGen(LlamaGenConfig(**{**SIZES, **sizes})).state_dict())
+
+
+def tokenizer_state(seed: int = 1, **sizes: Any) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return dict(LlamaGenVQ(LlamaGenVQConfig(**{**VQ_SIZES, **sizes})).state_dict())
+
+
+def student_state(seed: int = 2, **sizes: Any) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlamaGenStudentConfig(**{**SIZES, "codebook_dim": 4, **sizes})
+        return dict(LlamaGenStudent(config).state_dict())
+
+
+def teacher_config(vq: Mapping[str, Any] | None = None, **sizes: Any) -> dict[str, Any]:
+    size = sizes.get("vocab_size", SIZES["vocab_size"])
+    tokenizer = {**VQ_SIZES, "codebook_size": size, **(vq or {})}
+    return {"family": "llamagen", **SIZES, **sizes, "tokenizer": tokenizer}
+
+
+def student_config(vq: Mapping[str, Any] | None = None, **sizes: Any) -> dict[str, Any]:
+    return {**teacher_config(vq, **sizes), "family": "llamagen-dd", "codebook_dim": 4}
+
+
+def tiny_teacher(seed: int = 0, **sizes: Any) -> Teacher:
+    """A random teacher of 4 tokens, 8 codes of width 4 and 3 classes, unless `sizes` says otherwise."""
+    config = teacher_config(**sizes)
+    codec = tokenizer_state(codebook_size=config["vocab_size"])
+    return load_teacher(config, checkpoint=teacher_state(seed, **sizes), tokenizer=codec)
+
+
+def tiny_student(seed: int = 2, **sizes: Any) -> Student:
+    """A random student with the tokenizer of `tiny_teacher`."""
+    config = student_config(**sizes)
+    codec = tokenizer_state(codebook_size=config["vocab_size"])
+    return load_student(config, checkpoint=student_state(seed, **sizes), tokenizer=codec)
+
+
+def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
+    """Pearson's test: the chance of counts at least this far from the probabilities.
+
+    Cells without mass must be empty; every other cell must expect 5 counts, where the approximation holds.
+    """
+    assert not counts[probabilities == 0].any()
+    counts, expected = counts[probabilities > 0].double(), probabilities[probabilities > 0].double()
+    expected = expected / expected.sum() * counts.sum()
+    assert expected.min() >= 5
+    statistic = ((counts - expected).square() / expected).sum()
+    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
