@@ -5,6 +5,7 @@ refused with the nearest known one. Imports ddray.errors; no torch, no ray.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -19,7 +20,7 @@ SeedT = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _parse_workers(value: Any) -> Any:
-    """ "MIN:MAX", "N" or N as a pair."""
+    """A pair from "MIN:MAX", "N" or N."""
     if isinstance(value, str):
         value = value.split(":")
     if isinstance(value, int):
@@ -30,7 +31,7 @@ def _parse_workers(value: Any) -> Any:
 
 
 def _parse_schedule(value: Any) -> Any:
-    """ "0,16" as (0, 16)."""
+    """A list from "0,16"."""
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -216,6 +217,22 @@ def load_config(
         raise ConfigError(_first_problem(error, kind)) from None
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML without base-60 numbers: in YAML 1.1, 1:2 would be the integer 62."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), [*"-+0123456789"])
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?$"),
+    [*"-+.0123456789"],
+)
+
+
 def _overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, Mapping) and isinstance(target.get(key), dict):
@@ -229,7 +246,7 @@ def _overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(file).read_text())
+        values = yaml.load(Path(file).read_text(), _Yaml)
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -248,7 +265,7 @@ def _read_setting(setting: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ConfigError(f"--set {setting!r} is not of the form key.path=value")
     try:
-        value: Any = yaml.safe_load(text)
+        value: Any = yaml.load(text, _Yaml)
     except yaml.YAMLError:
         value = text
     for key in reversed(keys):

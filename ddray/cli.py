@@ -1,0 +1,248 @@
+"""The command line: `ddray <verb>`.
+
+A verb's flags are the keys of its config. Handlers import what they need, so `ddray --help` is instant.
+Imports ddray.errors.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from ddray import __version__
+from ddray.errors import ConfigError, DDRayError
+
+# verb: (config class in ddray.config, handler "module:function", one line)
+_JOBS = {
+    "quickstart": (
+        "QuickstartConfig",
+        "ddray.cli:_quickstart",
+        "distil the bundled teacher on this machine, with a report",
+    ),
+    "sample": (
+        "SampleConfig",
+        "ddray.cli:_sample",
+        "fill a trajectory set from a teacher (Ray Data)",
+    ),
+    "distill": (
+        "DistillConfig",
+        "ddray.cli:_distill",
+        "train a student on a trajectory set (Ray Train + DeepSpeed)",
+    ),
+    "generate": ("GenerateConfig", "ddray.cli:_generate", "images in bulk from a student"),
+    "evaluate": ("EvaluateConfig", "ddray.cli:_evaluate", "a student beside its teacher"),
+    "serve": ("ServeConfig", "ddray.cli:_serve", "a student behind HTTP (Ray Serve)"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddray",
+        description="Distilled Decoding: an autoregressive image model becomes a one-step "
+        "generator. Every verb runs without flags, on the bundled digits models.",
+    )
+    parser.add_argument("--version", action="version", version=f"ddray {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, (_, _, line) in _JOBS.items():
+        # Filled in when the verb is chosen: its flags come from its config class.
+        verbs.add_parser(verb, help=line, add_help=False)
+    inspect = verbs.add_parser("inspect", help="what a trajectory set holds, and whether it is whole")
+    inspect.add_argument("uri", help="URI of the set")
+    inspect.add_argument("--verify", action="store_true", help="read every shard and check it")
+    inspect.add_argument(
+        "--repair", action="store_true", help="move bad shards aside; `ddray sample` refills them"
+    )
+    verbs.add_parser("models", help="models that ddray knows by name")
+    return parser
+
+
+def _job_parser(verb: str) -> argparse.ArgumentParser:
+    """Flags of a job: one for every key of its config, and the common ones."""
+    config = import_module("ddray.config")
+    kind = getattr(config, _JOBS[verb][0])
+    parser = argparse.ArgumentParser(
+        prog=f"ddray {verb}",
+        description=kind.__doc__,
+        epilog="Order: preset < --config FILE < --set < flags.",
+    )
+    parser.add_argument("--preset", default="default", help="default or tiny (default: default)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with keys of the config")
+    parser.add_argument(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="set any key; may be repeated",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and the cost, do nothing"
+    )
+    keys = parser.add_argument_group("keys of the config")
+    for name, field in kind.model_fields.items():
+        default = field.get_default()
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(default, config.Job):
+            continue
+        text = field.description or ""
+        if isinstance(default, bool):
+            keys.add_argument(
+                flag, action="store_const", const=True, dest=f"key_{name}", help=text
+            )
+            continue
+        shown = ":".join(map(str, default)) if name == "workers" and verb != "distill" else default
+        shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
+        suffix = "" if shown is None else f" (default: {shown})"
+        keys.add_argument(flag, metavar="X", dest=f"key_{name}", help=f"{text}{suffix}".strip())
+    return parser
+
+
+def _resolve(verb: str, arguments: argparse.Namespace) -> Any:
+    from ddray import config
+    from ddray.presets import preset
+
+    given = {
+        name.removeprefix("key_"): value
+        for name, value in vars(arguments).items()
+        if name.startswith("key_") and value is not None
+    }
+    return config.load_config(
+        getattr(config, _JOBS[verb][0]),
+        preset=preset(verb, arguments.preset),
+        file=arguments.config,
+        settings=arguments.settings,
+        flags=given,
+    )
+
+
+def _quickstart(config: Any) -> None:
+    from ddray.runtime.quickstart import quickstart
+
+    quickstart(config)
+
+
+def _sample(config: Any) -> None:
+    from ddray.runtime.sampling import sample
+
+    _print_json(sample(config))
+
+
+def _distill(config: Any) -> None:
+    from ddray.runtime.training import distill
+
+    _print_json(distill(config))
+
+
+def _generate(config: Any) -> None:
+    from ddray.runtime.bulk import generate
+
+    _print_json(generate(config))
+
+
+def _evaluate(config: Any) -> None:
+    from ddray.evaluate import evaluate
+    from ddray.evaluation_report import build_report, tables_as_text, write_evaluation
+    from ddray.storage import open_storage
+
+    open_storage(config.out).check_writable()
+    evaluation = evaluate(config)
+    report = build_report(
+        evaluation,
+        title="A student beside its teacher",
+        subtitle=config.student,
+        settings={"evaluate": config.model_dump(mode="json")},
+        commands=[f"ddray evaluate --student {config.student} --count {config.count}"],
+    )
+    write_evaluation(config.out, evaluation, report, evaluation.summary())
+    print(tables_as_text(evaluation))
+
+
+def _serve(config: Any) -> None:
+    from ddray.runtime.serving import serve_student
+
+    serve_student(config)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from ddray.inspect_set import describe, repair, verify
+
+    _print_json(describe(arguments.uri))
+    if arguments.repair:
+        for line in repair(arguments.uri):
+            print(line)
+        return 0
+    if arguments.verify:
+        problems = verify(arguments.uri)
+        print("\n".join(problems) or "verified: every index once, every hash right")
+        return 1 if problems else 0
+    return 0
+
+
+def _models() -> None:
+    from ddray.models.zoo import BUNDLED_MODELS
+
+    for name, line in BUNDLED_MODELS.items():
+        print(f"{name:22}{line}")
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _dry_run(verb: str, config: Any) -> None:
+    import yaml
+
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    if verb == "sample":
+        from ddray.runtime.sampling import estimate
+
+        print(yaml.safe_dump({"estimate": estimate(config)}, sort_keys=False), end="")
+
+
+def _handler(target: str) -> Callable[[Any], None]:
+    module, _, function = target.partition(":")
+    handler: Callable[[Any], None] = getattr(import_module(module), function)
+    return handler
+
+
+def _run(argv: Sequence[str]) -> int:
+    arguments, rest = _parser().parse_known_args(argv)
+    verb = arguments.verb
+    if verb not in _JOBS:
+        if rest:
+            _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        if verb == "inspect":
+            return _inspect(arguments)
+        _models()
+        return 0
+    job = _job_parser(verb).parse_args(rest)
+    config = _resolve(verb, job)
+    if job.dry_run:
+        _dry_run(verb, config)
+    else:
+        _handler(_JOBS[verb][1])(config)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+    except DDRayError as error:
+        print(f"ddray: error: {error}", file=sys.stderr)
+        return ConfigError.exit_code if isinstance(error, ConfigError) else error.exit_code
+    except KeyboardInterrupt:
+        print("ddray: interrupted; a rerun goes on from what is written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""All of ddray in one run: trajectories, a student, bulk images, an evaluation, a report.
+
+Each part is the one that a cluster runs. Imports the other runtime modules, ddray.evaluate and its report.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ddray.config import (
+    DistillConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    QuickstartConfig,
+    SampleConfig,
+)
+from ddray.errors import ConfigError
+from ddray.evaluate import evaluate
+from ddray.evaluation_report import bars, build_report, tables_as_text, write_evaluation
+from ddray.runtime.bulk import generate
+from ddray.runtime.cluster import connect
+from ddray.runtime.sampling import sample
+from ddray.runtime.training import STUDENT_FOLDER, distill, read_history
+from ddray.storage import open_storage
+
+
+def parts(
+    config: QuickstartConfig,
+) -> tuple[SampleConfig, DistillConfig, GenerateConfig, EvaluateConfig]:
+    """The four jobs of a quickstart, with its teacher, seed and folder put in."""
+    out = config.out.rstrip("/")
+    data, run, student = f"{out}/trajectories", f"{out}/distill", f"{out}/{STUDENT_FOLDER}"
+    return (
+        config.sample.model_copy(
+            update={"teacher": config.teacher, "out": data, "seed": config.seed}
+        ),
+        config.distill.model_copy(
+            update={"teacher": config.teacher, "data": data, "out": run, "seed": config.seed}
+        ),
+        config.generate.model_copy(
+            update={"student": student, "out": f"{out}/images", "seed": config.seed + 1}
+        ),
+        config.evaluate.model_copy(
+            update={"student": student, "teacher": config.teacher, "data": data, "out": out}
+        ),
+    )
+
+
+def quickstart(config: QuickstartConfig) -> dict[str, Any]:
+    """Run everything under one folder; a rerun goes on where the last one ended.
+
+    Args:
+        config: the job.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        DDRayError: whatever a part refuses or fails with.
+    """
+    storage = open_storage(config.out)
+    storage.check_writable()
+    resolved = config.model_dump(mode="json")
+    _claim(config.out, resolved)
+    sampling, distilling, generating, evaluating = parts(config)
+    seconds: dict[str, float] = {}
+    summary: dict[str, Any] = {"config": resolved, "seconds": seconds}
+
+    def stage(name: str, work: Callable[[], dict[str, Any]]) -> None:
+        _say(f"{name} ...")
+        started = time.monotonic()
+        summary[name] = work()
+        seconds[name] = round(time.monotonic() - started, 1)
+
+    with connect():
+        stage("trajectories", lambda: sample(sampling))
+        stage("distillation", lambda: distill(distilling))
+        _copy_folder(f"{distilling.out}/{STUDENT_FOLDER}", f"{config.out}/{STUDENT_FOLDER}")
+        stage("images", lambda: generate(generating))
+    # Ray's processes are gone by now: speed is measured on a machine of one's own.
+    _say("evaluation ...")
+    evaluation = evaluate(evaluating)
+    seconds["evaluation"] = round(evaluation.seconds, 1)
+    history = read_history(distilling.out)
+    summary["evaluation"] = evaluation.summary()
+    summary["bars"] = [
+        {"what": b.what, "bar": b.bar, "measured": b.measured, "met": b.met}
+        for b in bars(evaluation)
+    ]
+    report = build_report(
+        evaluation,
+        title="Distilled Decoding on real digits",
+        subtitle=f"{config.teacher}, distilled here into a student of "
+        f"{len(distilling.schedule)} steps at most, from {sampling.count} trajectories in "
+        f"{distilling.steps} steps",
+        history=history,
+        settings={
+            "sample": sampling.model_dump(mode="json"),
+            "distill": distilling.model_dump(mode="json"),
+            "generate": generating.model_dump(mode="json"),
+            "evaluate": evaluating.model_dump(mode="json"),
+        },
+        commands=[f"ddray quickstart --teacher {config.teacher} --out {config.out}"],
+    )
+    write_evaluation(config.out, evaluation, report, summary)
+    print(tables_as_text(evaluation))
+    _say(f"open {storage.join('report.html')}")
+    return summary
+
+
+def _claim(out: str, resolved: dict[str, Any]) -> None:
+    """Keep the settings of a run folder; refuse it to a run with others, whose parts would not fit."""
+    storage = open_storage(out)
+    if storage.exists("config.json"):
+        earlier = json.loads(storage.read("config.json"))
+        # Evaluation reads what is there; anything about it may change.
+        changed = [
+            key
+            for key in ("teacher", "seed", "sample", "distill", "generate")
+            if earlier.get(key) != resolved[key]
+        ]
+        if changed:
+            raise ConfigError(
+                f"{out} holds a quickstart with other settings for {', '.join(changed)}; use another "
+                "--out, or delete it"
+            )
+    storage.write("config.json", (json.dumps(resolved, indent=2) + "\n").encode())
+
+
+def _copy_folder(source: str, target: str) -> None:
+    here, there = open_storage(source), open_storage(target)
+    for name in sorted(here.list(), key=lambda n: n == "config.json"):
+        there.write(name, here.read(name))
+
+
+def _say(text: str) -> None:
+    print(f"ddray: {text}", file=sys.stderr, flush=True)
