@@ -38,7 +38,7 @@ class ImagePlan:
         num_classes: index i is of class i % num_classes.
         seed: of the noise.
         schedule: as given to `Student.generate`.
-        format: of the shards.
+        encoding: of the shards.
         count: images in all.
         shard_rows: images of a shard.
         batch_size: images generated together.
@@ -51,7 +51,7 @@ class ImagePlan:
     num_classes: int
     seed: int
     schedule: str
-    format: Literal["parquet", "webdataset", "images"]
+    encoding: Literal["parquet", "webdataset", "images"]
     count: int
     shard_rows: int
     batch_size: int
@@ -77,10 +77,10 @@ class ImagePlan:
         return (index % self.num_classes).astype(np.int32)
 
     def shard_name(self, k: int) -> str:
-        """Name of shard k; of format "images" it is the list of the shard's files."""
+        """Name of shard k; of encoding "images" it is the list of the shard's files."""
         rows = self.shard_range(k)
         # The range stands in the name: a short last shard of a smaller set is another file.
-        return f"shards/images-{rows.start:09d}-{rows.stop:09d}.{_SUFFIXES[self.format]}"
+        return f"shards/images-{rows.start:09d}-{rows.stop:09d}.{_SUFFIXES[self.encoding]}"
 
 
 class ImageSet:
@@ -163,9 +163,9 @@ class ImageSet:
             raise ShardError(f"shard {k} takes {len(index)} images, got {len(images)}")
         labels = self.plan.label(index)
         pngs = [encode_png(pixels) for pixels in to_uint8(images)]
-        if self.plan.format == "parquet":
+        if self.plan.encoding == "parquet":
             data = _parquet(index, labels, pngs, self.plan)
-        elif self.plan.format == "webdataset":
+        elif self.plan.encoding == "webdataset":
             data = _tar(index, labels, pngs)
         else:
             data = self._write_files(index, labels, pngs)

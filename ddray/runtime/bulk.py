@@ -63,7 +63,7 @@ def make_plan(config: GenerateConfig, student: Student) -> ImagePlan:
         num_classes=student.num_classes,
         seed=config.seed,
         schedule=schedule,
-        format=config.format,
+        encoding=config.format,
         count=config.count,
         shard_rows=config.shard_rows,
         batch_size=config.batch_size,
@@ -94,7 +94,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "student": images.plan.student,
         "schedule": images.plan.schedule,
         "images": images.plan.count,
-        "format": images.plan.format,
+        "format": images.plan.encoding,
         **filled.summary(),
     }
     images.storage.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The HTTP front of the image service: routes, body limits, admission, timeouts, the wording of errors.
+"""The HTTP front of the image service: routes, limits, admission, timeouts, wording of errors.
 
 All of them lie below Serve's own limits, whose answers are plain text.
 Imports ddray.serving_api.

@@ -5,12 +5,14 @@ not by what actors returned. Imports ddray.config, errors, progress and the clus
 """
 
 import logging
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ddray import errors
 from ddray.config import PoolConfig
 from ddray.errors import ClusterError, DDRayError, ShardError
 from ddray.progress import Progress
@@ -139,7 +141,8 @@ def _run(
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = config.stall_timeout_s
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What goes wrong is raised here; Ray Data would print the traces of its own threads as well.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # Ray announces that free keyword arguments will go, but has no other way yet to bound restarts.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     least, most = (min(n, len(shards)) for n in config.workers)
@@ -169,24 +172,19 @@ def _run(
 
 
 def _explain(error: BaseException, config: PoolConfig) -> DDRayError:
-    """Our own error if a worker raised one, else one line about what happened to the pool."""
-    chain: BaseException | None = error
-    while chain is not None:
-        cause = getattr(chain, "cause", None)
-        for candidate in (chain, cause):
-            if isinstance(candidate, DDRayError):
-                # Ray raises a subclass of the original type made on the fly; say it in the plain one.
-                for base in type(candidate).__mro__:
-                    if base.__module__ == "ddray.errors":
-                        return base(_last_line(candidate))  # type: ignore[no-any-return]
-        chain = cause if isinstance(cause, BaseException) else chain.__cause__
-    kind = type(error).__name__
+    """Our own error if an actor raised one, else one line about what happened to the pool."""
+    # Ray wraps what an actor raised, and tells of a constructor's error in text alone: its last line.
+    line = last_line(error)
+    ours = re.fullmatch(r"(?:ray\.exceptions\.\S+ )?ddray\.errors\.(\w+): (.*)", line)
+    if ours:
+        return getattr(errors, ours[1])(ours[2])  # type: ignore[no-any-return]
     return ClusterError(
-        f"the pool of {config.workers[0]}:{config.workers[1]} workers failed ({kind}): "
-        f"{_last_line(error)}; what is written stays, and a rerun fills the gaps"
+        f"the pool of {config.workers[0]}:{config.workers[1]} actors failed "
+        f"({type(error).__name__}): {line}; what is written stays, and a rerun fills the gaps"
     )
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, where a remote traceback names the error itself."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:400] if lines else type(error).__name__
+    return lines[-1].strip()[:600] if lines else type(error).__name__

@@ -5,8 +5,10 @@ Imports ddray.errors, ddray.serving_api, ddray.runtime; replicas load ddray.mode
 """
 
 import asyncio
+import json
 import logging
 import os
+import re
 import socket
 import time
 import urllib.request
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from ddray.errors import ClusterError
+from ddray.errors import ClusterError, ConfigError
 from ddray.runtime.cluster import require
 from ddray.runtime.ingress import Ingress
 from ddray.serving_api import MAX_IMAGES, ImageJob, ModelCard, png_bytes
@@ -38,6 +40,7 @@ APP_NAME = "ddray"
 _GRACE_S = 10.0
 _START_TRIES = 3
 _START_WAIT_S = 30.0
+_STOP_WAIT_S = 20.0
 _FAILURES_UNTIL_ILL = 3
 
 # The same image must be the same bytes whatever shared its batch, and float32 results vary in
@@ -52,7 +55,7 @@ _GPU_CHUNK = 16
 def generate_images(
     student: "Student", jobs: Sequence[ImageJob], chunk_size: int
 ) -> list["npt.NDArray[np.float32]"]:
-    """Images of a mixed batch: any classes, indices and seeds in one pass, each schedule in its own.
+    """Images of a mixed batch: a pass takes any classes, indices and seeds, but one schedule.
 
     Args:
         student: the student.
@@ -211,7 +214,7 @@ def build_app(
         The application; its front is the ingress.
 
     Raises:
-        ConfigError: if the student does not exist.
+        ConfigError: if there is no such student.
     """
     spec = _located(student)
     # Eight batches deep, the queue of a replica; at least one request of full size.
@@ -223,6 +226,8 @@ def build_app(
         max_ongoing_requests=2 * max_batch_size,
         max_queued_requests=max_images,
         max_constructor_retry_count=_START_TRIES,
+        # What is under way may finish, and nothing lasts longer.
+        graceful_shutdown_timeout_s=min(request_timeout_s, _STOP_WAIT_S),
         ray_actor_options={"num_cpus": threads, "num_gpus": num_gpus},
     )
     front = serve.deployment(
@@ -238,9 +243,17 @@ def build_app(
 
 def _located(student: str) -> str:
     """The student in words that mean the same on every node, refused if there is none."""
-    from ddray.models.zoo import BUNDLED_MODELS, resolve
+    from ddray.checkpoint import CONFIG_FILE
+    from ddray.models.zoo import BUNDLED_MODELS, FAMILIES, resolve
+    from ddray.storage import open_storage
 
-    resolve(student)
+    config = json.loads(open_storage(str(resolve(student))).read(CONFIG_FILE))
+    valid = [name for name, family in FAMILIES.items() if family.kind == "student"]
+    if config.get("family") not in valid:
+        raise ConfigError(
+            f"{student} is of family {config.get('family')!r}, which is no student; "
+            f"students are {', '.join(valid)}"
+        )
     if student in BUNDLED_MODELS or "://" in student:
         return student
     return os.path.abspath(student)
@@ -256,7 +269,7 @@ def run(config: "ServeConfig") -> str:
         The base URL, at which it answers.
 
     Raises:
-        ConfigError: if the student does not exist.
+        ConfigError: if there is no such student.
         ClusterError: if the port is taken, the cluster is too small or the service does not start.
     """
     application = build_app(
@@ -268,6 +281,8 @@ def run(config: "ServeConfig") -> str:
         request_timeout_s=config.request_timeout_s,
     )
     require(config.replicas * config.threads, 0, f"serving {config.student}")
+    # Serve tells each step of its start on the terminal of who starts it.
+    log.setLevel(logging.WARNING)
     running = bool(serve.status().proxies)
     if not running:
         _check_port(config.host, config.port)
@@ -285,13 +300,21 @@ def run(config: "ServeConfig") -> str:
         url = _url(config.host, config.port)
         _check_answers(url, running)
     except (RuntimeError, ValueError, RayServeException) as error:
+        reason = _reason(error)
         _remove(running)
-        reason = " ".join(str(error).split())[-600:]
         raise ClusterError(f"the service of {config.student} did not start: {reason}") from error
     except ClusterError:
         _remove(running)
         raise
     return url
+
+
+def _reason(error: Exception) -> str:
+    """Why an application failed: the last exception of its deployments, which Serve only logs."""
+    application = serve.status().applications.get(APP_NAME)
+    messages = [d.message for d in application.deployments.values()] if application else []
+    raised = re.findall(r"^[\w.]*(?:Error|Exception): .+", "\n".join(messages), re.MULTILINE)
+    return raised[-1] if raised else " ".join(str(error).split())[-600:]
 
 
 def _remove(keep_serve: bool) -> None:

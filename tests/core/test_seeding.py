@@ -1,4 +1,4 @@
-"""Facts about random draws: the published generator, the normal law, and that draws belong to (seed, index)."""
+"""Facts about random draws: the published generator, the normal law, one draw per (seed, index)."""
 
 import itertools
 import math

@@ -47,7 +47,7 @@ def golden_weights(name: str) -> dict[str, Tensor]:
 
 
 def assert_golden(actual: Tensor, expected: Tensor) -> None:
-    """The pass rule of the fixtures: upstream moves by 1.4e-5 itself, a loading mistake by far more."""
+    """The pass rule of the fixtures: upstream moves by 1.4e-5 itself, a mistake by far more."""
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
@@ -81,7 +81,7 @@ def student_config(vq: Mapping[str, Any] | None = None, **sizes: Any) -> dict[st
 
 
 def tiny_teacher(seed: int = 0, **sizes: Any) -> Teacher:
-    """A random teacher of 4 tokens, 8 codes of width 4 and 3 classes, unless `sizes` says otherwise."""
+    """A random teacher of 4 tokens, 8 codes of width 4 and 3 classes, or of other `sizes`."""
     config = teacher_config(**sizes)
     codec = tokenizer_state(codebook_size=config["vocab_size"])
     return load_teacher(config, checkpoint=teacher_state(seed, **sizes), tokenizer=codec)
@@ -97,7 +97,7 @@ def tiny_student(seed: int = 2, **sizes: Any) -> Student:
 def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
     """Pearson's test: the chance of counts at least this far from the probabilities.
 
-    Cells without mass must be empty; every other cell must expect 5 counts, where the approximation holds.
+    Cells without mass must be empty; the others must expect 5 counts each, for the approximation.
     """
     assert not counts[probabilities == 0].any()
     counts, expected = counts[probabilities > 0].double(), probabilities[probabilities > 0].double()

@@ -1,0 +1,120 @@
+"""Facts about imports: `import ddray` is instant, the numerics know no Ray and no DeepSpeed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import ddray
+
+PACKAGE = Path(ddray.__file__).parent
+HEAVY = ("torch", "ray", "deepspeed", "pyarrow", "numpy")
+
+LIGHT_IMPORT = f"""
+import sys, time
+start = time.perf_counter()
+import ddray
+elapsed = time.perf_counter() - start
+assert "transport" in dir(ddray) and ddray.__version__
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+assert not loaded, loaded
+assert elapsed < 0.5, elapsed
+"""
+
+# Runs where none of the blocked packages is installed, as far as Python can tell.
+TOY_RUN = """
+import importlib, pathlib, pkgutil, sys
+
+BLOCKED = ("ray", "deepspeed", "mlxtend")
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+
+import ddray
+names = []
+for module in pkgutil.walk_packages(ddray.__path__, "ddray.", onerror=lambda name: None):
+    if not module.name.startswith("ddray.runtime") and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        names.append(module.name)
+assert {"ddray.flow", "ddray.generate", "ddray.digits", "ddray.models.llamagen_dd"} <= set(names)
+
+import torch
+torch.set_num_threads(1)
+from ddray.losses import distillation_loss
+from ddray.models.llamagen import LlamaGen, LlamaGenConfig
+from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.zoo import new_student
+from ddray.generate import Student
+
+sizes = dict(dim=16, n_layer=1, n_head=2, vocab_size=8, num_classes=3, block_size=4, multiple_of=16)
+vq = dict(codebook_size=8, codebook_embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1))
+teacher = ddray.load_teacher(
+    {"family": "llamagen", **sizes, "tokenizer": vq},
+    checkpoint=LlamaGen(LlamaGenConfig(**sizes)).state_dict(),
+    tokenizer=LlamaGenVQ(LlamaGenVQConfig(**vq)).state_dict(),
+)
+cond, index = torch.tensor([0, 1, 2, 1]), range(4)
+tokens = teacher.trajectories(cond, index, seed=1, cfg=1.5)
+network, config = new_student(teacher)
+optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+noise, t = ddray.noise(1, index, (4, 4)), torch.tensor([0, 0, 2, 2])
+loss = distillation_loss(network, teacher.stages, teacher.codebook, noise, tokens, cond, t)
+loss.total.backward()
+optimizer.step()
+student = Student(network, teacher.tokenizer, config, "toy")
+images = student.decode(student.generate(cond, seed=1, schedule="0,2"))
+assert images.shape == (4, 3, 4, 4) and images.isfinite().all()
+assert not [name for name in sys.modules if name.partition(".")[0] in BLOCKED]
+
+from ddray.errors import ConfigError
+try:
+    ddray.digits.load_digits()
+except ConfigError as error:
+    assert "install ddray[teachers]" in str(error)
+else:
+    raise AssertionError("the digits came from nowhere")
+"""
+
+
+def run(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=PACKAGE.parent,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_importing_the_package_loads_nothing_heavy_and_is_quick():
+    run(LIGHT_IMPORT)
+
+
+def test_sample_train_and_generate_run_without_ray_deepspeed_and_mlxtend():
+    run(TOY_RUN)
+
+
+def imports(path):
+    """Top-level names of everything that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").partition(".")[0]
+
+
+def test_only_the_runtime_imports_ray_and_deepspeed():
+    files = [path for path in PACKAGE.rglob("*.py") if "runtime" not in path.parts]
+    assert len(files) > 15
+    guilty = [path.name for path in files if {"ray", "deepspeed"} & set(imports(path))]
+    assert not guilty
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    assert not hasattr(ddray, "transports")
+    assert {"load_teacher", "load_student", "noise", "transport"} <= set(dir(ddray))

@@ -1,0 +1,97 @@
+"""Facts about the Frechet distance: closed forms, symmetry, and too few images."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddray.errors import ConfigError
+from ddray.metrics import FeatureStatistics, classify, frechet_distance
+from ddray.models.digits_classifier import NUM_FEATURES, DigitsClassifier
+
+
+def gaussian(mean, covariance):
+    return FeatureStatistics(100, np.array(mean, float), np.array(covariance, float))
+
+
+def random_gaussian(seed, size=6):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(size, size))
+    return gaussian(rng.normal(size=size), root @ root.T)
+
+
+def test_the_distance_in_one_dimension():
+    # (m1 - m2)^2 + (s1 - s2)^2
+    a, b = gaussian([1.0], [[4.0]]), gaussian([4.0], [[25.0]])
+    assert frechet_distance(a, b) == pytest.approx(9 + 9)
+
+
+def test_the_distance_of_axis_aligned_gaussians():
+    a = gaussian([0, 0, 0], np.diag([1.0, 4.0, 9.0]))
+    b = gaussian([1, 2, 2], np.diag([16.0, 4.0, 0.0]))
+    assert frechet_distance(a, b) == pytest.approx(9 + 9 + 0 + 9)
+
+
+def test_the_distance_of_commuting_covariances_is_that_of_their_roots():
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    a = gaussian([0] * 3, rotation @ np.diag([1.0, 4.0, 9.0]) @ rotation.T)
+    b = gaussian([0] * 3, rotation @ np.diag([4.0, 1.0, 25.0]) @ rotation.T)
+    assert frechet_distance(a, b) == pytest.approx(1 + 1 + 4)
+
+
+def test_the_distance_to_itself_is_zero():
+    a = random_gaussian(1)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_distance_is_symmetric_and_positive():
+    a, b = random_gaussian(1), random_gaussian(2)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a))
+    assert frechet_distance(a, b) > 0
+
+
+def test_a_flat_covariance_has_a_distance():
+    features = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    features[:, 3:] = 0
+    a = FeatureStatistics.from_features(features)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    moved = FeatureStatistics.from_features(features + 2)
+    assert frechet_distance(a, moved) == pytest.approx(20, rel=1e-6)
+
+
+def test_statistics_are_mean_and_unbiased_covariance_in_float64():
+    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    statistics = FeatureStatistics.from_features(features)
+    rows = features.double()
+    assert statistics.count == 50
+    assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
+    np.testing.assert_allclose(statistics.mean, rows.mean(0))
+    centred = rows - rows.mean(0)
+    np.testing.assert_allclose(statistics.covariance, centred.T @ centred / 49)
+
+
+def test_statistics_survive_as_tensors():
+    statistics = FeatureStatistics.from_features(torch.eye(3))
+    tensors = statistics.tensors()
+    assert int(tensors["reference.count"]) == 3
+    np.testing.assert_array_equal(tensors["reference.mean"].numpy(), statistics.mean)
+    np.testing.assert_array_equal(tensors["reference.covariance"].numpy(), statistics.covariance)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images_are_refused(count):
+    with pytest.raises(ConfigError, match=f"needs at least 2 images, got {count}"):
+        FeatureStatistics.from_features(torch.zeros(count, 4))
+
+
+def test_images_are_judged_as_eight_bit_pixels():
+    torch.manual_seed(0)
+    classifier = DigitsClassifier().eval()
+    images = torch.rand(20, 1, 28, 28)
+    features, classes = classify(classifier, images)
+    assert features.shape == (20, NUM_FEATURES)
+    assert classes.shape == (20,)
+    stored = (images * 255).round().byte().float() / 255
+    assert torch.equal(classify(classifier, stored)[0], features)
+    beyond = torch.where(images > 0.5, images + 3, images)
+    clamped = torch.where(images > 0.5, torch.ones(()), images)
+    assert torch.equal(classify(classifier, beyond)[0], classify(classifier, clamped)[0])
