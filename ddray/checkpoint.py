@@ -1,11 +1,15 @@
 """Weights on disk: folders of safetensors + JSON that ddray writes, and the containers it reads.
 
-Nothing here unpickles code: `.pt` files load with `weights_only`. Imports ddray.errors and ddray.storage.
+Nothing here unpickles code: `.pt` files load with `weights_only`. Imports ddray.errors and
+ddray.storage.
 """
 
+import argparse
 import hashlib
 import json
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,10 @@ _CONTAINERS = (
     ("module",),
     ("state_dict",),
 )
+
+
+# What a published file may carry beside weights: a table that is computed, and caches.
+_LEFTOVER = re.compile(r"^freqs_cis$|\.kv_cache\.|\.causal_mask$")
 
 
 def save_folder(
@@ -115,10 +123,19 @@ def read_weights(source: str | Path | Mapping[str, Any]) -> StateDict:
     if path.suffix == ".safetensors":
         return _parse(path.read_bytes(), str(path))
     try:
-        container = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
+        # Only the zip format of PyTorch >= 1.6 can be mapped.
+        # Training code keeps its Namespace of arguments.
+        mapped = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            container = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is no PyTorch checkpoint of weights alone: it is damaged, or would run code "
+            "of its own when loaded"
+        ) from error
+    except Exception as error:  # one flipped bit makes torch.load fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from error
     return _unwrap(container, str(path))
 
 
@@ -159,7 +176,9 @@ def load_into(
     """
     wanted = module.state_dict()
     missing = [k for k in wanted if k not in state and k not in optional]
-    unexpected = [k for k in state if k not in wanted and k not in optional]
+    unexpected = [
+        k for k in state if k not in wanted and k not in optional and not _LEFTOVER.search(k)
+    ]
     shapes = [
         f"{k} is {[*state[k].shape]} instead of {[*wanted[k].shape]}"
         for k in wanted
@@ -184,7 +203,7 @@ def load_into(
 
 
 def fingerprint(module: nn.Module, optional: frozenset[str] = frozenset()) -> str:
-    """sha256 of a module's weights: names, dtypes, shapes and bytes, in the order of their names."""
+    """sha256 of a module's weights: names, dtypes, shapes and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if name not in optional:

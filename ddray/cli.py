@@ -1,7 +1,7 @@
 """The command line: `ddray <verb>`.
 
-A verb's flags are the keys of its config. Handlers import what they need, so `ddray --help` is instant.
-Imports ddray.errors.
+A verb's flags are the keys of its config. Handlers import what they need, so `ddray --help` is
+instant. Imports ddray.errors.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     for verb, (_, _, line) in _JOBS.items():
         # Filled in when the verb is chosen: its flags come from its config class.
         verbs.add_parser(verb, help=line, add_help=False)
-    inspect = verbs.add_parser("inspect", help="what a trajectory set holds, and whether it is whole")
+    inspect = verbs.add_parser(
+        "inspect", help="what a trajectory set holds, and whether it is whole"
+    )
     inspect.add_argument("uri", help="URI of the set")
     inspect.add_argument("--verify", action="store_true", help="read every shard and check it")
     inspect.add_argument(
@@ -89,9 +91,7 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
             continue
         text = field.description or ""
         if isinstance(default, bool):
-            keys.add_argument(
-                flag, action="store_const", const=True, dest=f"key_{name}", help=text
-            )
+            keys.add_argument(flag, action="store_const", const=True, dest=f"key_{name}", help=text)
             continue
         shown = ":".join(map(str, default)) if name == "workers" and verb != "distill" else default
         shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
@@ -228,7 +228,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
+    """Run a command; exit status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
     except DDRayError as error:
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ddray: interrupted; a rerun goes on from what is written", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone, as `head` does; Python would complain once more at exit.
+        # The reader of our output has gone, as `head` does; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

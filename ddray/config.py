@@ -1,7 +1,7 @@
 """Job configurations: what each verb can be told, checked before anything starts.
 
-A preset is overlaid by a YAML file, and that by `--set key.path=value` and the verb's flags. Unknown keys are
-refused with the nearest known one. Imports ddray.errors; no torch, no ray.
+A preset is overlaid by a YAML file, and that by `--set key.path=value` and the verb's flags.
+Unknown keys are refused with the nearest known one. Imports ddray.errors; no torch, no ray.
 """
 
 import difflib
@@ -74,7 +74,7 @@ class SampleConfig(PoolConfig):
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     temperature: Annotated[float, Field(ge=0)] = 1.0
-    solver: Literal["ab2", "euler", "rk4", "exact"] = "ab2"
+    solver: Literal["ab4", "ab2", "euler", "rk4", "exact"] = "ab4"
     num_evals: CountT | None = Field(None, description="absent = the default for this codebook")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     shard_rows: CountT = Field(500, description="rows of a shard: what a crash can cost")

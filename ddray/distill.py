@@ -1,7 +1,8 @@
 """Distillation in plain torch: which rows a step reads, how the rate moves, what is averaged.
 
-All of it is a function of the step alone, so a run that resumes, or runs on another number of workers, goes on as if
-nothing had happened. Imports ddray.losses, seeding and shards; the loop around it is ddray.runtime.training.
+All of it is a function of the step alone, so a run that resumes, or runs on another number of
+workers, goes on as if nothing had happened. Imports ddray.losses, seeding and shards; the loop
+around it is ddray.runtime.training.
 
 Shapes: B rows of this worker, L tokens, E code width.
 """
@@ -21,7 +22,7 @@ from ddray.seeding import noise
 class TrajectoryBatches:
     """Rows of a trajectory set in memory, in an order that depends on (seed, step) alone.
 
-    Every epoch is a permutation of all rows; a batch may span two epochs, so no row is ever left out.
+    Every epoch is a permutation of all rows; a batch may span two epochs, so no row is left out.
 
     Args:
         index: int64 [N], sample indices: they name the noise.
@@ -59,7 +60,7 @@ class TrajectoryBatches:
     def batch(
         self, first: int, count: int, code_width: int, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise float32 [B, L, E], tokens int64 [B, L] and classes int64 [B] of stream positions."""
+        """Noise float32 [B, L, E], tokens int64 [B, L], classes int64 [B] of stream positions."""
         rows = self.rows(first, count)
         tokens = torch.from_numpy(self._tokens[rows].astype(np.int64)).to(device)
         label = torch.from_numpy(self._label[rows].astype(np.int64)).to(device)
@@ -82,7 +83,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 class MovingAverage:
     """Exponential moving average of weights in float32.
 
-    It works element by element, so an average of a partition is the partition of the average (ZeRO stage 3).
+    It works element by element, so an average of a partition is the partition of the average
+    (ZeRO stage 3).
 
     Args:
         tensors: the weights, or this worker's partitions of them.

@@ -1,7 +1,8 @@
 """A student beside its teacher: quality against real digits, speed, and how exact the transport is.
 
-Every figure is measured here, with its protocol. Plain torch; imports ddray.config, generate, metrics, flow, digits and
-the zoo. The page that shows the result is made in ddray.evaluation_report.
+Every figure is measured here, with its protocol. Plain torch; imports ddray.config, generate,
+metrics, flow, digits and the zoo. The page that shows the result is made in
+ddray.evaluation_report.
 
 Shapes: N images, L tokens, V codebook size, E code width.
 """
@@ -48,7 +49,8 @@ class Evaluation:
     """What `evaluate` measured.
 
     Attributes:
-        quality: rows with generator, steps, fd_digits, class_accuracy, ratio (of fd_digits to the teacher's).
+        quality: rows with generator, steps, fd_digits, class_accuracy, ratio (of fd_digits to the
+            teacher's).
         speed: rows with generator and images/s by batch size.
         transport: agreement of the default transport with the exact map, and what it costs.
         pictures: images [10, 1, 28, 28] of every generator, same classes and noise.
@@ -94,7 +96,7 @@ def in_batches(
 def independent_tokens(
     known: tuple[Tensor, Tensor], labels: Tensor, index: Tensor, seed: int, vocab_size: int
 ) -> Tensor:
-    """The naive one-step baseline: every token from the teacher's marginal at its position and class.
+    """The naive one-step baseline: tokens from the teacher's marginals by position and class.
 
     Args:
         known: classes [M] and tokens [M, L] that the teacher made; their counts are the marginals.
@@ -196,7 +198,7 @@ class Evaluator:
         try:
             reference = reference_digits(load_digits()[1])
         except ConfigError:
-            # Without the real digits this row alone is missing; the statistics of the others are bundled.
+            # Without the real digits this row alone is missing: the other statistics are bundled.
             pass
         else:
             tokens = [self.teacher.encode(part) for part in reference.images.split(250)]
@@ -218,7 +220,7 @@ class Evaluator:
         return [{**row, "ratio": row["fd_digits"] / base} for row in rows]
 
     def speed(self) -> list[dict[str, Any]]:
-        """Images/s of every generator at each batch size, from classes to pixels, in this process."""
+        """Images/s of every generator at each batch size, classes to pixels, in this process."""
         makers: list[tuple[str, int, Callable[[Tensor, Tensor], Tensor]]] = [
             (AUTOREGRESSIVE, len(self.teacher.stages), self.autoregressive),
             (TRANSPORTED, len(self.teacher.stages), self.transported),
@@ -246,9 +248,10 @@ class Evaluator:
         return size / statistics.median(times[1:])
 
     def transport(self) -> dict[str, Any]:
-        """Agreement of the default transport with the exact map under the teacher's own distributions.
+        """Agreement of the default transport with the exact map under the teacher's distributions.
 
-        Also its cost: the time of trajectories over that of plain sampling of the same images, alternated.
+        Also its cost: the time of trajectories over that of plain sampling of the same images,
+        alternated.
         """
         count = self.config.transport_count
         labels, index = torch.arange(count) % self.teacher.num_classes, torch.arange(count)
@@ -302,17 +305,18 @@ class Evaluator:
         config, card = self.config, self.metric.card
         return [
             f"{config.count} images of every generator, classes in turn, seed {config.seed}, "
-            f"indices 0 to {config.count - 1}; teacher {self.teacher.name} at guidance {self.cfg:g}, "
-            "top_k off, top_p off, temperature 1; student by argmax of its logits head.",
+            f"indices 0 to {config.count - 1}; teacher {self.teacher.name} at guidance "
+            f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its logits head.",
             "fd_digits: Frechet distance between 64 features of the bundled digit classifier "
-            f"(weights {self.metric.fingerprint[:12]}, {card['held_out_accuracy']:.1%} right on held-"
-            "out digits) for the generated images and for 1000 held-out MNIST digits in 5 fixed "
-            f"augmentations ({self.metric.reference.count} images). It is not FID. Two disjoint halves "
-            f"of the held-out digits are {card['fd_digits_of_disjoint_halves']:.2f} apart.",
+            f"(weights {self.metric.fingerprint[:12]}, {card['held_out_accuracy']:.1%} right on "
+            "held-out digits) for the generated images and for 1000 held-out MNIST digits in 5 fixed "
+            f"augmentations ({self.metric.reference.count} images). It is not FID. Two disjoint "
+            f"halves of the held-out digits are {card['fd_digits_of_disjoint_halves']:.2f} apart.",
             "class_accuracy: share of images that the classifier takes for the class asked for.",
-            f"{NAIVE}: each token drawn alone from the teacher's frequencies at its position and class.",
-            f"Speed: from class ids to pixels in one process with {torch.get_num_threads()} threads on "
-            f"{self.teacher.device.type}, float32; median of repeated runs after a warm-up.",
+            f"{NAIVE}: each token drawn alone from the teacher's frequencies at its position and "
+            "class.",
+            f"Speed: from class ids to pixels in one process with {torch.get_num_threads()} threads "
+            f"on {self.teacher.device.type}, float32; median of repeated runs after a warm-up.",
         ]
 
 

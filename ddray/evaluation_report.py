@@ -43,10 +43,7 @@ def speed_columns(evaluation: Evaluation) -> list[Column]:
     return [
         Column("generator", "generator"),
         Column("steps", "steps"),
-        *(
-            Column(key, f"batch {key.removeprefix('batch_')}", "images/s", ",.1f")
-            for key in sizes
-        ),
+        *(Column(key, f"batch {key.removeprefix('batch_')}", "images/s", ",.1f") for key in sizes),
     ]
 
 
@@ -133,7 +130,8 @@ def build_report(
 
     Args:
         evaluation: the figures and pictures.
-        title, subtitle: of the page.
+        title: of the page.
+        subtitle: the line below it.
         history: lines of the training, for the curves.
         settings: resolved configs by name.
         commands: how to do it again.

@@ -17,119 +17,165 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddray.errors import ConfigError
 
-Velocity = Callable[[float, Tensor], Tensor]
-"""velocity(lambda, y [N, E]) -> dy / dlambda [N, E]."""
+Velocity = Callable[[float, Tensor, Tensor], Tensor]
+"""velocity(lambda, y [N, E], out [N, E]) -> dy / dlambda, written to out."""
 
-# The posterior is decided once lambda times the distance between neighbouring codes is this large: measured,
-# 3 / 5 / 8 give 94.5 / 99.1 / 100.0 % of the tokens of a longer solve.
+# The posterior is decided once lambda times the distance between neighbouring codes is this large:
+# measured, 3 / 5 / 8 give 94.5 / 99.1 / 100.0 % of the tokens of a longer solve.
 _DECIDED = 8.0
+_DECIDED_EXACT = 16.0
+# The grid must also decide between codes that lie closer than most, or the likelier of two close
+# codes takes all their mass; the closest percent of a codebook may be near-copies.
+_CLOSEST_SHARE = 0.01
+# Where the grid turns from uniform to geometric, in units of 1 / rms code.
+_TURN = 0.25
 
-# Rows are solved in blocks whose [rows, V] logits stay in cache and never exceed this many elements.
+# Weights below e^-64 of the largest change no sum. Left alone they would become denormal numbers as
+# the posterior collapses, which a CPU multiplies at a tenth of its speed.
+_NEGLIGIBLE = -64.0
+
+# Rows are solved in blocks whose [rows, V] logits stay in cache and are never larger than this.
 _BLOCK_ELEMENTS = 2**20
 
+# Order of the multistep methods; RK4 takes four evaluations a step.
+_ORDERS = {"euler": 1, "ab2": 2, "ab4": 4, "exact": 4}
 
-def euler(velocity: Velocity, y_NE: Tensor, grid: list[float]) -> Tensor:
-    """First-order explicit steps; one evaluation a step."""
-    for here, there in pairwise(grid):
-        y_NE = torch.add(y_NE, velocity(here, y_NE), alpha=there - here)
+# Evaluations for each factor e between the ends of the grid: what 99.7 % agreement with the exact
+# map takes (benchmarks/bench_transport.py). Euler does not reach it; it is there to compare with.
+_EVALS_PER_FOLD = {"euler": 10.0, "ab2": 10.0, "ab4": 5.0, "rk4": 9.0, "exact": 60.0}
+
+SOLVERS = tuple(_EVALS_PER_FOLD)
+"""Names accepted as `solver`. "exact" is the fourth-order method in float64 on a fine, long grid."""
+
+
+class Grid(NamedTuple):
+    """lambda(u) = low (e^(span u) - 1) for u in [0, 1]: uniform near zero, then geometric.
+
+    Attributes:
+        low: where it turns from one to the other.
+        span: e-folds it covers.
+    """
+
+    low: float
+    span: float
+
+    def at(self, u: float) -> float:
+        """The lambda of a grid coordinate."""
+        return self.low * math.expm1(self.span * u)
+
+    @classmethod
+    def of(cls, codebook_VE: Tensor, decided: float, closest_share: float) -> "Grid":
+        """The grid of a codebook: it ends at `decided` / distance of its closest codes.
+
+        Args:
+            codebook_VE: float64 [V, E], centred.
+            decided: lambda times distance at which the posterior counts as collapsed.
+            closest_share: share of the codes that may have a closer neighbour than the grid resolves.
+        """
+        rms = float(codebook_VE.square().sum(-1).mean().sqrt()) or 1.0
+        distance = _neighbour_distances(codebook_VE) if len(codebook_VE) > 1 else codebook_VE[0, :0]
+        # Equal codes are not exactly 0 apart once squares have been subtracted from one another.
+        apart = distance[distance > 1e-6 * rms].sort().values
+        closest = float(apart[int(closest_share * (len(apart) - 1))]) if len(apart) else rms
+        low = _TURN / rms
+        return cls(low, math.log1p(decided / closest / low))
+
+
+def multistep_weights(grid: Grid, steps: int, order: int) -> Tensor:
+    """Weights of the latest velocities in each step of an Adams-Bashforth method on the grid.
+
+    The posterior mean changes smoothly in the grid's coordinate u, and lambda(u) is known: so the
+    polynomial through the latest velocities is taken in u and integrated against the exact
+    lambda'(u). At order 2 on a logarithmic grid this is the scheme of DPM-Solver++(2M) (arXiv
+    2211.01095); Adams-Bashforth in lambda needs about twice the evaluations for the same tokens.
+
+    Returns:
+        float64 [steps, order]; the velocity of step i stands in column i mod order, so that a ring
+        of the latest ones needs no reordering. Columns not filled yet weigh nothing.
+    """
+    nodes, quadrature = np.polynomial.legendre.leggauss(8)
+    weights = np.zeros((steps, order))
+    for step in range(steps):
+        latest = range(max(step - order + 1, 0), step + 1)
+        u = step + (nodes + 1) / 2
+        slope = grid.low * grid.span * np.exp(grid.span * u / steps) * quadrature / (2 * steps)
+        for this in latest:
+            basis = np.prod([(u - i) / (this - i) for i in latest if i != this] or [u**0], axis=0)
+            weights[step, this % order] = slope @ basis
+    return torch.from_numpy(weights)
+
+
+def adams_bashforth(velocity: Velocity, y_NE: Tensor, grid: Grid, weights: Tensor) -> Tensor:
+    """Explicit multistep integration along the grid; one evaluation a step.
+
+    Args:
+        velocity: the right-hand side.
+        y_NE: state at lambda = 0; not changed.
+        grid: where the steps lie.
+        weights: [steps, order], from `multistep_weights`, in the state's dtype and device.
+
+    Returns:
+        The state at the end of the grid, [N, E].
+    """
+    steps, order = weights.shape
+    y_NE = y_NE.clone(memory_format=torch.contiguous_format)
+    ring = y_NE.new_zeros(order, *y_NE.shape)
+    slots, slopes_by_column, flat = ring.unbind(), ring.flatten(1).T, y_NE.view(-1)
+    for step in range(steps):
+        velocity(grid.at(step / steps), y_NE, slots[step % order])
+        flat.addmv_(slopes_by_column, weights[step])
     return y_NE
 
 
-def ab2(velocity: Velocity, y_NE: Tensor, grid: list[float]) -> Tensor:
-    """Adams-Bashforth of order two on a non-uniform grid; one evaluation a step."""
-    previous: Tensor | None = None
-    last_step = 0.0
-    for here, there in pairwise(grid):
-        step = there - here
-        slope = velocity(here, y_NE)
-        if previous is None:
-            y_NE = torch.add(y_NE, slope, alpha=step)
-        else:
-            extrapolation = 0.5 * step / last_step
-            y_NE = torch.add(y_NE, slope, alpha=step * (1 + extrapolation))
-            y_NE = y_NE.sub_(previous, alpha=step * extrapolation)
-        previous, last_step = slope, step
-    return y_NE
-
-
-def rk4(velocity: Velocity, y_NE: Tensor, grid: list[float]) -> Tensor:
-    """The classical Runge-Kutta method of order four; four evaluations a step."""
-    for here, there in pairwise(grid):
+def rk4(velocity: Velocity, y_NE: Tensor, grid: Grid, steps: int) -> Tensor:
+    """The classical Runge-Kutta method along the grid; four evaluations a step."""
+    for here, there in pairwise(grid.at(i / steps) for i in range(steps + 1)):
         step, middle = there - here, (here + there) / 2
-        k1 = velocity(here, y_NE)
-        k2 = velocity(middle, y_NE + k1 * (step / 2))
-        k3 = velocity(middle, y_NE + k2 * (step / 2))
-        k4 = velocity(there, y_NE + k3 * step)
+        k1, k2, k3, k4 = (torch.empty_like(y_NE) for _ in range(4))
+        velocity(here, y_NE, k1)
+        velocity(middle, y_NE + k1 * (step / 2), k2)
+        velocity(middle, y_NE + k2 * (step / 2), k3)
+        velocity(there, y_NE + k3 * step, k4)
         y_NE = y_NE + (k1 + 2 * k2 + 2 * k3 + k4) * (step / 6)
     return y_NE
 
 
-_SOLVERS = {"euler": euler, "ab2": ab2, "rk4": rk4, "exact": rk4}
-SOLVERS = tuple(_SOLVERS)
-"""Names accepted as `solver`. "exact" is RK4 in float64 on a fine grid: the map that the others approximate."""
-
-_EXACT_EVALS = 1600
-
-
-def default_num_evals(solver: str, vocab_size: int) -> int:
-    """Evaluations that reach 99.7 % agreement with the float64 map (benchmarks/bench_transport.py)."""
-    if solver == "exact":
-        return _EXACT_EVALS
-    return 24 if vocab_size <= 512 else 40 if vocab_size <= 8192 else 56
-
-
-def lambda_grid(codebook_VE: Tensor, num_steps: int, decided: float = _DECIDED) -> list[float]:
-    """The solver's grid: uniform near zero, geometric at the end (lambda = lo sinh(u asinh(hi / lo))).
-
-    Args:
-        codebook_VE: float [V, E].
-        num_steps: number of intervals.
-        decided: the grid ends at `decided` / median distance of a code to its nearest neighbour.
-
-    Returns:
-        num_steps + 1 increasing values from 0.
-    """
-    codes = codebook_VE.double()
-    codes = codes - codes.mean(0)
-    low = 1 / max(float(codes.square().sum(-1).mean().sqrt()), 1e-12)
-    high = decided / _median_neighbour_distance(codes)
-    span = math.asinh(high / low)
-    return [low * math.sinh(span * i / num_steps) for i in range(num_steps + 1)]
-
-
-def _median_neighbour_distance(codes_VE: Tensor) -> float:
-    """Median over all codes of the distance to the nearest other code."""
-    if len(codes_VE) == 1:
-        return 1.0
-    nearest = []
-    rows = max(1, _BLOCK_ELEMENTS // len(codes_VE))
-    for start in range(0, len(codes_VE), rows):
-        distance = torch.cdist(codes_VE[start : start + rows], codes_VE)
-        distance.diagonal(start).fill_(math.inf)
-        nearest.append(distance.min(-1).values)
-    every = torch.cat(nearest)
-    median = float(every.median())
-    # A codebook of mostly equal codes has a median of zero; its distinct codes still need a finite grid.
-    return (
-        median if median > 0 else float(every[every > 0].min()) if bool((every > 0).any()) else 1.0
-    )
+def _neighbour_distances(codes_VE: Tensor) -> Tensor:
+    """Distance of every code to the nearest other code, float64 [V]."""
+    num_codes = len(codes_VE)
+    square_V = codes_VE.square().sum(-1)
+    rows = max(1, _BLOCK_ELEMENTS // num_codes)
+    # One buffer for all blocks: V^2 distances pass through it, and are never held.
+    block = codes_VE.new_empty(rows, num_codes)
+    nearest_V = torch.empty_like(square_V)
+    for start in range(0, num_codes, rows):
+        part = codes_VE[start : start + rows]
+        squared = torch.addmm(square_V, part, codes_VE.T, alpha=-2.0, out=block[: len(part)])
+        squared.diagonal(start).fill_(math.inf)
+        torch.amin(squared, -1, out=nearest_V[start : start + len(part)])
+    return (nearest_V + square_V).clamp_min_(0).sqrt_()
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Matrix products in true float32 (TF32 and bfloat16 shortcuts off), whatever the process prefers."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class Transport:
@@ -138,35 +184,42 @@ class Transport:
     Args:
         codebook_VE: float [V, E].
         solver: one of `SOLVERS`.
-        num_evals: velocity evaluations; None = the default for this V. RK4 takes four a step.
+        num_evals: velocity evaluations; None = the default for this codebook. RK4 takes four a step.
 
     Raises:
         ConfigError: for an unknown solver, too few evaluations, or a codebook that is not finite [V, E].
     """
 
-    def __init__(self, codebook_VE: Tensor, solver: str = "ab2", num_evals: int | None = None):
+    def __init__(self, codebook_VE: Tensor, solver: str = "ab4", num_evals: int | None = None):
         if solver not in SOLVERS:
             raise ConfigError(f"solver={solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
         if codebook_VE.dim() != 2 or not bool(codebook_VE.isfinite().all()):
             raise ConfigError(
                 f"codebook must be a finite [V, E] tensor, got {[*codebook_VE.shape]}"
             )
-        self.solver = solver
-        self.num_evals = num_evals or default_num_evals(solver, len(codebook_VE))
-        per_step = 4 if solver in ("rk4", "exact") else 1
-        if self.num_evals < per_step or self.num_evals % per_step:
-            rule = f"a positive multiple of {per_step}"
-            raise ConfigError(f"num_evals={num_evals} does not suit solver={solver!r}; give {rule}")
         exact = solver == "exact"
-        self.dtype = torch.float64 if exact else torch.float32
-        self.grid = lambda_grid(
-            codebook_VE, self.num_evals // per_step, 2 * _DECIDED if exact else _DECIDED
-        )
         # A shift of the codebook changes no token; centred codes lose fewer digits.
         codes = codebook_VE.double()
         codes = codes - codes.mean(0)
-        self.codes_VE = codes.to(self.dtype)
-        # [C, |c|^2 / 2]: with the query [lambda y, -lambda^2] the exponent is one matrix product added to log p.
+        self.solver, self.dtype = solver, torch.float64 if exact else torch.float32
+        self.grid = Grid.of(
+            codes, *((_DECIDED_EXACT, 0.0) if exact else (_DECIDED, _CLOSEST_SHARE))
+        )
+        per_step = 4 if solver == "rk4" else 1
+        if num_evals is None:
+            num_evals = per_step * math.ceil(_EVALS_PER_FOLD[solver] * self.grid.span / per_step)
+        if num_evals < per_step or num_evals % per_step:
+            rule = f"a positive multiple of {per_step}"
+            raise ConfigError(f"num_evals={num_evals} does not suit solver={solver!r}; give {rule}")
+        self.num_evals = num_evals
+        self._steps = num_evals // per_step
+        order = _ORDERS.get(solver, 1)
+        weights = multistep_weights(self.grid, self._steps, order)
+        self._weights = weights.to(codes.device, self.dtype)
+        # A last column of ones: one product gives the weighted sum of the codes and the weights' sum.
+        self.values_VF = torch.cat((codes, torch.ones_like(codes[:, :1])), -1).to(self.dtype)
+        # [C, |c|^2 / 2]: with the query [y, -lambda] the exponent is lambda times one matrix
+        # product, added to log p.
         half_square = codes.square().sum(-1, keepdim=True) / 2
         self.keys_FV = torch.cat((codes, half_square), -1).to(self.dtype).T.contiguous()
 
@@ -180,7 +233,7 @@ class Transport:
         Returns:
             int64 [N].
         """
-        rows = max(1, _BLOCK_ELEMENTS // len(self.codes_VE))
+        rows = max(1, _BLOCK_ELEMENTS // len(self.values_VF))
         with full_float32(), torch.no_grad(), torch.autocast(noise_NE.device.type, enabled=False):
             tokens = [
                 self._solve(noise.to(self.dtype), logits.to(self.dtype))
@@ -189,20 +242,30 @@ class Transport:
         return torch.cat(tokens)
 
     def _solve(self, noise_NE: Tensor, logits_NV: Tensor) -> Tensor:
-        query_NF = torch.empty(len(noise_NE), self.keys_FV.shape[0]).to(noise_NE)
-        posterior_NV = torch.empty_like(logits_NV)
+        query_NF = noise_NE.new_empty(len(noise_NE), len(self.keys_FV))
+        exponent_NV, sums_NF = torch.empty_like(logits_NV), torch.empty_like(query_NF)
+        peak_N1 = noise_NE.new_empty(len(noise_NE), 1)
+        # At a hundred rows the overhead of an operation is half its cost: views are made once.
+        query_y, query_lam = query_NF[:, :-1], query_NF[:, -1]
+        weighted_NE, total_N1 = sums_NF[:, :-1], sums_NF[:, -1:]
 
         def exponent(lam: float, y_NE: Tensor) -> Tensor:
-            torch.mul(y_NE, lam, out=query_NF[:, :-1])
-            query_NF[:, -1] = -lam * lam
-            return torch.addmm(logits_NV, query_NF, self.keys_FV, out=posterior_NV)
+            query_y.copy_(y_NE)
+            query_lam.fill_(-lam)
+            return torch.addmm(logits_NV, query_NF, self.keys_FV, alpha=lam, out=exponent_NV)
 
-        def velocity(lam: float, y_NE: Tensor) -> Tensor:
-            torch.softmax(exponent(lam, y_NE), -1, out=posterior_NV)
-            return posterior_NV @ self.codes_VE
+        def velocity(lam: float, y_NE: Tensor, out: Tensor) -> Tensor:
+            weights_NV = exponent(lam, y_NE)
+            torch.amax(weights_NV, -1, keepdim=True, out=peak_N1)
+            weights_NV.sub_(peak_N1).clamp_min_(_NEGLIGIBLE).exp_()
+            torch.mm(weights_NV, self.values_VF, out=sums_NF)
+            return torch.div(weighted_NE, total_N1, out=out)
 
-        y_NE = _SOLVERS[self.solver](velocity, noise_NE, self.grid)
-        return exponent(self.grid[-1], y_NE).argmax(-1)
+        if self.solver == "rk4":
+            y_NE = rk4(velocity, noise_NE, self.grid, self._steps)
+        else:
+            y_NE = adams_bashforth(velocity, noise_NE, self.grid, self._weights)
+        return exponent(self.grid.at(1.0), y_NE).argmax(-1)
 
 
 def transport(
@@ -210,7 +273,7 @@ def transport(
     logits: Tensor,
     codebook: Tensor,
     *,
-    solver: str = "ab2",
+    solver: str = "ab4",
     num_evals: int | None = None,
 ) -> Tensor:
     """Carry noise to tokens: the deterministic map of Distilled Decoding (arXiv 2412.17153, section 3).
@@ -221,8 +284,8 @@ def transport(
         noise: float [..., E].
         logits: float [..., V], unnormalised log probabilities; -inf removes a code.
         codebook: float [V, E].
-        solver: "ab2" (default), "euler", "rk4", or "exact" (float64 reference).
-        num_evals: velocity evaluations; None = the default for this V.
+        solver: "ab4" (default), "ab2", "euler", "rk4", or "exact" (float64 reference).
+        num_evals: velocity evaluations; None = the default for this codebook.
 
     Returns:
         int64 token ids [...].
@@ -236,7 +299,11 @@ def transport(
             f"shapes do not fit: noise {[*noise.shape]}, logits {[*logits.shape]}, codebook "
             f"{[*codebook.shape]}; expected [..., E], [..., V], [V, E]"
         )
+    if not codebook.numel():
+        raise ConfigError(f"codebook {[*codebook.shape]} is empty; expected [V, E]")
     solve = Transport(codebook, solver, num_evals)
+    if not noise.numel():
+        return torch.empty(noise.shape[:-1], dtype=torch.long, device=noise.device)
     peak = logits.amax(-1)
     if not bool(peak.isfinite().all()):
         bad = int((~peak.isfinite()).sum())

@@ -1,14 +1,17 @@
 """Teacher tokens and student images in plain torch: the file to read first.
 
-A teacher fixes a sequence stage by stage: from fresh random numbers (`Teacher.sample`) or, deterministically, from a
-noise sequence (`Teacher.trajectories`). A student jumps from a noise sequence to the whole token sequence in one or a
-few steps (`Student.generate`). Imports the numerics: ddray.seeding, flow, guidance, checkpoint, errors.
+A teacher fixes a sequence stage by stage: from fresh random numbers (`Teacher.sample`) or,
+deterministically, from a noise sequence (`Teacher.trajectories`). A student jumps from a noise
+sequence to the whole token sequence in one or a few steps (`Student.generate`). Imports the
+numerics: ddray.seeding, flow, guidance, checkpoint, errors.
 
-Shapes: B batch, L all tokens, l tokens of this stage, P tokens of a prefix, V codebook size, E code width, K stages.
+Shapes: B batch, L all tokens, l tokens of this stage, P tokens of a prefix, V codebook size, E code
+width, K stages.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
@@ -22,6 +25,10 @@ from ddray.flow import Transport
 from ddray.guidance import check_filters, draw, filter_logits
 from ddray.schedule import TeacherStages, parse_schedule
 from ddray.seeding import index_tensor, noise, uniforms
+
+
+_SAMPLING = {"cfg": None, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+"""Settings of plain sampling, with their defaults: all of them off."""
 
 
 class Decoder(Protocol):
@@ -55,8 +62,8 @@ class Tokenizer:
         """
         if self._module is None:
             raise ConfigError(
-                'this model was loaded with "tokenizer": None, so it has no codebook and no images; '
-                "give tokenizer= to the loader"
+                'this model was loaded with "tokenizer": None, so it has no codebook and no '
+                "images; give tokenizer= to the loader"
             )
         return self._module
 
@@ -82,7 +89,7 @@ class Tokenizer:
 
     @torch.inference_mode()
     def decode(self, tokens_or_codes: Tensor) -> Tensor:
-        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes float [B, L, E]."""
+        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes [B, L, E]."""
         codes = tokens_or_codes
         if not codes.is_floating_point():
             codes = self.codebook[codes]
@@ -124,8 +131,16 @@ class _Model:
         return fingerprint(self.model)
 
     def decode(self, tokens_or_codes: Tensor) -> Tensor:
-        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes float [B, L, E]."""
-        return self.tokenizer.decode(tokens_or_codes)
+        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes [B, L, E]."""
+        content = torch.as_tensor(tokens_or_codes, device=self.device)
+        if not content.is_floating_point():
+            content = self._tokens(content)
+        elif content.shape[1:] != (self.num_tokens, self.codebook.shape[1]):
+            raise ConfigError(
+                f"codes are {[*content.shape]}, expected "
+                f"{['B', self.num_tokens, self.codebook.shape[1]]}"
+            )
+        return self.tokenizer.decode(content)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1]."""
@@ -138,8 +153,11 @@ class _Model:
             ConfigError: for an id outside 0..num_classes (num_classes is the null class).
         """
         cond = torch.as_tensor(cond_B, device=self.device)
-        if cond.dim() != 1 or cond.is_floating_point():
-            raise ConfigError(f"classes must be a 1-D list of integers, got {[*cond.shape]}")
+        if cond.dim() != 1 or not len(cond) or cond.is_floating_point():
+            raise ConfigError(
+                f"classes must be a 1-D list of at least one integer, got {cond.dtype} "
+                f"{[*cond.shape]}"
+            )
         wrong = cond[(cond < 0) | (cond > self.num_classes)]
         if len(wrong):
             raise ConfigError(
@@ -147,6 +165,27 @@ class _Model:
                 f"{self.num_classes} for the null class"
             )
         return cond.long()
+
+    def _index(self, index: Sequence[int] | Tensor | None, count: int) -> Tensor:
+        index_B = index_tensor(range(count) if index is None else index, self.device)
+        if len(index_B) != count:
+            raise ConfigError(f"{len(index_B)} indices for {count} classes; give one index a class")
+        return index_B
+
+    def _tokens(self, tokens: Tensor, batch: int | None = None) -> Tensor:
+        """Tokens as int64 [B, L] on the device, refused when they are not."""
+        given = torch.as_tensor(tokens, device=self.device)
+        rows = len(given) if batch is None else batch
+        if given.is_floating_point() or given.shape != (rows, self.num_tokens):
+            raise ConfigError(
+                f"tokens are {given.dtype} {[*given.shape]}, expected integers "
+                f"{[rows, self.num_tokens]}"
+            )
+        vocab_size = self.model.config.vocab_size
+        wrong = given[(given < 0) | (given >= vocab_size)]
+        if len(wrong):
+            raise ConfigError(f"token {int(wrong[0])} is out of range: 0 to {vocab_size - 1}")
+        return given.long()
 
     def stage_starts(self) -> list[int]:
         """First token of every stage, and L at the end."""
@@ -184,8 +223,9 @@ class Teacher(_Model):
             float32 [B, L, V].
         """
         cond = self.classes(cond_B)
+        tokens_BL = self._tokens(tokens_BL, len(cond))
         logits: Tensor = self.model(cond, tokens_BL)
-        if self.model.guides(cfg):
+        if self._guides(cfg):
             null = self.model(torch.full_like(cond, self.num_classes), tokens_BL)
             logits = self.model.guide(logits, null, cfg, None)
         return logits
@@ -236,19 +276,23 @@ class Teacher(_Model):
         top_k: int = 0,
         top_p: float = 1.0,
         temperature: float = 1.0,
-        solver: str = "ab2",
+        solver: str = "ab4",
         num_evals: int | None = None,
     ) -> Tensor:
         """The token sequences that this teacher's flow assigns to `noise(seed, index)`.
 
-        Each stage's noise is transported to tokens under the teacher's distribution given the stages before
-        (arXiv 2412.17153, section 3.2): over random noise they are distributed as `sample`'s.
+        Each stage's noise is transported to tokens under the teacher's distribution given the
+        stages before (arXiv 2412.17153, section 3.2): over random noise they are distributed as
+        `sample`'s.
 
         Args:
             cond_B: class ids [B].
             index_B: sample indices [B].
             seed: run seed of the noise.
-            cfg, top_k, top_p, temperature: as in `sample`.
+            cfg: as in `sample`.
+            top_k: as in `sample`.
+            top_p: as in `sample`.
+            temperature: as in `sample`.
             solver: of the transport.
             num_evals: of the transport; None = its default.
 
@@ -258,7 +302,7 @@ class Teacher(_Model):
         cond = self.classes(cond_B)
         index = self._index(index_B, len(cond))
         noise_BLE = noise(seed, index, (self.num_tokens, self.codebook.shape[1]))
-        solve = self._transport(solver, num_evals)
+        solve = self.transport(solver, num_evals)
 
         def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
             rows = noise_BLE[:, start:stop].flatten(0, 1), logits_BlV.flatten(0, 1)
@@ -276,25 +320,23 @@ class Teacher(_Model):
         index: Tensor,
         **sampling: Any,
     ) -> Tensor:
-        """Sample on from the tokens of the first stages up to stage `last_stage`, int64 [B, tokens]."""
-        _refuse_unknown(sampling, {"cfg", "cfg_interval", "top_k", "top_p", "temperature"})
+        """Sample on from tokens of the first stages up to stage `last_stage`, int64 [B, tokens]."""
+        _refuse_unknown(sampling, _SAMPLING)
         uniform_BL = uniforms(seed, index, self.num_tokens)
-        settings = {"cfg": None, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
         return self._roll_out(
             cond_B,
             lambda logits, start, stop: draw(logits, uniform_BL[:, start:stop]),
-            **{**settings, **sampling},
+            **{**_SAMPLING, **sampling},
             prefix_BP=prefix_BP,
             last_stage=last_stage,
         )
 
-    def _index(self, index: Sequence[int] | Tensor | None, count: int) -> Tensor:
-        index_B = index_tensor(range(count) if index is None else index, self.device)
-        if len(index_B) != count:
-            raise ConfigError(f"{len(index_B)} indices for {count} classes; give one index a class")
-        return index_B
+    def _guides(self, cfg: float | None) -> bool:
+        if cfg is not None and not math.isfinite(cfg):
+            raise ConfigError(f"cfg={cfg} is no guidance; give a finite number, or None for none")
+        return bool(self.model.guides(cfg))
 
-    def _transport(self, solver: str, num_evals: int | None) -> Transport:
+    def transport(self, solver: str, num_evals: int | None) -> Transport:
         known: dict[tuple[str, int | None], Transport] = self.__dict__.setdefault("_maps", {})
         if (solver, num_evals) not in known:
             known[solver, num_evals] = Transport(self.codebook, solver, num_evals)
@@ -313,11 +355,11 @@ class Teacher(_Model):
         prefix_BP: Tensor | None = None,
         last_stage: int | None = None,
     ) -> Tensor:
-        """Stage by stage: logits, guidance, filters, `choose(logits_BlV, first token, last token)`."""
+        """Stage by stage: logits, guidance, filters, `choose(logits_BlV, first, last token)`."""
         check_filters(temperature, top_k, top_p)
         starts = self.stage_starts()
         first = 0 if prefix_BP is None else starts.index(prefix_BP.shape[1])
-        guided = self.model.guides(cfg)
+        guided = self._guides(cfg)
         if guided:
             cond_B = torch.cat((cond_B, torch.full_like(cond_B, self.num_classes)))
         copies = 2 if guided else 1
@@ -352,7 +394,7 @@ class Student(_Model):
     """A network that jumps from X_t to all tokens at once.
 
     Attributes:
-        config: what `config.json` holds; "schedule" lists the stages at which it was trained to jump.
+        config: what `config.json` holds; "schedule" lists the stages at which it learnt to jump.
     """
 
     @torch.inference_mode()
@@ -369,7 +411,11 @@ class Student(_Model):
         Returns:
             float32 logits [B, L, V] and codes [B, L, E].
         """
-        heads: tuple[Tensor, Tensor] = self.model(x_BLE, self.classes(cond_B), t_B)
+        cond = self.classes(cond_B)
+        t_B = torch.as_tensor(t_B, device=self.device)
+        if t_B.shape != cond.shape or bool(((t_B < 0) | (t_B > len(self.stages))).any()):
+            raise ConfigError(f"t must hold {len(cond)} numbers from 0 to {len(self.stages)}")
+        heads: tuple[Tensor, Tensor] = self.model(x_BLE.to(self.device), cond, t_B)
         return heads
 
     @torch.inference_mode()
@@ -393,8 +439,8 @@ class Student(_Model):
             index: sample indices [B]; None = 0..B-1.
             seed: run seed.
             schedule: stages at which to jump, such as (0,), "0,16" or "0,teacher:8-16,16".
-            split: leading stages read from the logits head (argmax), the rest from the code head; None = the
-                value of the config, or all.
+            split: leading stages read from the logits head (argmax), the rest from the code head;
+                None = the value of the config, or all.
             teacher: needed for the teacher's parts of a schedule.
             **teacher_sampling: cfg, top_k, ... of those parts, as in `Teacher.sample`.
 
@@ -402,16 +448,21 @@ class Student(_Model):
             float32 codes [B, L, E].
 
         Raises:
-            ConfigError: for a schedule beyond the stages, noise of another shape, or a missing teacher.
+            ConfigError: for a schedule beyond the stages, noise of another shape, or a missing
+                teacher.
         """
         cond = self.classes(cond_B)
         steps = parse_schedule(schedule, len(self.stages))
         if teacher is None and any(isinstance(step, TeacherStages) for step in steps):
             raise ConfigError(f"schedule {schedule!r} has a teacher's part; give teacher=")
-        if teacher_sampling and teacher is None:
-            raise ConfigError(f"{', '.join(teacher_sampling)} has no effect without teacher=")
-        index_B = index_tensor(range(len(cond)) if index is None else index, self.device)
-        noise_BLE = self._noise(noise, seed, index_B, len(cond))
+        _refuse_unknown(teacher_sampling, _SAMPLING)
+        if teacher_sampling and not any(isinstance(step, TeacherStages) for step in steps):
+            raise ConfigError(
+                f"{', '.join(teacher_sampling)} has no effect: schedule {schedule!r} has no part "
+                "of the teacher"
+            )
+        index_B = self._index(index, len(cond))
+        noise_BLE = self._noise(noise, seed, index_B)
         cut = self.stage_starts()[self._split(split)]
         x_BLE = noise_BLE
         for step in steps:
@@ -425,7 +476,7 @@ class Student(_Model):
         return x_BLE
 
     def _jump(self, x_BLE: Tensor, noise_BLE: Tensor, cond_B: Tensor, t: int, cut: int) -> Tensor:
-        """Keep the first t stages of x, take the rest of X_t from the noise, predict everything behind t."""
+        """Keep the first t stages of x, fill X_t up with the noise, predict everything behind t."""
         t_B = torch.full_like(cond_B, t)
         given_BL = given_tokens(self.stages, t_B)
         x_BLE = keep_data(x_BLE, noise_BLE, given_BL)
@@ -446,11 +497,9 @@ class Student(_Model):
         tokens = teacher.continue_from(cond_B, prefix, part.last, **sampling)
         return torch.cat((teacher.codebook[tokens], x_BLE[:, starts[part.last] :]), 1)
 
-    def _noise(self, given: Tensor | None, seed: int, index_B: Tensor, count: int) -> Tensor:
-        shape = (count, self.num_tokens, self.model.config.codebook_dim)
+    def _noise(self, given: Tensor | None, seed: int, index_B: Tensor) -> Tensor:
+        shape = (len(index_B), self.num_tokens, self.model.config.codebook_dim)
         if given is None:
-            if len(index_B) != count:
-                raise ConfigError(f"{len(index_B)} indices for {count} classes")
             return noise(seed, index_B, shape[1:])
         if given.shape != shape:
             raise ConfigError(f"noise is {[*given.shape]}, expected {[*shape]}")
@@ -464,7 +513,7 @@ class Student(_Model):
         return split
 
 
-def _refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
+def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

@@ -14,7 +14,7 @@ from ddray.errors import ConfigError
 def classifier_free_guidance(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
     """Guided logits in LlamaGen's convention: null + scale (conditional - null).
 
-    Ho & Salimans, "Classifier-free diffusion guidance" (2022). Scale 1 is the conditional model itself.
+    Ho & Salimans, "Classifier-free diffusion guidance" (2022). Scale 1 is the conditional model.
     """
     return torch.lerp(null, conditional, scale)
 
@@ -27,14 +27,14 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
     """
     if not temperature >= 0:
         raise ConfigError(f"temperature must be >= 0, got {temperature}")
-    if top_k < 0:
-        raise ConfigError(f"top_k must be >= 0 (0 = off), got {top_k}")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ConfigError(f"top_k must be an integer >= 0 (0 = off), got {top_k}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be in (0, 1] (1 = off), got {top_p}")
 
 
 def top_k_filter(logits: Tensor, top_k: int) -> Tensor:
-    """Set logits strictly below the k-th largest to -inf; ties at the k-th value all survive; 0 = off."""
+    """Set logits strictly below the k-th largest to -inf; ties with it all survive; 0 = off."""
     if top_k == 0 or top_k >= logits.shape[-1]:
         return logits
     kth = logits.topk(top_k, dim=-1).values[..., -1:]

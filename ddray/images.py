@@ -1,7 +1,7 @@
-"""Image sets: generated images of consecutive indices in shards of Parquet, WebDataset tar, or PNG files.
+"""Image sets: generated images of consecutive indices, in shards.
 
-Like a trajectory set, an image set has a plan that decides its bytes, and a shard exists whole or not at all.
-Imports ddray.errors, report (pixels) and storage.
+A shard is a Parquet file, a WebDataset tar, or a folder of PNG files. Like a trajectory set, an image set has a plan that decides its bytes, and a shard exists whole or
+not at all. Imports ddray.errors, report (pixels) and storage.
 
 Shapes: N images, H and W pixels.
 """
@@ -116,8 +116,8 @@ class ImageSet:
                 differ.append(f"count: {earlier.count} there, {plan.count} now")
             if differ:
                 raise ConfigError(
-                    f"{uri} holds an image set of another plan ({'; '.join(differ)}); choose another "
-                    "out, or delete it"
+                    f"{uri} holds an image set of another plan ({'; '.join(differ)}); choose "
+                    "another out, or delete it"
                 )
         text = json.dumps({"format": FORMAT, "plan_hash": plan.hash, **asdict(plan)}, indent=2)
         storage.write(_MANIFEST, (text + "\n").encode())
@@ -172,7 +172,7 @@ class ImageSet:
         self.storage.write(self.plan.shard_name(k), data)
 
     def _write_files(self, index: np.ndarray, labels: np.ndarray, pngs: list[bytes]) -> bytes:
-        """One PNG an image; the list that names them is committed last and makes the shard whole."""
+        """One PNG an image; the list of their names is committed last and makes the shard whole."""
         names = [f"images/{i:09d}-{label}.png" for i, label in zip(index, labels, strict=True)]
         for name, png in zip(names, pngs, strict=True):
             self.storage.write(name, png)
@@ -197,7 +197,7 @@ def _parquet(index: np.ndarray, labels: np.ndarray, pngs: list[bytes], plan: Ima
 
 
 def _tar(index: np.ndarray, labels: np.ndarray, pngs: list[bytes]) -> bytes:
-    """WebDataset: per image NAME.png and NAME.cls, no dates, so that a rerun gives the same bytes."""
+    """WebDataset: per image NAME.png and NAME.cls, no dates: a rerun gives the same bytes."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for i, label, png in zip(index, labels, pngs, strict=True):

@@ -1,7 +1,7 @@
 """What the student learns: the teacher's tokens behind t, from X_t, as logits and as codes.
 
-Liu et al., "Distilled Decoding" (arXiv 2412.17153), section 3.3 and appendix. Plain torch: one call is the whole
-forward half of a training step. Imports ddray.generate.
+Liu et al., "Distilled Decoding" (arXiv 2412.17153), section 3.3 and appendix. Plain torch: one call
+is the whole forward half of a training step. Imports ddray.generate.
 
 Shapes: B batch, L tokens, V codebook size, E code width.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddray.errors import ConfigError
 from ddray.generate import given_tokens, keep_data
 
 
@@ -53,8 +54,8 @@ def distillation_loss(
         cond_B: int64 class ids [B].
         t_B: int64 [B], stages that are data.
         logits_weight: weight of the cross entropy.
-        code_weight: weight of the squared error, which is divided by the codes' mean square so that it has the same
-            meaning for every codebook.
+        code_weight: weight of the squared error, which is divided by the codes' mean square so that
+            it has the same meaning for every codebook.
 
     Returns:
         Scalars with gradient in `total`.
@@ -63,6 +64,8 @@ def distillation_loss(
     given_BL = given_tokens(stages, t_B)
     logits_BLV, predicted_BLE = student(keep_data(codes_BLE, noise_BLE, given_BL), cond_B, t_B)
     asked = ~given_BL
+    if not bool(asked.any()):
+        raise ConfigError("every t is the number of stages: nothing is left to predict")
     logits, target = logits_BLV[asked], tokens_BL[asked]
     cross_entropy = F.cross_entropy(logits.float(), target)
     code_error = F.mse_loss(predicted_BLE[asked].float(), codes_BLE[asked])

@@ -1,8 +1,9 @@
 """How good images are: Frechet distance between feature statistics, and class accuracy.
 
-`fd_digits` is the Frechet distance (Heusel et al., arXiv 1706.08500, equation 6) between the bundled digit classifier's
-features of generated images and of held-out real digits. It is not FID, which is defined on Inception features.
-Imports ddray.checkpoint, ddray.errors and ddray.models.digits_classifier.
+`fd_digits` is the Frechet distance (Heusel et al., arXiv 1706.08500, equation 6) between the
+bundled digit classifier's features of generated images and of held-out real digits. It is not FID,
+which is defined on Inception features. Imports ddray.checkpoint, ddray.errors and
+ddray.models.digits_classifier.
 
 Shapes: N images, D features.
 """
@@ -47,7 +48,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, classifier: DigitsClassifier, images: Tensor) -> "FeatureStatistics":
-        """Statistics of images [N, 1, 28, 28] in [0, 1], read as 8-bit pixels as a file would hold them."""
+        """Statistics of images [N, 1, 28, 28] in [0, 1], as the 8-bit pixels of a file."""
         return cls.from_features(classify(classifier, images)[0])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -62,8 +63,9 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians.
 
-    The trace of the root is the sum of the square roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and
-    positive: no complex root has to be cut off, as it must be with a general matrix root.
+    The trace of the root is the sum of the square roots of the eigenvalues of A^(1/2) B A^(1/2),
+    which is symmetric and positive: no complex root has to be cut off, as it must be with a general
+    matrix root.
     """
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -74,7 +76,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def classify(classifier: DigitsClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N, 64] and predicted classes [N] of images [N, 1, 28, 28] in [0, 1], rounded to 8 bits."""
+    """Features [N, 64] and classes [N] of images [N, 1, 28, 28] in [0, 1], rounded to 8 bits."""
     features, classes = [], []
     with torch.inference_mode():
         for chunk in images.split(500):

@@ -1,4 +1,7 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere. Imports nothing from ddray."""
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere.
+
+Imports nothing from ddray.
+"""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The schedule of a student: at which stages it jumps, and which stages a teacher writes in between.
+"""The schedule of a student: where it jumps, and which stages a teacher writes in between.
 
 Pure text and numbers; imports only ddray.errors.
 """
@@ -24,20 +24,24 @@ def parse_schedule(schedule: Sequence[int] | str, num_stages: int) -> Schedule:
     """Read a schedule and check it against a model.
 
     Args:
-        schedule: stages at which the student jumps, (0, 16) or "0,16"; "teacher:8-16" between them lets the teacher
-            write stages 8 to 15.
+        schedule: stages at which the student jumps, (0, 16) or "0,16"; "teacher:8-16" between them
+            lets the teacher write stages 8 to 15.
         num_stages: stages of the model.
 
     Returns:
         The steps in order.
 
     Raises:
-        ConfigError: if it is empty, does not increase, leaves the model's stages, or starts with noise that nothing
-            has turned into data.
+        ConfigError: if it is empty, does not increase, leaves the model's stages, or starts with
+            noise that nothing has turned into data.
     """
+    if not isinstance(schedule, Sequence):
+        raise ConfigError(f'schedule {schedule!r} must be a list of stages or a string like "0,16"')
     parts = schedule.split(",") if isinstance(schedule, str) else list(schedule)
     steps: list[int | TeacherStages] = []
     at = -1
+    if not parts:
+        raise ConfigError('the schedule is empty; give at least one jump, such as "0"')
     for part in parts:
         step = _parse_step(part, schedule)
         start = step.first if isinstance(step, TeacherStages) else step
@@ -51,6 +55,11 @@ def parse_schedule(schedule: Sequence[int] | str, num_stages: int) -> Schedule:
             raise ConfigError(
                 f"schedule {schedule!r}: {step} must be above the jump before it and below "
                 f"{num_stages}, the model's number of stages"
+            )
+        if isinstance(step, TeacherStages) and step.last <= at:
+            raise ConfigError(
+                f"schedule {schedule!r}: teacher:{step.first}-{step.last} ends before stage {at}, "
+                "where the student has jumped already"
             )
         if not steps and start > 0:
             raise ConfigError(

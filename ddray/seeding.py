@@ -1,7 +1,7 @@
-"""Every random draw of ddray: a pure function of (seed, sample index), never of the worker, batch or order.
+"""Every random draw of ddray: a pure function of (seed, sample index).
 
-A counter-based generator (Philox4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-in torch integer operations, so that CPU and GPU agree. Imports only ddray.errors.
+It never depends on the worker, the batch or the order. A counter-based generator (Philox4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", SC 2011) in torch integer operations, so that CPU and GPU agree. Imports only ddray.errors.
 
 Shapes: B batch, L tokens, E code width.
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 from ddray.errors import ConfigError
 
 SCHEME = "philox4x32-10/box-muller-f64/1"
-"""Name of the noise scheme, written into every manifest: a change of the numbers is a change of this name."""
+"""Name of the noise scheme, in every manifest: a change of the numbers changes this name."""
 
-# The fourth counter word says what a draw is for, so that different uses of one (seed, index) never share numbers.
+# The fourth counter word says what a draw is for, so that different uses of one (seed, index) never
+# share numbers.
 NOISE_STREAM = 0
 TOKEN_STREAM = 1
 
@@ -64,7 +65,12 @@ def index_tensor(
     Raises:
         ConfigError: if an index is negative or not an integer.
     """
-    index = torch.as_tensor(index_B, device=device)
+    try:
+        index = torch.as_tensor(index_B, device=device)
+    except (ValueError, OverflowError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"index must hold integers below 2^63: {error}") from error
+    if index.dtype == torch.uint64:
+        index = index.view(torch.int64)
     if index.dim() != 1 or index.is_floating_point() or index.is_complex():
         raise ConfigError(
             f"index must be a 1-D list of integers, got {index.dtype} {[*index.shape]}"
@@ -76,8 +82,8 @@ def index_tensor(
 
 def _words(seed: int, index_B: Tensor, count: int, stream: int) -> tuple[Tensor, ...]:
     """Four int64 tensors [B, count] of 32-bit words for the given samples."""
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {seed}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
     block = torch.arange(count, device=index_B.device)[None, :]
     index = index_B[:, None]
     purpose = torch.full_like(block, stream)
@@ -92,8 +98,8 @@ def noise(
 ) -> Tensor:
     """Standard normal noise that belongs to the samples.
 
-    Box-Muller in float64, rounded once to float32: the value of a sample does not depend on the batch it is in, and
-    devices differ by less than 1e-6.
+    Box-Muller in float64, rounded once to float32: the value of a sample does not depend on the
+    batch it is in, and devices differ by less than 1e-6.
 
     Args:
         seed: run seed, any int64 >= 0.
@@ -126,7 +132,8 @@ def uniforms(seed: int, index_B: Tensor, count: int) -> Tensor:
         count: tokens per sample.
 
     Returns:
-        float64 [B, count] in (0, 1), with 52 random bits: the half step is exact, so 1 is never reached.
+        float64 [B, count] in (0, 1), with 52 random bits: the half step is exact, so 1 is never
+        reached.
     """
     high, low, *_ = _words(seed, index_B, count, TOKEN_STREAM)
     return ((high << 20) | (low >> 12)).double().add_(0.5).mul_(2.0**-52)

@@ -1,8 +1,8 @@
 """Train the bundled digits models on real digits: classifier, tokenizer, teacher.
 
-    python jobs/train_digits_teacher.py --out ddray/models/bundled      (about 25 minutes on two CPU cores)
+    python jobs/train_digits_teacher.py --out ddray/models/bundled
 
-Each stage is kept in the output folder and skipped by a rerun; `--only STAGE` trains one anew.
+It takes about 25 minutes on two CPU cores. Each stage is kept in the output folder and skipped by a rerun; `--only STAGE` trains one anew.
 """
 
 import argparse
@@ -85,8 +85,8 @@ def halves_distance(model: DigitsClassifier, held_out: Digits) -> float:
 def rescale_features(model: DigitsClassifier, factor: float) -> None:
     """Multiply the rectified features by a factor, and leave the classes as they are.
 
-    A network may scale its features as it likes, and a Frechet distance with them. The unit of fd_digits is
-    therefore the distance between two halves of the real digits.
+    A network may scale its features as it likes, and a Frechet distance with them. The unit of
+    fd_digits is therefore the distance between two halves of the real digits.
     """
     model.hidden.weight *= factor
     model.hidden.bias *= factor
@@ -128,7 +128,7 @@ def restart_dead_codes(vq: LlamaGenVQ, used_V: Tensor, latents: Tensor) -> None:
 
 
 def train_tokenizer(train: Digits, steps: int) -> LlamaGenVQ:
-    """VQ autoencoder: squared error, straight-through gradient, commitment, dead codes restarted."""
+    """VQ autoencoder: squared error, straight-through gradient, commitment, dead codes revived."""
     torch.manual_seed(2)
     vq = LlamaGenVQ(TOKENIZER).to(DEVICE)
     optimizer, schedule = optimise(vq, 2e-3, steps)
@@ -164,7 +164,7 @@ def encode(vq: LlamaGenVQ, data: Digits, passes: int) -> tuple[Tensor, Tensor]:
 
 
 def train_teacher(vq: LlamaGenVQ, train: Digits, held_out: Digits, steps: int) -> LlamaGen:
-    """The autoregressive teacher on tokens of augmented digits; the class is dropped one time in ten."""
+    """The autoregressive teacher on tokens of augmented digits; a tenth of classes is dropped."""
     torch.manual_seed(4)
     model = LlamaGen(TEACHER).to(DEVICE)
     model.init_weights()

@@ -1,1 +1,1 @@
-"""Published architectures, one file each, and `zoo`, which knows their names, sizes and checkpoint layouts."""
+"""Published architectures, one file each, and `zoo`: their names, sizes and checkpoint layouts."""

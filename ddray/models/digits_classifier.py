@@ -1,4 +1,6 @@
-"""The small convolutional digit classifier whose features carry the metric `fd_digits`. Imports nothing from ddray.
+"""The small convolutional digit classifier whose features carry the metric `fd_digits`.
+
+Imports nothing from ddray.
 
 Shapes: N images of [1, 28, 28] in [0, 1].
 """

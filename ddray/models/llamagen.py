@@ -1,10 +1,11 @@
-"""The LlamaGen transformer: a pre-norm decoder over image tokens with 2-D rotary positions and a class token.
+"""The LlamaGen transformer: a pre-norm decoder over a class token and image tokens.
 
-Sun et al., "Autoregressive model beats diffusion: Llama for scalable image generation" (arXiv 2406.06525). Parameter
-names are those of the official checkpoints. Imports ddray.errors and ddray.guidance.
+Positions are 2-D rotary embeddings. Sun et al., "Autoregressive model beats diffusion: Llama for scalable image generation" (arXiv
+2406.06525). Parameter names are those of the official checkpoints. Imports ddray.errors and
+ddray.guidance.
 
-Shapes: B batch, L image tokens, S = condition + image tokens, l tokens of this step, V codebook size, C model width,
-H heads, h head width, D = h / 2 rotation pairs.
+Shapes: B batch, L image tokens, S = condition + image tokens, l tokens of this step, V codebook
+size, C model width, H heads, h head width, D = h / 2 rotation pairs.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class LlamaGenConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
+        for field in ("dim", "n_layer", "n_head", "vocab_size", "num_classes", "block_size"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field}={value!r} must be a positive integer")
+        if self.multiple_of < 1:
+            raise ConfigError(f"multiple_of={self.multiple_of!r} must be a positive integer")
         if self.dim % self.n_head or self.dim // self.n_head % 4:
             raise ConfigError(
                 f"dim={self.dim} with n_head={self.n_head}: the head width dim / n_head must be a "
@@ -78,8 +85,9 @@ class LlamaGenConfig:
 def rope_table(config: LlamaGenConfig, device: torch.device) -> Tensor:
     """Rotations of the 2-D rotary embedding, as complex numbers.
 
-    The first half of the channel pairs turns with the row of a token, the second half with its column. Condition tokens
-    have the number 0, not 1: their rotated queries and keys vanish, and the official weights were trained so.
+    The first half of the channel pairs turns with the row of a token, the second half with its
+    column. Condition tokens have the number 0, not 1: their rotated queries and keys vanish, and
+    the official weights were trained so.
 
     Returns:
         complex64 [cls_token_num + L, D].
@@ -104,7 +112,7 @@ def rotate(x_BSHh: Tensor, rotation_SD: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; the weight multiplies after the cast back to the input's dtype."""
+    """Root-mean-square norm in float32; the weight multiplies in the dtype of the input."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -152,7 +160,8 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x_BSC).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         q, k = rotate(q, rotation_SD).transpose(1, 2), rotate(k, rotation_SD).transpose(1, 2)
         v = v.transpose(1, 2)
-        # A single new position may see everything in the cache: no mask. Several come only when the cache is empty.
+        # A single new position may see everything in the cache: no mask.
+        # Several come only when the cache is empty.
         causal = q.shape[2] > 1
         if cache is not None:
             k, v = cache.append(k, v)
@@ -207,7 +216,7 @@ class ClassEmbedding(nn.Module):
 
 
 class LlamaGenTrunk(nn.Module):
-    """What the teacher and its Distilled Decoding student share: class token, blocks, final norm, logits."""
+    """What the teacher and its student share: class token, blocks, final norm, logits."""
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
@@ -219,9 +228,11 @@ class LlamaGenTrunk(nn.Module):
         self._rotation: Tensor | None = None
 
     def rotation(self, device: torch.device) -> Tensor:
-        """The rotary table on a device, made once; neither parameter nor buffer, as in the official files."""
+        """The rotary table on a device, made once; no parameter or buffer, as in official files."""
         if self._rotation is None or self._rotation.device != device:
-            self._rotation = rope_table(self._sizes, device)
+            # A table made while generating must also serve a later training step.
+            with torch.inference_mode(False):
+                self._rotation = rope_table(self._sizes, device)
         return self._rotation
 
     def init_weights(self) -> None:
@@ -283,7 +294,7 @@ class LlamaGen(LlamaGenTrunk):
         return classifier_free_guidance(conditional, null, cfg)
 
     def decoder(self, cond_B: Tensor, prefix_BP: Tensor | None = None) -> "LlamaGenDecoder":
-        """Begin stage-by-stage decoding of a batch, behind the tokens of the first stages if given."""
+        """Begin stage-by-stage decoding of a batch, behind tokens of the first stages if given."""
         return LlamaGenDecoder(self, cond_B, prefix_BP)
 
 

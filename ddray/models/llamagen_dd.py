@@ -1,8 +1,8 @@
-"""The Distilled Decoding student of LlamaGen: the teacher's trunk over continuous codes, with two heads.
+"""The Distilled Decoding student of LlamaGen: the teacher's trunk over codes, with two heads.
 
-Liu et al., "Distilled Decoding" (arXiv 2412.17153). It reads a sequence X_t whose first t tokens are data and the rest
-noise, and gives all tokens at once: as logits over the codebook and as a regressed code. Parameter names are those
-of the published students. Imports ddray.models.llamagen.
+Liu et al., "Distilled Decoding" (arXiv 2412.17153). It reads a sequence X_t whose first t tokens
+are data and the rest noise, and gives all tokens at once: as logits over the codebook and as a
+regressed code. Parameter names are those of the published students. Imports ddray.models.llamagen.
 
 Shapes: B batch, L image tokens, V codebook size, E code width, C model width.
 """
@@ -22,8 +22,8 @@ class LlamaGenStudentConfig(LlamaGenConfig):
 
     Attributes:
         codebook_dim: code width E.
-        input_scale: factor on codes and noise before the input layer; 1 in the published students, sqrt(E) in ours,
-            which gives unit-norm codes the variance of the noise.
+        input_scale: factor on codes and noise before the input layer; 1 in the published students,
+            sqrt(E) in ours, which gives unit-norm codes the variance of the noise.
     """
 
     codebook_dim: int = 8
@@ -31,7 +31,7 @@ class LlamaGenStudentConfig(LlamaGenConfig):
 
 
 class CodeHead(nn.Module):
-    """Regression head: LayerNorm without weights, shift and scale from the condition, one linear layer."""
+    """Regression head: plain LayerNorm, shift and scale from the condition, one linear layer."""
 
     def __init__(self, dim: int, code_dim: int):
         super().__init__()
@@ -39,7 +39,7 @@ class CodeHead(nn.Module):
         self.linear = nn.Linear(dim, code_dim)
 
     def forward(self, x_BLC: Tensor, condition_B1C: Tensor) -> Tensor:
-        """Hidden states and class token to float32 codes [B, L, E]; row 0 of the table shifts, row 1 scales."""
+        """Hidden states and class token to codes, float32 [B, L, E]; the table's rows shift, scale."""
         shift, scale = (self.scale_shift_table + condition_B1C).chunk(2, dim=1)
         normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
         out: Tensor = self.linear(normed * (1 + scale) + shift)
@@ -70,7 +70,7 @@ class LlamaGenStudent(LlamaGenTrunk):
             t_B: number of leading tokens that are data, any dtype [B].
 
         Returns:
-            float32 logits [B, L, V] and float32 codes [B, L, E], both read at the position they describe.
+            float32 logits [B, L, V] and float32 codes [B, L, E], both at the position they describe.
         """
         condition = self.cls_embedding(cond_B)
         codes = self.tok_embeddings((x_BLE * self.config.input_scale).to(condition.dtype))
@@ -82,20 +82,19 @@ class LlamaGenStudent(LlamaGenTrunk):
 
     @torch.no_grad()
     def init_from_teacher(self, teacher: LlamaGen, codebook_VE: Tensor) -> None:
-        """Start from the teacher: class table, blocks, final norm and logits copied, the input layer fitted.
+        """Start from the teacher: its layers copied, the input layer fitted.
 
-        The teacher embeds token ids, the student embeds codes: the linear layer that maps each code to its
-        teacher embedding with the least squared error carries over what a linear map can. (The published code leaves
-        this layer random.)
+        Copied are class table, blocks, final norm and logits. The teacher embeds token ids, the student embeds codes: the linear layer that maps each code
+        to its teacher embedding with the least squared error carries over what a linear map can.
+        (The published code leaves this layer random.)
 
         Args:
             teacher: the autoregressive model.
             codebook_VE: float [V, E].
         """
         self.init_weights()
-        shared = LlamaGenTrunk(teacher.config).state_dict().keys()
-        source = teacher.state_dict()
-        self.load_state_dict({name: source[name] for name in shared}, strict=False)
+        shared = {k: v for k, v in teacher.state_dict().items() if k != "tok_embeddings.weight"}
+        self.load_state_dict(shared, strict=False)
         inputs = codebook_VE.double() * self.config.input_scale
         inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
         fit = torch.linalg.lstsq(inputs, teacher.tok_embeddings.weight.double()).solution

@@ -1,9 +1,11 @@
 """The LlamaGen VQ tokenizer: a convolutional autoencoder with a codebook between its halves.
 
-Sun et al. (arXiv 2406.06525), after VQGAN (Esser et al., arXiv 2012.09841). Parameter names are those of the official
-checkpoints: `encoder.conv_blocks.0` is the highest resolution, `decoder.conv_blocks.0` the lowest. Imports ddray.errors.
+Sun et al. (arXiv 2406.06525), after VQGAN (Esser et al., arXiv 2012.09841). Parameter names are
+those of the official checkpoints: `encoder.conv_blocks.0` is the highest resolution,
+`decoder.conv_blocks.0` the lowest. Imports ddray.errors.
 
-Shapes: B batch, L tokens, V codebook size, E code width, X any channel count, H and W pixels or cells.
+Shapes: B batch, L tokens, V codebook size, E code width, X any channel count, H and W pixels or
+cells.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ class LlamaGenVQConfig:
         codebook_embed_dim: code width E.
         z_channels: channels between the convolutions and the code space.
         ch: base channels, a multiple of 32 (the GroupNorm groups).
-        ch_mult: channel multiplier of each resolution, highest first; one halving between neighbours.
+        ch_mult: channel multiplier of each resolution, highest first; each halves the one before.
         num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
         codebook_l2_norm: whether codes and latents lie on the unit sphere.
         in_channels: image channels.
@@ -139,7 +141,7 @@ def _middle(channels: int) -> nn.ModuleList:
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, attention after each at the lowest, then a change of resolution."""
+    """Residual blocks of one resolution, attention after each at the lowest, then a resampling."""
 
     def __init__(
         self, channels_in: int, channels: int, blocks: int, attend: bool, resample: str | None
@@ -229,7 +231,7 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """The stored codes; `codebook_used` is a statistic of the official files without use at inference."""
+    """The stored codes; `codebook_used` is a statistic in official files, unused at inference."""
 
     def __init__(self, config: LlamaGenVQConfig):
         super().__init__()
@@ -262,7 +264,7 @@ class LlamaGenVQ(nn.Module):
         return self._to_sphere(self.quantize.embedding.weight)
 
     def latents(self, images: Tensor) -> Tensor:
-        """Continuous codes of images in [-1, 1], [B, L, E] in raster order, on the sphere if the codes are."""
+        """Latents [B, L, E] of images in [-1, 1], in raster order, on the sphere if codes are."""
         latent = self.quant_conv(self.encoder(images))
         return self._to_sphere(latent.flatten(2).transpose(1, 2))
 
@@ -280,7 +282,7 @@ class LlamaGenVQ(nn.Module):
         return self.nearest(self.latents(images))
 
     def decode(self, codes_BLE: Tensor) -> Tensor:
-        """Images, about [-1, 1] and not clamped, of codes in raster order; codes are used as they are."""
+        """Images, about [-1, 1] and not clamped, of codes in raster order, used as they are."""
         grid = round(codes_BLE.shape[1] ** 0.5)
         cells = codes_BLE.transpose(1, 2).unflatten(-1, (grid, grid))
         out: Tensor = self.decoder(self.post_quant_conv(cells))

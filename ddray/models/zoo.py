@@ -1,4 +1,4 @@
-"""Names, families and checkpoint layouts: from a name, a folder or a dictionary to a model that is ready to use.
+"""Names, families and layouts: from a name, a folder or a dictionary to a model in memory.
 
 Models are built on the meta device and take the loaded tensors over, so weights are in memory once.
 Imports the architectures, ddray.checkpoint, ddray.generate and ddray.errors.
@@ -139,8 +139,8 @@ def resolve(spec: str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, A
         return str(spec)
     hint = _nearest(str(spec), list(BUNDLED_MODELS))
     raise ConfigError(
-        f"no model {str(spec)!r}: it is no folder with a {CONFIG_FILE}, and no bundled model; {hint}"
-        f"bundled are {', '.join(BUNDLED_MODELS)}"
+        f"no model {str(spec)!r}: it is no folder with a {CONFIG_FILE}, and no bundled model; "
+        f"{hint}bundled are {', '.join(BUNDLED_MODELS)}"
     )
 
 
@@ -216,7 +216,7 @@ def _build_tokenizer(
 
 
 def _check_code_width(family: Family, values: dict[str, Any], sizes: Any, name: str) -> None:
-    """A teacher takes `codebook_dim` as a statement about its tokenizer; a student has it as a size."""
+    """For a teacher `codebook_dim` is a statement about its tokenizer, for a student a size."""
     width = values.get("codebook_dim")
     if sizes is not None and width not in (None, sizes.codebook_embed_dim):
         raise ConfigError(
@@ -238,7 +238,7 @@ def load_teacher(
     """Load a teacher.
 
     Args:
-        spec: a bundled name, a model folder (path or URI), or a dictionary of sizes with its "family".
+        spec: a bundled name, a model folder (path or URI), or sizes with their "family".
         checkpoint: weights of the network, where `spec` has none or others are wanted.
         tokenizer: weights of the tokenizer, likewise.
         device: "auto" = CUDA if there is one.

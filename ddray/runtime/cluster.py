@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from ddray.errors import ClusterError
 
-# Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core still leaves room for
-# Ray's own light tasks; without them its reads would wait for ever.
+# Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core
+# still leaves room for Ray's own light tasks; without them its reads would wait for ever.
 _SPARE_CPUS = 2
 _OBJECT_STORE_BYTES = 200 * 2**20
 # Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
@@ -23,15 +23,15 @@ _SHORT_TEMP = "/tmp"
 
 @contextlib.contextmanager
 def connect() -> Iterator[None]:
-    """Be connected to Ray: to `RAY_ADDRESS` if set (submitted jobs have it), else to a new private Ray.
+    """Be connected to Ray: to `RAY_ADDRESS` if set, else to a new private Ray.
 
-    A Ray that this process is connected to already is used and left running. A Ray that merely happens to run on this
-    machine is never joined.
+    Submitted jobs have the address. A Ray that this process is connected to already is used and left running. A Ray that merely
+    happens to run on this machine is never joined.
 
     Raises:
         ClusterError: if Ray cannot start or be reached.
     """
-    # Read at import: workers at the driver's priority; no token file in HOME for a private loopback Ray.
+    # Read at import: workers at the driver's priority; a private loopback Ray needs no token file.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

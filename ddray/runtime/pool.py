@@ -1,7 +1,8 @@
 """Filling a sharded set with a pool of Ray actors, whoever dies on the way.
 
-Delivery is at least once, so writing a shard must be idempotent; that a set is whole is proved by listing its storage,
-not by what actors returned. Imports ddray.config, errors, progress and the cluster.
+Delivery is at least once, so writing a shard must be idempotent; that a set is whole is proved by
+listing its storage, not by what actors returned. Imports ddray.config, errors, progress and the
+cluster.
 """
 
 import logging
@@ -108,14 +109,14 @@ def fill(label: str, shards: ShardedSet, uri: str, worker: type, config: PoolCon
     still = shards.missing()
     if still:
         raise ShardError(
-            f"{len(still)} shards are missing in {uri} although every actor finished; rerun to fill "
-            "them"
+            f"{len(still)} shards are missing in {uri} although every actor finished; rerun to "
+            "fill them"
         )
     return Filled(len(missing), sum(made.values()), time.monotonic() - started, first_shard_s)
 
 
 class _Actor:
-    """One actor of the pool: limits the threads before anything computes, then builds the worker."""
+    """One actor of the pool: limits the threads before anything computes, builds the worker."""
 
     def __init__(self, worker: type, arguments: Mapping[str, Any], threads: int):
         import torch
@@ -173,7 +174,7 @@ def _run(
 
 def _explain(error: BaseException, config: PoolConfig) -> DDRayError:
     """Our own error if an actor raised one, else one line about what happened to the pool."""
-    # Ray wraps what an actor raised, and tells of a constructor's error in text alone: its last line.
+    # Ray wraps what an actor raised, and tells of a constructor's error in text: its last line.
     line = last_line(error)
     ours = re.fullmatch(r"(?:ray\.exceptions\.\S+ )?ddray\.errors\.(\w+): (.*)", line)
     if ours:

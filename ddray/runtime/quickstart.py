@@ -1,6 +1,7 @@
 """All of ddray in one run: trajectories, a student, bulk images, an evaluation, a report.
 
-Each part is the one that a cluster runs. Imports the other runtime modules, ddray.evaluate and its report.
+Each part is the one that a cluster runs. Imports the other runtime modules, ddray.evaluate and its
+report.
 """
 
 import json
@@ -111,7 +112,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
 
 def _claim(out: str, resolved: dict[str, Any]) -> None:
-    """Keep the settings of a run folder; refuse it to a run with others, whose parts would not fit."""
+    """Keep the settings of a run folder; refuse it to a run with others: parts would not fit."""
     storage = open_storage(out)
     if storage.exists("config.json"):
         earlier = json.loads(storage.read("config.json"))
@@ -123,8 +124,8 @@ def _claim(out: str, resolved: dict[str, Any]) -> None:
         ]
         if changed:
             raise ConfigError(
-                f"{out} holds a quickstart with other settings for {', '.join(changed)}; use another "
-                "--out, or delete it"
+                f"{out} holds a quickstart with other settings for {', '.join(changed)}; use "
+                "another --out, or delete it"
             )
     storage.write("config.json", (json.dumps(resolved, indent=2) + "\n").encode())
 

@@ -12,7 +12,6 @@ import torch
 from ddray import __version__
 from ddray.config import SampleConfig
 from ddray.errors import ConfigError, ShardError
-from ddray.flow import default_num_evals
 from ddray.generate import Teacher
 from ddray.models.zoo import load_teacher
 from ddray.runtime.pool import fill
@@ -37,7 +36,7 @@ def make_plan(config: SampleConfig, teacher: Teacher) -> Plan:
         top_p=config.top_p,
         temperature=config.temperature,
         solver=config.solver,
-        num_evals=config.num_evals or default_num_evals(config.solver, vocab_size),
+        num_evals=teacher.transport(config.solver, config.num_evals).num_evals,
         dtype=config.dtype,
         threads=config.threads,
         count=config.count,

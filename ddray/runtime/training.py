@@ -1,6 +1,7 @@
 """Distillation on Ray Train and DeepSpeed: workers, ZeRO, checkpoints, resume.
 
-The step itself is plain torch in ddray.distill. Imports ddray.config, distill, shards, checkpoint and the zoo.
+The step itself is plain torch in ddray.distill. Imports ddray.config, distill, shards, checkpoint
+and the zoo.
 """
 
 import contextlib
@@ -71,8 +72,8 @@ def _open_complete_set(config: DistillConfig) -> TrajectorySet:
     missing = trajectories.missing()
     if missing and not config.allow_partial:
         raise ShardError(
-            f"{config.data} lacks {len(missing)} of {trajectories.plan.num_shards} shards; finish it "
-            "with `ddray sample`, or train on what is there with --allow-partial"
+            f"{config.data} lacks {len(missing)} of {trajectories.plan.num_shards} shards; finish "
+            "it with `ddray sample`, or train on what is there with --allow-partial"
         )
     return trajectories
 
@@ -104,7 +105,7 @@ def _identity(config: DistillConfig, plan_hash: str) -> dict[str, Any]:
 
 
 def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> None:
-    """Take the run folder, or take it up again; refuse one that belongs to a run with other settings."""
+    """Take the run folder, or take it up again; refuse one of a run with other settings."""
     storage = open_storage(config.out)
     storage.check_writable()
     if config.fresh:

@@ -144,7 +144,7 @@ def test_draw_keeps_leading_dimensions():
     [
         ((-0.1, 0, 1.0), "temperature must be >= 0, got -0.1"),
         ((math.nan, 0, 1.0), "temperature must be >= 0, got nan"),
-        ((1.0, -1, 1.0), r"top_k must be >= 0 \(0 = off\), got -1"),
+        ((1.0, -1, 1.0), r"top_k must be an integer >= 0 \(0 = off\), got -1"),
         ((1.0, 0, 0.0), r"top_p must be in \(0, 1\] \(1 = off\), got 0.0"),
         ((1.0, 0, 1.1), r"top_p must be in \(0, 1\] \(1 = off\), got 1.1"),
         ((1.0, 0, math.nan), "top_p must be in .* got nan"),

@@ -164,7 +164,7 @@ def test_a_student_is_no_teacher():
     ("changes", "message"),
     [
         ({"dim": 18}, "dim=18 with n_head=2: the head width"),
-        ({"dim": "16"}, "the config of the given teacher: "),
+        ({"dim": "16"}, "dim='16' must be a positive integer"),
         ({"vocab_size": 9}, "vocab_size=9, but the tokenizer has 8 codes"),
         ({"codebook_dim": 8}, "codebook_dim=8, but the tokenizer's codes have 4 numbers"),
         ({"n_head": 0}, "n_head=0"),
