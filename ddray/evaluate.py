@@ -182,12 +182,13 @@ class Evaluator:
         if trajectories.plan.teacher_fingerprint != self.teacher.fingerprint:
             raise ConfigError(f"{self.config.data} was not sampled from {self.teacher.name}")
         # The naive baseline gets all the rows there are: its marginals should not be noisy.
-        _, labels, tokens = trajectories.rows(0, trajectories.plan.count)
-        return torch.from_numpy(labels).long(), torch.from_numpy(tokens.astype("int64"))
+        _, labels, stored = trajectories.rows(0, trajectories.plan.count)
+        return torch.from_numpy(labels).long(), torch.from_numpy(stored.astype("int64"))
 
     def quality(self) -> list[dict[str, Any]]:
         """One row a generator: Frechet distance, class accuracy, ratio to the teacher."""
-        config, rows = self.config, []
+        config = self.config
+        rows: list[dict[str, Any]] = []
 
         def judge(name: str, steps: int | None, content: Tensor, labels: Tensor) -> None:
             images = torch.cat([self.teacher.decode(part) for part in content.split(250)])
@@ -306,17 +307,20 @@ class Evaluator:
         return [
             f"{config.count} images of every generator, classes in turn, seed {config.seed}, "
             f"indices 0 to {config.count - 1}; teacher {self.teacher.name} at guidance "
-            f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its logits head.",
+            f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its "
+            "logits head.",
             "fd_digits: Frechet distance between 64 features of the bundled digit classifier "
             f"(weights {self.metric.fingerprint[:12]}, {card['held_out_accuracy']:.1%} right on "
-            "held-out digits) for the generated images and for 1000 held-out MNIST digits in 5 fixed "
-            f"augmentations ({self.metric.reference.count} images). It is not FID. Two disjoint "
-            f"halves of the held-out digits are {card['fd_digits_of_disjoint_halves']:.2f} apart.",
+            "held-out digits) for the generated images and for 1000 held-out MNIST digits in 5 "
+            f"fixed augmentations ({self.metric.reference.count} images). It is not FID. Two "
+            "disjoint halves of the held-out digits are "
+            f"{card['fd_digits_of_disjoint_halves']:.2f} apart.",
             "class_accuracy: share of images that the classifier takes for the class asked for.",
             f"{NAIVE}: each token drawn alone from the teacher's frequencies at its position and "
             "class.",
-            f"Speed: from class ids to pixels in one process with {torch.get_num_threads()} threads "
-            f"on {self.teacher.device.type}, float32; median of repeated runs after a warm-up.",
+            f"Speed: from class ids to pixels in one process with {torch.get_num_threads()} "
+            f"threads on {self.teacher.device.type}, float32; median of repeated runs after a "
+            "warm-up.",
         ]
 
 

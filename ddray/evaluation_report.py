@@ -1,6 +1,6 @@
 """The page that shows an evaluation: report.html, grid.png, summary.json.
 
-Imports ddray.evaluate, report and storage.
+Imports ddray.evaluate, report, chart and storage.
 """
 
 import io
@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ddray import __version__
+from ddray.chart import Curve
 from ddray.evaluate import AUTOREGRESSIVE, NAIVE, RECONSTRUCTION, Evaluation
 from ddray.report import (
     Bar,
     Column,
-    Curve,
     Picture,
     Report,
     Table,

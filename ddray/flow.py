@@ -1,14 +1,15 @@
 """Transport: the deterministic flow-matching map that carries Gaussian noise to one token.
 
-Liu et al., "Distilled Decoding" (arXiv 2412.17153), section 3. For one token with probabilities p over the codes
-c_1..c_V, flow matching between N(0, I) and the mixture sum_j p_j delta(c_j) has the posterior mean as its velocity
-field. With lambda = t / (1 - t) and y = x / (1 - t) the probability-flow ODE is free of singularities:
+Liu et al., "Distilled Decoding" (arXiv 2412.17153), section 3. For one token with probabilities p
+over the codes c_1..c_V, flow matching between N(0, I) and the mixture sum_j p_j delta(c_j) has the
+posterior mean as its velocity field. With lambda = t / (1 - t) and y = x / (1 - t) the
+probability-flow ODE is free of singularities:
 
     dy / dlambda = softmax_j( log p_j + lambda y.c_j - lambda^2 |c_j|^2 / 2 ) C,      y(0) = noise,
 
-and as lambda grows the softmax collapses on one code, the token. One evaluation is one attention of y over the
-codebook: two matrix products and a softmax. Scaling the codebook scales the grid; shifting it changes nothing.
-Imports only ddray.errors.
+and as lambda grows the softmax collapses on one code, the token. One evaluation is one attention of
+y over the codebook: two matrix products and a softmax. Scaling the codebook scales the grid;
+shifting it changes nothing. Imports only ddray.errors.
 
 Shapes: N rows (any number of tokens), V codebook size, E code width.
 """
@@ -17,7 +18,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ _ORDERS = {"euler": 1, "ab2": 2, "ab4": 4, "exact": 4}
 _EVALS_PER_FOLD = {"euler": 10.0, "ab2": 10.0, "ab4": 5.0, "rk4": 9.0, "exact": 60.0}
 
 SOLVERS = tuple(_EVALS_PER_FOLD)
-"""Names accepted as `solver`. "exact" is the fourth-order method in float64 on a fine, long grid."""
+"""Names accepted as `solver`. "exact" is the fourth-order method, float64, on a fine, long grid."""
 
 
 class Grid(NamedTuple):
@@ -78,7 +79,8 @@ class Grid(NamedTuple):
         Args:
             codebook_VE: float64 [V, E], centred.
             decided: lambda times distance at which the posterior counts as collapsed.
-            closest_share: share of the codes that may have a closer neighbour than the grid resolves.
+            closest_share: share of the codes that may have a closer neighbour than the grid
+                resolves.
         """
         rms = float(codebook_VE.square().sum(-1).mean().sqrt()) or 1.0
         distance = _neighbour_distances(codebook_VE) if len(codebook_VE) > 1 else codebook_VE[0, :0]
@@ -166,8 +168,9 @@ def _neighbour_distances(codes_VE: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Matrix products in true float32 (TF32 and bfloat16 shortcuts off), whatever the process prefers."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    """Matrix products in true float32, without TF32 or bfloat16, whatever the process prefers."""
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lack matmul
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
@@ -184,10 +187,11 @@ class Transport:
     Args:
         codebook_VE: float [V, E].
         solver: one of `SOLVERS`.
-        num_evals: velocity evaluations; None = the default for this codebook. RK4 takes four a step.
+        num_evals: velocity evaluations; None = the default for this codebook. RK4: four a step.
 
     Raises:
-        ConfigError: for an unknown solver, too few evaluations, or a codebook that is not finite [V, E].
+        ConfigError: for an unknown solver, too few evaluations, or a codebook that is not a finite
+            [V, E] tensor.
     """
 
     def __init__(self, codebook_VE: Tensor, solver: str = "ab4", num_evals: int | None = None):
@@ -216,7 +220,8 @@ class Transport:
         order = _ORDERS.get(solver, 1)
         weights = multistep_weights(self.grid, self._steps, order)
         self._weights = weights.to(codes.device, self.dtype)
-        # A last column of ones: one product gives the weighted sum of the codes and the weights' sum.
+        # A last column of ones: one product gives the weighted sum of the codes and the sum of
+        # the weights.
         self.values_VF = torch.cat((codes, torch.ones_like(codes[:, :1])), -1).to(self.dtype)
         # [C, |c|^2 / 2]: with the query [y, -lambda] the exponent is lambda times one matrix
         # product, added to log p.
@@ -276,9 +281,10 @@ def transport(
     solver: str = "ab4",
     num_evals: int | None = None,
 ) -> Tensor:
-    """Carry noise to tokens: the deterministic map of Distilled Decoding (arXiv 2412.17153, section 3).
+    """Carry noise to tokens: the deterministic map of Distilled Decoding.
 
-    Over standard normal noise the token is distributed as softmax(logits).
+    See arXiv 2412.17153, section 3. Over standard normal noise the token is distributed as
+    softmax(logits).
 
     Args:
         noise: float [..., E].

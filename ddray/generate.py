@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from ddray.flow import Transport
 from ddray.guidance import check_filters, draw, filter_logits
 from ddray.schedule import TeacherStages, parse_schedule
 from ddray.seeding import index_tensor, noise, uniforms
-
 
 _SAMPLING = {"cfg": None, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
 """Settings of plain sampling, with their defaults: all of them off."""
@@ -75,7 +74,7 @@ class Tokenizer:
     @cached_property
     def codebook(self) -> Tensor:
         """Codes as the models use them, float32 [V, E]."""
-        return self.module.codebook.detach().float()  # type: ignore[no-any-return]
+        return self.module.codebook.detach().float()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,7 +88,7 @@ class Tokenizer:
 
     @torch.inference_mode()
     def decode(self, tokens_or_codes: Tensor) -> Tensor:
-        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes [B, L, E]."""
+        """Images in [0, 1], float32 [B, channels, H, W], of tokens [B, L] or codes [B, L, E]."""
         codes = tokens_or_codes
         if not codes.is_floating_point():
             codes = self.codebook[codes]
@@ -118,7 +117,7 @@ class _Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+        return next(self.model.parameters()).device
 
     @property
     def codebook(self) -> Tensor:
@@ -131,7 +130,7 @@ class _Model:
         return fingerprint(self.model)
 
     def decode(self, tokens_or_codes: Tensor) -> Tensor:
-        """Images in [0, 1], float32 [B, channels, H, W], of tokens int64 [B, L] or codes [B, L, E]."""
+        """Images in [0, 1], float32 [B, channels, H, W], of tokens [B, L] or codes [B, L, E]."""
         content = torch.as_tensor(tokens_or_codes, device=self.device)
         if not content.is_floating_point():
             content = self._tokens(content)
@@ -201,7 +200,7 @@ class Teacher(_Model):
         default_cfg: recommended guidance.
     """
 
-    conditioning = "class"
+    conditioning: Literal["class"] = "class"
 
     @property
     def default_cfg(self) -> float:
@@ -337,6 +336,7 @@ class Teacher(_Model):
         return bool(self.model.guides(cfg))
 
     def transport(self, solver: str, num_evals: int | None) -> Transport:
+        """The map of this teacher's codebook, made once for each pair of settings."""
         known: dict[tuple[str, int | None], Transport] = self.__dict__.setdefault("_maps", {})
         if (solver, num_evals) not in known:
             known[solver, num_evals] = Transport(self.codebook, solver, num_evals)

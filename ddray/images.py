@@ -1,7 +1,8 @@
 """Image sets: generated images of consecutive indices, in shards.
 
-A shard is a Parquet file, a WebDataset tar, or a folder of PNG files. Like a trajectory set, an image set has a plan that decides its bytes, and a shard exists whole or
-not at all. Imports ddray.errors, report (pixels) and storage.
+A shard is a Parquet file, a WebDataset tar, or a folder of PNG files. Like a trajectory set, an
+image set has a plan that decides its bytes, and a shard exists whole or not at all. Imports
+ddray.errors, report (pixels) and storage.
 
 Shapes: N images, H and W pixels.
 """

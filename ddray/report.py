@@ -1,6 +1,7 @@
 """Tables for the terminal, pictures of generated images, and the self-contained page report.html.
 
-Imports ddray.errors only; the page loads nothing, its style is the sibling file report.css.
+Imports ddray.chart and ddray.errors; the page loads nothing, its style is the sibling file
+report.css.
 """
 
 import base64
@@ -21,14 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from ddray.chart import Curve, line_chart, tag
 from ddray.errors import ConfigError, StorageError
 
 MISSING = "–"
 _PAPER, _INK = (246, 246, 243), (28, 30, 34)  # of labelled_grid; as in report.css, light
-_COLOURS = 6  # line colours in report.css
-_CHART_W, _CHART_H, _END = 760, 320, 26  # the drawing, and the longest name in it
-
-_Runs = list[npt.NDArray[np.float64]]  # the stretches of a curve without gaps, each [n, 2]
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,6 @@ class Picture:
     columns: int
     column_labels: Sequence[str] = ()
     ink: bool | None = None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of the chart: y over x, of equal length; points that are not finite leave gaps."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -305,224 +294,26 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column])
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-# The chart
-
-
-def _tag(name: str, *inner: str, **attributes: object) -> str:
-    """An element around ready HTML; attribute values are escaped, None and "" left out.
-
-    A trailing underscore keeps Python's words apart, one inside stands for a hyphen.
-    """
-    head = name + "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
-        for key, value in attributes.items()
-        if value not in (None, "")
-    )
-    if name in ("img", "line", "polyline"):
-        return f"<{head}/>"
-    return f"<{head}>{''.join(inner)}</{name}>"
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values to pixels: [low, high] to [start, end], on a log scale or not, with its ticks."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    ticks: Sequence[float]
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-
-def _ticks(low: float, high: float, log: bool = False, about: int = 5) -> list[float]:
-    """Round values that enclose [low, high], on a log scale where that spans enough of them."""
-    if log and high / low >= 3:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        steps = (1, 2, 5) if len(decades) < 5 else (1,)
-        marks = [float(f"{m}e{d}") for d in decades for m in steps]
-        first = max((i for i, mark in enumerate(marks) if mark <= low), default=0)
-        last = min((i for i, mark in enumerate(marks) if mark >= high), default=len(marks) - 1)
-        every = math.ceil((last - first) / 10)
-        return marks[first:last:every] + [marks[last]]
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{k * step:.10g}") for k in range(start, stop + 1)]
-
-
-def _widened(low: float, high: float) -> tuple[float, float]:
-    """Opens a range too narrow to divide; a positive one stays positive, for the log scale."""
-    if high - low > 1e-9 * max(abs(low), abs(high)):
-        return low, high
-    return low - (abs(low) or 1) / 3, high + (abs(high) or 1) / 3
-
-
-def _runs(curve: Curve, log_y: bool) -> tuple[_Runs, int]:
-    """The drawable stretches of a curve as [n, 2] points, and how many points are left out."""
-    x, y = np.asarray(curve.x, np.float64), np.asarray(curve.y, np.float64)
-    if x.ndim != 1 or x.shape != y.shape:
-        raise ConfigError(
-            f"curve {curve.label!r}: x has shape {x.shape}, y {y.shape}; make them equal"
-        )
-    good = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log_y))
-    pieces = np.split(np.arange(x.size), np.flatnonzero(np.diff(good)) + 1)
-    runs = [_thin(np.stack([x[i], y[i]], axis=1)) for i in pieces if i.size and good[i[0]]]
-    return runs, int(np.count_nonzero(~good))
-
-
-def _thin(points: npt.NDArray[np.float64], most: int = 800) -> npt.NDArray[np.float64]:
-    """At most about `most` points: the ends and each stretch's extremes, so no spike is lost."""
-    if len(points) <= most:
-        return points
-    keep = {0, len(points) - 1}
-    for part in np.array_split(np.arange(len(points)), most // 2):
-        keep |= {int(part[points[part, 1].argmin()]), int(part[points[part, 1].argmax()])}
-    return points[sorted(keep)]
-
-
-def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights near the wanted ones, `gap` apart so that labels do not overlap."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = list(wanted)
-    for below, i in itertools.pairwise(order):
-        placed[i] = max(placed[i], placed[below] + gap)
-    for k, i in enumerate(reversed(order)):
-        placed[i] = min(placed[i], high - k * gap)
-    return [max(low, height) for height in placed]
-
-
-def _rule(kind: str, x1: float, x2: float, y1: float, y2: float) -> str:
-    x1, x2, y1, y2 = (round(value, 1) for value in (x1, x2, y1, y2))
-    return _tag("line", class_=kind, x1=x1, x2=x2, y1=y1, y2=y2)
-
-
-def _words(kind: str, text: str, x: float, y: float, anchor: str = "start") -> str:
-    place = {"x": round(x, 1), "y": round(y, 1), "text_anchor": anchor}
-    return _tag("text", html.escape(text), class_=kind, **place)
-
-
-def _axes(points: npt.NDArray[np.float64], log_y: bool, right: float) -> tuple[_Axis, _Axis]:
-    (x0, y0), (x1, y1) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
-    marks = _ticks(*_widened(y0, y1), log_y)
-    left = 22 + 9.5 * max(len(f"{mark:,.10g}") for mark in marks)  # room for the phone's letters
-    y_axis = _Axis(marks[0], marks[-1], _CHART_H - 44, 36, marks, log_y)
-    x0, x1 = _widened(x0, x1)
-    ticks = [tick for tick in _ticks(x0, x1, about=7) if x0 <= tick <= x1]
-    return _Axis(x0, x1, left, _CHART_W - right, ticks), y_axis
-
-
-def _axes_svg(x: _Axis, y: _Axis, x_label: str, y_label: str) -> str:
-    parts = []
-    for tick in y.ticks:
-        at = y.at(tick)
-        parts.append(_rule("rule", x.start, x.end, at, at))
-        parts.append(_words("tick", f"{tick:,.10g}", x.start - 8, at + 3.5, "end"))
-    for tick in x.ticks:
-        at = x.at(tick)
-        parts.append(_rule("axis", at, at, y.start, y.start + 4))
-        parts.append(_words("tick", f"{tick:,.10g}", at, y.start + 20, "middle"))
-    parts.append(_rule("axis", x.start, x.end, y.start, y.start))
-    parts.append(_words("title", x_label, x.end, y.start + 39, "end"))
-    parts.append(_words("title", y_label + " (log scale)" * y.log, 0, 18))
-    return "".join(parts)
-
-
-def _lines_svg(drawn: Sequence[tuple[str, _Runs]], x: _Axis, y: _Axis) -> str:
-    """The polylines, and each curve's name at its end."""
-    heights = _spread([y.at(runs[-1][-1, 1]) for _, runs in drawn], 14, y.end, y.start)
-    lines = []
-    for i, (label, runs) in enumerate(drawn):
-        for run in runs:  # a lone point is doubled: SVG draws no line of one point
-            points = [f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in run.tolist()]
-            points *= 2 if len(points) == 1 else 1
-            lines.append(_tag("polyline", class_=f"line {_hue(i)}", points=" ".join(points)))
-        short = label if len(label) <= _END else label[: _END - 1] + "…"
-        lines.append(_words(f"end {_hue(i)}", short, x.end + 8, heights[i] + 3.5))
-    return "".join(lines)
-
-
-def _hue(i: int) -> str:
-    return f"c{i % _COLOURS}" + " dashed" * (i >= _COLOURS)
-
-
-def line_chart(
-    curves: Sequence[Curve], *, x_label: str = "step", y_label: str = "loss", log_y: bool = False
-) -> str:
-    """Draws curves as an HTML figure: a legend, an inline SVG and a caption.
-
-    Points that are not finite (or not positive on a log scale) leave gaps, and the caption counts
-    them: a training that diverged still gets its page.
-
-    Args:
-        curves: the lines; each stretch without a gap becomes one polyline of class "line".
-        x_label: name of the horizontal axis.
-        y_label: name of the vertical axis.
-        log_y: logarithmic vertical axis.
-
-    Returns:
-        An HTML fragment; a sentence instead of the drawing where no curve has a point to draw.
-
-    Raises:
-        ConfigError: x and y of a curve differ in length.
-    """
-    split = [(curve.label, *_runs(curve, log_y)) for curve in curves]
-    needed = "finite and positive" if log_y else "finite"
-    notes = [
-        f"{label}: {lost} points are not {needed} and left out." if lost else f"{label}: no points."
-        for label, runs, lost in split
-        if lost or not runs
-    ]
-    caption = _tag("figcaption", html.escape(" ".join(notes))) if notes else ""
-    drawn = [(label, runs) for label, runs, _ in split if runs]
-    if not drawn:
-        return _tag("figure", _tag("p", "No curve to draw."), caption, class_="chart")
-    right = 16 + 7 * min(_END, max(len(label) for label, _ in drawn))
-    x, y = _axes(np.concatenate([run for _, runs in drawn for run in runs]), log_y, right)
-    ends = [f"{label} from {r[0][0, 1]:.4g} to {r[-1][-1, 1]:.4g}" for label, r in drawn]
-    legend = [
-        _tag("li", "<i></i>", html.escape(label), class_=_hue(i))
-        for i, (label, _) in enumerate(drawn)
-    ]
-    svg = _tag(
-        "svg",
-        _axes_svg(x, y, x_label, y_label) + _lines_svg(drawn, x, y),
-        viewBox=f"0 0 {_CHART_W} {_CHART_H}",
-        role="img",
-        aria_label=f"{y_label} over {x_label}: {'; '.join(ends)}",
-        # On a phone the names at the ends give way to the legend, and the plot takes their room.
-        style=f"--wide:{_CHART_W / (x.end + 16):.3f}",
-    )
-    return _tag("figure", _tag("ul", *legend, class_="legend"), svg, caption, class_="chart")
-
-
 # The page
 
 
 def _scroll(label: str, inner: str) -> str:
     """A box that scrolls sideways by itself, also by keyboard, so that the page never does."""
-    return _tag("div", inner, class_="scroll", role="region", tabindex=0, aria_label=label)
+    return tag("div", inner, class_="scroll", role="region", tabindex=0, aria_label=label)
 
 
 def _table(caption: str, heads: Sequence[str], rows: Iterable[str]) -> str:
-    head = _tag("thead", _tag("tr", *heads)) if heads else ""
-    caption_html = _tag("caption", html.escape(caption))
-    return _scroll(caption, _tag("table", caption_html, head, _tag("tbody", *rows)))
+    head = tag("thead", tag("tr", *heads)) if heads else ""
+    caption_html = tag("caption", html.escape(caption))
+    return _scroll(caption, tag("table", caption_html, head, tag("tbody", *rows)))
 
 
 def _row(name: str, *cells: str, kinds: Sequence[str] = (), class_: str = "") -> str:
     """A table row of ready HTML; `kinds` are the classes of name and cells."""
     kinds = kinds or [""] * (len(cells) + 1)
-    first = _tag("th", name, scope="row", class_=kinds[0])
-    rest = [_tag("td", cell, class_=kind) for cell, kind in zip(cells, kinds[1:], strict=True)]
-    return _tag("tr", first, *rest, class_=class_)
+    first = tag("th", name, scope="row", class_=kinds[0])
+    rest = [tag("td", cell, class_=kind) for cell, kind in zip(cells, kinds[1:], strict=True)]
+    return tag("tr", first, *rest, class_=class_)
 
 
 def _table_html(table: Table) -> str:
@@ -530,13 +321,13 @@ def _table_html(table: Table) -> str:
     kinds = ["num" if number else "" for number in is_number]
     heads = []
     for column, kind in zip(table.columns, kinds, strict=True):
-        unit = _tag("small", html.escape(column.unit)) if column.unit else ""
-        heads.append(_tag("th", html.escape(column.label), unit, scope="col", class_=kind))
+        unit = tag("small", html.escape(column.unit)) if column.unit else ""
+        heads.append(tag("th", html.escape(column.label), unit, scope="col", class_=kind))
     rows = [
         _row(*map(html.escape, texts), kinds=kinds, class_="strong" * (texts[0] == table.highlight))
         for texts in cells
     ]
-    note = _tag("p", html.escape(table.note), class_="note") if table.note else ""
+    note = tag("p", html.escape(table.note), class_="note") if table.note else ""
     return _table(table.caption, heads, rows) + note
 
 
@@ -550,7 +341,7 @@ def _bars_html(bars: Sequence[Bar]) -> str:
             kind, word = "open", "not measured"
         texts = map(html.escape, (bar.what, bar.bar, bar.measured or MISSING))
         rows.append(_row(*texts, word, kinds=("wrap", "bar", "bar", kind)))
-    heads = [_tag("th", word, scope="col") for word in ("What", "Bar", "Measured", "Result")]
+    heads = [tag("th", word, scope="col") for word in ("What", "Bar", "Measured", "Result")]
     met = sum(bool(bar.met) for bar in bars)
     return _table(f"{met} of {len(bars)} bars met", heads, rows)
 
@@ -569,8 +360,8 @@ def _picture_html(picture: Picture) -> str:
     alt = f"{picture.name}: {count} images in {picture.columns} columns"
     if picture.column_labels:
         alt += " headed " + ", ".join(picture.column_labels)
-    caption = _tag("b", html.escape(picture.name)) + _tag("span", html.escape(picture.caption))
-    img = _tag(
+    caption = tag("b", html.escape(picture.name)) + tag("span", html.escape(picture.caption))
+    img = tag(
         "img",
         class_=" ".join(kinds),
         width=image.width,
@@ -578,7 +369,7 @@ def _picture_html(picture: Picture) -> str:
         alt=alt,
         src="data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"),
     )
-    return _tag("figure", _tag("figcaption", caption), img)
+    return tag("figure", tag("figcaption", caption), img)
 
 
 def _pictures_html(pictures: Sequence[Picture]) -> str:
@@ -588,11 +379,11 @@ def _pictures_html(pictures: Sequence[Picture]) -> str:
     ):
         if labels and len(labels) != columns:
             raise ConfigError(f"{len(labels)} column labels for {columns} columns of a picture")
-        spans = [_tag("span", html.escape(label), title=label) for label in labels]
-        heads = _tag("div", *spans, class_="heads", aria_hidden="true") if labels else ""
+        spans = [tag("span", html.escape(label), title=label) for label in labels]
+        heads = tag("div", *spans, class_="heads", aria_hidden="true") if labels else ""
         # Below this width the columns scroll: digits need little of it, class names more.
         least = 1.6 if max(map(len, labels), default=0) <= 2 else 3.6
-        strips = _tag(
+        strips = tag(
             "div",
             heads,
             *map(_picture_html, group),
@@ -620,23 +411,23 @@ def _settings_html(settings: Mapping[str, Mapping[str, Any]]) -> str:
         rows = [_row(html.escape(key), html.escape(text)) for key, text in _flat(values)]
         count += len(rows)
         tables.append(_table(name, (), rows))
-    return _tag("details", _tag("summary", f"{count} settings"), *tables) if tables else ""
+    return tag("details", tag("summary", f"{count} settings"), *tables) if tables else ""
 
 
 def _measurements_html(tables: Sequence[Table], protocol: Sequence[str]) -> str:
     body = "".join(map(_table_html, tables))
     if protocol:
-        sentences = _tag("ul", *(_tag("li", html.escape(sentence)) for sentence in protocol))
-        body += _tag("div", _tag("h3", "Protocol"), sentences, class_="protocol")
+        sentences = tag("ul", *(tag("li", html.escape(sentence)) for sentence in protocol))
+        body += tag("div", tag("h3", "Protocol"), sentences, class_="protocol")
     return body
 
 
 def _headline_html(headline: Sequence[tuple[str, str, str]]) -> str:
     cards = [
-        _tag("div", _tag("dt", label), _tag("dd", value), _tag("dd", note, class_="note"))
+        tag("div", tag("dt", label), tag("dd", value), tag("dd", note, class_="note"))
         for label, value, note in (map(html.escape, card) for card in headline)
     ]
-    return _tag("dl", *cards, class_="headline") if cards else ""
+    return tag("dl", *cards, class_="headline") if cards else ""
 
 
 def _section(title: str, body: str) -> str:
@@ -676,12 +467,12 @@ def render_report(report: Report) -> str:
     commands = ""
     if report.commands:
         lines = html.escape("\n".join(report.commands))
-        commands = _scroll("Commands", _tag("pre", _tag("code", lines)))
+        commands = _scroll("Commands", tag("pre", tag("code", lines)))
     versions = [
-        _tag("div", _tag("dt", html.escape(name)), _tag("dd", html.escape(version)))
+        tag("div", tag("dt", html.escape(name)), tag("dd", html.escape(version)))
         for name, version in report.versions.items()
     ]
-    footer = _tag("dl", *versions) if versions else ""
+    footer = tag("dl", *versions) if versions else ""
     return (
         f"{_HEAD}<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f"<header><h1>{title}</h1><p>{subtitle}</p></header>\n<main>\n"

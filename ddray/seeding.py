@@ -1,7 +1,8 @@
 """Every random draw of ddray: a pure function of (seed, sample index).
 
-It never depends on the worker, the batch or the order. A counter-based generator (Philox4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", SC 2011) in torch integer operations, so that CPU and GPU agree. Imports only ddray.errors.
+It never depends on the worker, the batch or the order. A counter-based generator (Philox4x32-10;
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch integer operations,
+so that CPU and GPU agree. Imports only ddray.errors.
 
 Shapes: B batch, L tokens, E code width.
 """

@@ -2,7 +2,8 @@
 
     python jobs/train_digits_teacher.py --out ddray/models/bundled
 
-It takes about 25 minutes on two CPU cores. Each stage is kept in the output folder and skipped by a rerun; `--only STAGE` trains one anew.
+It takes about 25 minutes on two CPU cores. Each stage is kept in the output folder and skipped by a
+rerun; `--only STAGE` trains one anew.
 """
 
 import argparse
@@ -164,7 +165,7 @@ def encode(vq: LlamaGenVQ, data: Digits, passes: int) -> tuple[Tensor, Tensor]:
 
 
 def train_teacher(vq: LlamaGenVQ, train: Digits, held_out: Digits, steps: int) -> LlamaGen:
-    """The autoregressive teacher on tokens of augmented digits; a tenth of classes is dropped."""
+    """The autoregressive teacher on tokens of augmented digits; one class in ten is dropped."""
     torch.manual_seed(4)
     model = LlamaGen(TEACHER).to(DEVICE)
     model.init_weights()

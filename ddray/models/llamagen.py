@@ -1,8 +1,8 @@
 """The LlamaGen transformer: a pre-norm decoder over a class token and image tokens.
 
-Positions are 2-D rotary embeddings. Sun et al., "Autoregressive model beats diffusion: Llama for scalable image generation" (arXiv
-2406.06525). Parameter names are those of the official checkpoints. Imports ddray.errors and
-ddray.guidance.
+Positions are 2-D rotary embeddings. Sun et al., "Autoregressive model beats diffusion: Llama for
+scalable image generation" (arXiv 2406.06525). Parameter names are those of the official
+checkpoints. Imports ddray.errors and ddray.guidance.
 
 Shapes: B batch, L image tokens, S = condition + image tokens, l tokens of this step, V codebook
 size, C model width, H heads, h head width, D = h / 2 rotation pairs.

@@ -39,7 +39,7 @@ class CodeHead(nn.Module):
         self.linear = nn.Linear(dim, code_dim)
 
     def forward(self, x_BLC: Tensor, condition_B1C: Tensor) -> Tensor:
-        """Hidden states and class token to codes, float32 [B, L, E]; the table's rows shift, scale."""
+        """Hidden states and class token to float32 codes [B, L, E]; the table: shift, scale."""
         shift, scale = (self.scale_shift_table + condition_B1C).chunk(2, dim=1)
         normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
         out: Tensor = self.linear(normed * (1 + scale) + shift)
@@ -70,7 +70,8 @@ class LlamaGenStudent(LlamaGenTrunk):
             t_B: number of leading tokens that are data, any dtype [B].
 
         Returns:
-            float32 logits [B, L, V] and float32 codes [B, L, E], both at the position they describe.
+            float32 logits [B, L, V] and float32 codes [B, L, E], both at the position they
+            describe.
         """
         condition = self.cls_embedding(cond_B)
         codes = self.tok_embeddings((x_BLE * self.config.input_scale).to(condition.dtype))
@@ -84,9 +85,10 @@ class LlamaGenStudent(LlamaGenTrunk):
     def init_from_teacher(self, teacher: LlamaGen, codebook_VE: Tensor) -> None:
         """Start from the teacher: its layers copied, the input layer fitted.
 
-        Copied are class table, blocks, final norm and logits. The teacher embeds token ids, the student embeds codes: the linear layer that maps each code
-        to its teacher embedding with the least squared error carries over what a linear map can.
-        (The published code leaves this layer random.)
+        Copied are class table, blocks, final norm and logits. The teacher embeds token ids, the
+        student embeds codes: the linear layer that maps each code to its teacher embedding with the
+        least squared error carries over what a linear map can. (The published code leaves this
+        layer random.)
 
         Args:
             teacher: the autoregressive model.

@@ -28,7 +28,7 @@ class LlamaGenVQConfig:
         codebook_embed_dim: code width E.
         z_channels: channels between the convolutions and the code space.
         ch: base channels, a multiple of 32 (the GroupNorm groups).
-        ch_mult: channel multiplier of each resolution, highest first; each halves the one before.
+        ch_mult: channel multiplier of each resolution, highest first, halving from one to the next.
         num_res_blocks: residual blocks of an encoder level; a decoder level has one more.
         codebook_l2_norm: whether codes and latents lie on the unit sphere.
         in_channels: image channels.
@@ -164,7 +164,7 @@ class Level(nn.Module):
             if len(self.attn):
                 x_BXHW = self.attn[i](x_BXHW)
         if hasattr(self, "downsample"):
-            return self.downsample(x_BXHW)  # type: ignore[no-any-return]
+            return self.downsample(x_BXHW)
         return self.upsample(x_BXHW) if hasattr(self, "upsample") else x_BXHW
 
 

@@ -25,8 +25,8 @@ _SHORT_TEMP = "/tmp"
 def connect() -> Iterator[None]:
     """Be connected to Ray: to `RAY_ADDRESS` if set, else to a new private Ray.
 
-    Submitted jobs have the address. A Ray that this process is connected to already is used and left running. A Ray that merely
-    happens to run on this machine is never joined.
+    Submitted jobs have the address. A Ray that this process is connected to already is used and
+    left running. A Ray that merely happens to run on this machine is never joined.
 
     Raises:
         ClusterError: if Ray cannot start or be reached.

@@ -166,7 +166,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     storage = open_storage(config.out)
     history = read_history(config.out)
     last = history[-1] if history else {}
-    summary = {
+    summary: dict[str, Any] = {
         "student": storage.join(STUDENT_FOLDER),
         "ddray_version": __version__,
         "steps": config.steps,

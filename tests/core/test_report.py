@@ -1,6 +1,6 @@
 """Tables and pictures hold what was put in, and the page is whole, escaped and self-contained.
 
-Imports ddray.report and ddray.errors.
+Imports ddray.report, ddray.chart and ddray.errors.
 """
 
 import base64
@@ -15,17 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddray.chart import Curve, line_chart
 from ddray.errors import ConfigError, StorageError
 from ddray.report import (
     Bar,
     Column,
-    Curve,
     Picture,
     Report,
     Table,
     grid,
     labelled_grid,
-    line_chart,
     markdown_table,
     render_report,
     to_uint8,

@@ -1,0 +1,149 @@
+"""Accuracy and speed of the transport for every solver setting, and the cost of trajectories.
+
+    python benchmarks/bench_transport.py [--json FILE]          (about 3 minutes on one core)
+
+Agreement is with the float64 map on the same noise. "digits" uses the bundled teacher's own
+distributions; the others are random codebooks and logits of the sizes of published tokenizers.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ddray
+from ddray.flow import Transport
+from ddray.report import Column, markdown_table
+
+SETTINGS = (("euler", 1.0), ("ab2", 0.5), ("ab2", 1.0), ("rk4", 1.0), ("ab4", 0.7), ("ab4", 1.0))
+COLUMNS = (
+    Column("case", "case"),
+    Column("rows", "rows"),
+    Column("solver", "solver"),
+    Column("num_evals", "evaluations"),
+    Column("agreement", "agreement", "", ".4f"),
+    Column("us_per_row", "time", "us/token", ".1f"),
+)
+
+
+def digits_case(images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codebook, logits and noise of the bundled teacher along its own trajectories."""
+    teacher = ddray.load_teacher("digits-llamagen", device="cpu")
+    labels, index = torch.arange(images) % 10, torch.arange(images)
+    logits, cfg = [], teacher.default_cfg
+    for rows in zip(labels.split(50), index.split(50), strict=True):
+        tokens = teacher.trajectories(*rows, seed=1, cfg=cfg)
+        logits.append(teacher.guided_logits(rows[0], tokens, cfg).flatten(0, 1))
+    noise = ddray.noise(1, index, (teacher.num_tokens, teacher.codebook.shape[1]))
+    return teacher.codebook, torch.cat(logits), noise.flatten(0, 1)
+
+
+def random_case(rows: int, vocab: int, width: int, sphere: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Random codes (on the unit sphere, as LlamaGen's, or Gaussian, as VAR's) and logits."""
+    torch.manual_seed(0)
+    codes = torch.randn(vocab, width)
+    codes = F.normalize(codes, dim=-1) if sphere else codes / 2
+    return codes, torch.randn(rows, vocab) * 2, torch.randn(rows, width)
+
+
+def bench(name: str, codes: Tensor, logits: Tensor, noise: Tensor) -> list[dict[str, object]]:
+    """One row a setting: agreement with the exact map, and time."""
+    exact = Transport(codes, "exact")(noise, logits)
+    rows = []
+    for solver, share in SETTINGS:
+        evals = Transport(codes, solver).num_evals
+        if share != 1:
+            evals = int(evals * share)
+        solve = Transport(codes, solver, evals)
+        tokens = solve(noise, logits)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            solve(noise, logits)
+            times.append(time.perf_counter() - start)
+        rows.append(
+            {
+                "case": name,
+                "rows": len(noise),
+                "solver": solver,
+                "num_evals": evals,
+                "agreement": float((tokens == exact).float().mean()),
+                "us_per_row": statistics.median(times) / len(noise) * 1e6,
+            }
+        )
+    return rows
+
+
+def chi_square(draws: int) -> dict[str, float]:
+    """Tokens of one digits distribution over fresh noise against its probabilities."""
+    codes, logits, _ = digits_case(50)
+    row = logits[24]
+    noise = ddray.noise(2, torch.arange(draws), (1, codes.shape[1]))[:, 0]
+    tokens = ddray.transport(noise, row.expand(draws, -1), codes)
+    expected = row.double().softmax(-1) * draws
+    counts = torch.bincount(tokens, minlength=len(row)).double()
+    # Cells that expect fewer than five draws count as one.
+    small = expected < 5
+    cells = [torch.cat((x[~small], x[small].sum()[None])) for x in (counts, expected)]
+    statistic = float(((cells[0] - cells[1]) ** 2 / cells[1]).sum())
+    freedom = len(cells[0]) - 1
+    survival = 1 - float(torch.special.gammainc(torch.tensor(freedom / 2.0).double(),
+                                                torch.tensor(statistic / 2.0).double()))
+    return {"draws": draws, "chi_square": statistic, "degrees": freedom, "p_value": survival}
+
+
+def trajectory_cost(batch: int, repeats: int) -> dict[str, float]:
+    """Time of trajectories over that of plain sampling of the same images, alternated."""
+    teacher = ddray.load_teacher("digits-llamagen", device="cpu")
+    labels, index = torch.arange(batch) % 10, torch.arange(batch)
+    ratios, plain = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        teacher.sample(labels, cfg=teacher.default_cfg, seed=1, index=index)
+        middle = time.perf_counter()
+        teacher.trajectories(labels, index, cfg=teacher.default_cfg, seed=1)
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+        plain.append((middle - start) / batch * 1e3)
+    return {
+        "batch": batch,
+        "plain_ms_per_image": statistics.median(plain),
+        "ratio": statistics.median(ratios),
+    }
+
+
+def main() -> None:
+    """Print the tables; write them as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cases = {
+        "digits V=256 E=8": digits_case(200),
+        "sphere V=256 E=8": random_case(8000, 256, 8, sphere=True),
+        "Gaussian V=4096 E=32": random_case(2000, 4096, 32, sphere=False),
+        "sphere V=16384 E=8": random_case(400, 16384, 8, sphere=True),
+    }
+    rows = [row for name, case in cases.items() for row in bench(name, *case)]
+    result = {
+        "machine": f"{platform.machine()}, {args.threads} thread(s), torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+        "solvers": rows,
+        "chi_square": chi_square(100_000),
+        "trajectories": trajectory_cost(100, 9),
+    }
+    print(f"{result['machine']}, {result['date']}\n")
+    print(markdown_table(rows, COLUMNS))
+    print(f"\nchi-square: {result['chi_square']}\ntrajectories: {result['trajectories']}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
