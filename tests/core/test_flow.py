@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddray
 from ddray.errors import ConfigError
-from ddray.flow import SOLVERS, Transport, lambda_grid, transport
+from ddray.flow import SOLVERS, Transport, multistep_weights, transport
 from tests.core.tiny import chi_square_p_value
 
 INF = math.inf
@@ -105,13 +105,13 @@ def mixture_256():
     return noise, logits, codes, exact
 
 
-@pytest.mark.parametrize("solver", ["ab2", "rk4"])
+@pytest.mark.parametrize("solver", ["ab4", "ab2", "rk4"])
 def test_the_default_agrees_with_the_exact_map(mixture_256, solver):
     noise, logits, codes, exact = mixture_256
     assert agreement(transport(noise, logits, codes, solver=solver), exact) >= 0.997
 
 
-@pytest.mark.parametrize(("solver", "evals"), [("euler", (6, 24, 96)), ("ab2", (6, 12, 48))])
+@pytest.mark.parametrize(("solver", "evals"), [("euler", (6, 24, 96)), ("ab2", (6, 12, 48)), ("ab4", (6, 12, 24))])
 def test_more_evaluations_agree_more(mixture_256, solver, evals):
     noise, logits, codes, exact = mixture_256
     shares = [
@@ -174,15 +174,33 @@ def test_a_code_that_stands_twice_shares_its_mass():
 
 def test_a_codebook_of_equal_codes_gives_a_finite_grid():
     codes = torch.ones(5, 3)
-    assert all(math.isfinite(x) for x in lambda_grid(codes, 8))
+    assert math.isfinite(Transport(codes).grid.at(1.0))
     tokens = transport(torch.randn(4, 3), torch.zeros(4, 5), codes)
     assert tokens.min() >= 0 and tokens.max() < 5
 
 
 def test_the_grid_begins_at_zero_and_increases():
-    grid = lambda_grid(mixture(64, 4, 1)[2], 24)
-    assert grid[0] == 0
-    assert all(a < b for a, b in zip(grid, grid[1:], strict=False))
+    grid = Transport(mixture(64, 4, 1)[2]).grid
+    values = [grid.at(i / 24) for i in range(25)]
+    assert values[0] == 0
+    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_the_weights_of_each_step_add_up_to_its_length(order):
+    # A constant velocity is integrated exactly by every order.
+    grid = Transport(mixture(64, 4, 1)[2]).grid
+    lengths = [grid.at((i + 1) / 24) - grid.at(i / 24) for i in range(24)]
+    weights = multistep_weights(grid, 24, order)
+    torch.testing.assert_close(weights.sum(1), torch.tensor(lengths).double())
+
+
+def test_codes_much_closer_than_the_median_share_their_mass_as_p_says():
+    codes = torch.tensor([[0.0], [0.01], [1.0], [2.0], [3.0], [4.0]])
+    p = torch.tensor([0.25, 0.15, 0.15, 0.15, 0.15, 0.15])
+    noise = ddray.noise(9, range(100_000), (1, 1))[:, 0]
+    tokens = transport(noise, p.log().expand(len(noise), -1), codes)
+    assert chi_square_p_value(torch.bincount(tokens, minlength=6), p) > 0.01
 
 
 def test_leading_dimensions_are_kept():
@@ -205,7 +223,7 @@ def test_the_transport_runs_in_float32_whatever_it_is_given(dtype):
 def test_inputs_are_left_alone():
     inputs = mixture(16, 4, 20)
     before = [x.clone() for x in inputs]
-    for solver in ("ab2", "euler", "rk4"):
+    for solver in ("ab4", "ab2", "euler", "rk4"):
         transport(*inputs, solver=solver)
     assert all(map(torch.equal, inputs, before))
 
@@ -251,11 +269,11 @@ def test_the_grid_of_a_large_codebook_takes_little_memory():
     # A process of its own: freed memory of other tests would hide what the search needs.
     code = """
 import resource, torch
-from ddray.flow import lambda_grid
+from ddray.flow import Transport
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 codes = torch.randn(8192, 4, generator=torch.Generator().manual_seed(0))
 before = peak()
-lambda_grid(codes, 8)
+Transport(codes)
 print(peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -267,7 +285,7 @@ def test_65536_codes_run_in_blocks():
     # Only the solve: the grid, a search over all pairs of codes, would take a minute here.
     noise, logits, codes = mixture(65536, 2, 20)
     solve = Transport(codes[:64], num_evals=2)
-    solve.codes_VE = codes
+    solve.values_VF = torch.cat((codes, torch.ones(len(codes), 1)), -1)
     solve.keys_FV = torch.cat((codes, codes.square().sum(-1, keepdim=True) / 2), -1).T.contiguous()
     with LargestTensor() as watch:
         tokens = solve(noise, logits)
@@ -317,19 +335,18 @@ def test_noise_and_codes_that_are_not_finite_are_refused(value):
     with pytest.raises(ConfigError, match="noise holds values that are not finite"):
         transport(noise.fill_(value), logits, codes)
     codes[3, 1] = value
-    with pytest.raises(ConfigError, match="codebook must be a finite"):
+    with pytest.raises(ConfigError, match="codebook holds values that are not finite"):
         transport(torch.zeros(3, 4), logits, codes)
 
 
 @pytest.mark.parametrize(
     ("solver", "evals", "message"),
     [
-        ("heun", None, "solver='heun' is unknown; choose one of euler, ab2, rk4, exact"),
+        ("heun", None, "solver='heun' is unknown; choose one of euler, ab2, ab4, rk4, exact"),
         ("ab2", 0, "num_evals=0 does not suit solver='ab2'; give a positive multiple of 1"),
         ("ab2", -1, "num_evals=-1 does not suit solver='ab2'"),
         ("rk4", 6, "num_evals=6 does not suit solver='rk4'; give a positive multiple of 4"),
         ("rk4", 0, "num_evals=0 does not suit solver='rk4'"),
-        ("exact", 2, "num_evals=2 does not suit solver='exact'; give a positive multiple of 4"),
     ],
 )
 def test_solvers_that_cannot_run_are_refused(solver, evals, message):
