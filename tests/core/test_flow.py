@@ -111,7 +111,9 @@ def test_the_default_agrees_with_the_exact_map(mixture_256, solver):
     assert agreement(transport(noise, logits, codes, solver=solver), exact) >= 0.997
 
 
-@pytest.mark.parametrize(("solver", "evals"), [("euler", (6, 24, 96)), ("ab2", (6, 12, 48)), ("ab4", (6, 12, 24))])
+@pytest.mark.parametrize(
+    ("solver", "evals"), [("euler", (6, 24, 96)), ("ab2", (6, 12, 48)), ("ab4", (6, 12, 24))]
+)
 def test_more_evaluations_agree_more(mixture_256, solver, evals):
     noise, logits, codes, exact = mixture_256
     shares = [
