@@ -82,7 +82,9 @@ def bars(evaluation: Evaluation) -> list[Bar]:
         ("trajectories: time / plain sampling", "<= 1.2", transport["cost_ratio"], 1.2),
     ]
     if reconstruction := _row(evaluation, RECONSTRUCTION):
+        used = reconstruction["codes_used"]
         rows.insert(0, ("tokenizer: fd_digits", "<= 1.0", reconstruction["fd_digits"], 1.0))
+        rows.insert(0, ("tokenizer: codes used", ">= 0.9", -used, -0.9))
     return [
         Bar(what, bar, f"{abs(measured):.4g}", measured <= limit)
         for what, bar, measured, limit in rows
