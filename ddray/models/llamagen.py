@@ -157,8 +157,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BSC: Tensor, rotation_SD: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Attend causally; with a cache, x holds the next positions only."""
-        q, k, v = self.wqkv(x_BSC).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        q, k = rotate(q, rotation_SD).transpose(1, 2), rotate(k, rotation_SD).transpose(1, 2)
+        heads = self.wqkv(x_BSC).unflatten(-1, (-1, self.head_dim))
+        # Queries and keys turn together: one pass over both is half the cost of two.
+        q_and_k, v = heads.split((heads.shape[2] * 2 // 3, heads.shape[2] // 3), dim=2)
+        q, k = rotate(q_and_k, rotation_SD).transpose(1, 2).chunk(2, dim=1)
         v = v.transpose(1, 2)
         # A single new position may see everything in the cache: no mask.
         # Several come only when the cache is empty.
