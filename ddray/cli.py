@@ -161,9 +161,13 @@ def _evaluate(config: Any) -> None:
 
 
 def _serve(config: Any) -> None:
-    from ddray.runtime.serving import serve_student
+    from ddray.runtime.cluster import connect
 
-    serve_student(config)
+    with connect():
+        # Ray Serve reads its environment when it is imported, so Ray comes first.
+        from ddray.runtime.serving import serve_student
+
+        serve_student(config)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

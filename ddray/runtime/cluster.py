@@ -38,6 +38,9 @@ def connect() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray's C++ core reports at ERROR level, past Python's logging, what is no error to anybody
+        # (that a pool's actors may restart). What does go wrong reaches us as an exception.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():

@@ -37,6 +37,9 @@ STUDENT_FOLDER = "student"
 _CHECKPOINT_TAG = "deepspeed"
 _POLL_S = 1.0
 
+# What a run writes into its folder, and --fresh may delete; other things may lie beside it.
+_RUN_FILES = (CONFIG_FILE, "metrics.jsonl", "summary.json", f"{STUDENT_FOLDER}/", "checkpoints-")
+
 # What may differ between the runs that share a folder: where and how, but not what.
 _FREE_TO_CHANGE = {
     "out",
@@ -100,7 +103,9 @@ def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -
 
 def _identity(config: DistillConfig, plan_hash: str) -> dict[str, Any]:
     """What makes two runs the same run."""
-    fixed = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    # Under ZeRO the optimizer's state lies in as many parts as there are workers.
+    free = _FREE_TO_CHANGE if config.zero == 0 else _FREE_TO_CHANGE - {"workers"}
+    fixed = config.model_dump(mode="json", exclude=free)
     return {**fixed, "plan_hash": plan_hash}
 
 
@@ -110,7 +115,8 @@ def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> None:
     storage.check_writable()
     if config.fresh:
         for name in storage.list():
-            storage.delete(name)
+            if name.startswith(_RUN_FILES):
+                storage.delete(name)
     if storage.exists(CONFIG_FILE):
         try:
             earlier = json.loads(storage.read(CONFIG_FILE)).get("identity", {})
@@ -319,6 +325,11 @@ class _Run:
         )
         return engine, engine.optimizer
 
+    @property
+    def _average_file(self) -> str:
+        """Every rank has the whole average, but for ZeRO stage 3, where it has its partition."""
+        return f"average-{self.rank if self.config.zero == 3 else 0}.pt"
+
     def resume(self) -> None:
         """Take up the last checkpoint that Train has kept, if there is one."""
         import ray.train
@@ -328,7 +339,7 @@ class _Run:
             return
         with checkpoint.as_directory() as folder:
             self.engine.load_checkpoint(folder, tag=_CHECKPOINT_TAG)
-            state = torch.load(Path(folder) / f"average-{self.rank}.pt", weights_only=True)
+            state = torch.load(Path(folder) / self._average_file, weights_only=True)
             self.history = json.loads((Path(folder) / "history.json").read_text())
         self.step = int(state["step"])
         for average, saved in zip(self.average.average, state["average"], strict=True):
@@ -340,10 +351,9 @@ class _Run:
 
         with tempfile.TemporaryDirectory(prefix="ddray-") as folder:
             self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG)
-            torch.save(
-                {"step": self.step, "average": self.average.average},
-                Path(folder) / f"average-{self.rank}.pt",
-            )
+            if self.rank == 0 or self.config.zero == 3:
+                state = {"step": self.step, "average": self.average.average}
+                torch.save(state, Path(folder) / self._average_file)
             if self.rank == 0:
                 (Path(folder) / "history.json").write_text(json.dumps(self.history))
                 lines = "".join(json.dumps(line) + "\n" for line in self.history)
