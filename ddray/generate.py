@@ -11,6 +11,7 @@ width, K stages.
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -457,9 +458,10 @@ class Student(_Model):
             raise ConfigError(f"schedule {schedule!r} has a teacher's part; give teacher=")
         _refuse_unknown(teacher_sampling, _SAMPLING)
         if teacher_sampling and not any(isinstance(step, TeacherStages) for step in steps):
-            raise ConfigError(
+            warnings.warn(
                 f"{', '.join(teacher_sampling)} has no effect: schedule {schedule!r} has no part "
-                "of the teacher"
+                "of the teacher",
+                stacklevel=2,
             )
         index_B = self._index(index, len(cond))
         noise_BLE = self._noise(noise, seed, index_B)

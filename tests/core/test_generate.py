@@ -250,7 +250,6 @@ def test_sampling_settings_that_mean_nothing_are_refused(teacher, settings, mess
     [
         ({"schedule": "0,4"}, "4 must be above the jump before it and below 4"),
         ({"schedule": "0,teacher:1-2,2"}, "has a teacher's part; give teacher="),
-        ({"cfg": 2.0}, r"cfg has no effect: schedule \(0,\) has no part of the teacher"),
         ({"noise": torch.zeros(3, 4, 5)}, r"noise is \[3, 4, 5\], expected \[3, 4, 4\]"),
         ({"noise": torch.zeros(2, 4, 4)}, r"noise is \[2, 4, 4\], expected \[3, 4, 4\]"),
         ({"split": 5}, "split=5 is outside 0 to 4 stages"),
@@ -274,3 +273,9 @@ def test_an_unknown_sampling_setting_is_refused(student, teacher, schedule):
 def test_an_empty_schedule_is_refused(student):
     with pytest.raises(ConfigError, match="schedule"):
         student.generate([0], schedule=())
+
+
+def test_sampling_settings_without_a_part_of_the_teacher_warn():
+    student = tiny_student()
+    with pytest.warns(UserWarning, match=r"cfg has no effect: schedule \(0,\) has no part"):
+        student.generate([0], teacher=tiny_teacher(), cfg=2.0)
