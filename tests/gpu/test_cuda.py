@@ -1,0 +1,55 @@
+"""What must hold on a CUDA device: the CPU's numbers, in float32, up to stated rounding."""
+
+import pytest
+import torch
+
+import ddray
+from ddray.flow import transport
+from tests.core.tiny import tiny_student, tiny_teacher
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_noise_is_that_of_the_cpu():
+    index = [0, 7, 2**40, 2**63 - 1]
+    here, there = ddray.noise(3, index, (49, 8)), ddray.noise(3, index, (49, 8), device="cuda")
+    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_transport_gives_the_tokens_of_the_cpu_whatever_the_process_allows(tf32):
+    torch.manual_seed(0)
+    codes = torch.nn.functional.normalize(torch.randn(256, 8), dim=-1)
+    noise, logits = torch.randn(4000, 8), torch.randn(4000, 256)
+    expected = transport(noise, logits, codes)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        tokens = transport(noise.cuda(), logits.cuda(), codes.cuda())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert (tokens.cpu() == expected).float().mean() >= 0.999
+
+
+def test_teacher_and_student_give_the_tokens_of_the_cpu():
+    teacher, student = tiny_teacher(), tiny_student()
+    greedy = teacher.sample([0, 1, 2], top_k=1)
+    codes = student.generate([0, 1, 2], seed=1)
+    for model in (teacher, student):
+        model.model.cuda()
+        model.tokenizer.module.cuda()
+        vars(model.tokenizer).pop("codebook", None)
+    assert torch.equal(teacher.sample([0, 1, 2], top_k=1).cpu(), greedy)
+    torch.testing.assert_close(student.generate([0, 1, 2], seed=1).cpu(), codes)
+
+
+def test_bundled_teacher_in_bfloat16_stays_close():
+    here = ddray.load_teacher("digits-llamagen", device="cpu")
+    there = ddray.load_teacher("digits-llamagen", device="cuda", dtype="bfloat16")
+    tokens = here.sample(range(10), cfg=2.0)
+    expected = here.guided_logits(range(10), tokens)
+    actual = there.guided_logits(range(10), tokens).cpu()
+    assert (actual - expected).abs().mean() < 0.05
