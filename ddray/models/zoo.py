@@ -159,7 +159,9 @@ def _build(
         config, name = dict(where), f"the given {kind}"
     else:
         config, model_state, tokenizer_state = load_folder(where)
-        name = str(spec)
+        # A plan and a student's config name their models: by a path that holds elsewhere too.
+        bundled = str(spec) in BUNDLED_MODELS
+        name = str(spec) if bundled else open_storage(str(where)).uri
     if checkpoint is not None:
         model_state = read_weights(checkpoint)
     if tokenizer is not None:

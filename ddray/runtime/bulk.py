@@ -88,7 +88,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """
     student = load_student(config.student, device="cpu")
     images = ImageSet.create(config.out, make_plan(config, student))
-    filled = fill("images", images, config.out, ImageWorker, config)
+    filled = fill("images", images, ImageWorker, config)
     summary = {
         "uri": images.storage.uri,
         "student": images.plan.student,

@@ -18,6 +18,7 @@ from ddray.config import PoolConfig
 from ddray.errors import ClusterError, DDRayError, ShardError
 from ddray.progress import Progress
 from ddray.runtime.cluster import connect, require
+from ddray.storage import Storage
 
 
 class ShardWorker(Protocol):
@@ -44,6 +45,10 @@ class ShardedSet(Protocol):
     @property
     def plan(self) -> Any:
         """A `ShardPlan`."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where it lies."""
 
     def missing(self) -> list[int]:
         """Shards that the storage lacks."""
@@ -76,13 +81,12 @@ class Filled:
         }
 
 
-def fill(label: str, shards: ShardedSet, uri: str, worker: type, config: PoolConfig) -> Filled:
+def fill(label: str, shards: ShardedSet, worker: type, config: PoolConfig) -> Filled:
     """Make the shards that a set lacks, and prove from its storage that it is whole.
 
     Args:
         label: what is made, for people.
         shards: the set.
-        uri: of the set, for the workers.
         worker: a `ShardWorker` class.
         config: size of the pool.
 
@@ -94,6 +98,7 @@ def fill(label: str, shards: ShardedSet, uri: str, worker: type, config: PoolCon
     missing, plan = shards.missing(), shards.plan
     if not missing:
         return Filled()
+    uri = shards.storage.uri
     started, first_shard_s = time.monotonic(), None
     made = {k: len(plan.shard_range(k)) for k in missing}
     done = plan.count - sum(made.values())

@@ -124,7 +124,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         raise ConfigError(f"{config.teacher} is conditioned on {teacher.conditioning}, not classes")
     trajectories = TrajectorySet.create(config.out, make_plan(config, teacher))
     plan = trajectories.plan
-    filled = fill("trajectories", trajectories, config.out, TrajectoryWorker, config)
+    filled = fill("trajectories", trajectories, TrajectoryWorker, config)
     summary = {
         "uri": trajectories.uri,
         "ddray_version": __version__,

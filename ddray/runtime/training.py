@@ -105,7 +105,8 @@ def _identity(config: DistillConfig, plan_hash: str) -> dict[str, Any]:
     """What makes two runs the same run."""
     # Under ZeRO the optimizer's state lies in as many parts as there are workers.
     free = _FREE_TO_CHANGE if config.zero == 0 else _FREE_TO_CHANGE - {"workers"}
-    fixed = config.model_dump(mode="json", exclude=free)
+    # The set is known by its plan, wherever it lies.
+    fixed = config.model_dump(mode="json", exclude=free | {"data"})
     return {**fixed, "plan_hash": plan_hash}
 
 
@@ -157,6 +158,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         ShardError: an incomplete or damaged set.
         TrainingError: workers failed more often than allowed, or the loss is not finite.
     """
+    # Workers elsewhere have another current folder: from here on, locations are absolute.
+    config = config.model_copy(
+        update={name: open_storage(getattr(config, name)).uri for name in ("data", "out")}
+    )
     trajectories = _open_complete_set(config)
     teacher = _load_matching_teacher(config, trajectories)
     identity = _identity(config, trajectories.plan.hash)
