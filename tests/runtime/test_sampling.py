@@ -1,0 +1,159 @@
+"""Trajectory sets made by a pool of actors on a real Ray, from a tiny teacher."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+import ddray
+from ddray.checkpoint import load_folder, save_folder
+from ddray.errors import ClusterError, ConfigError, ShardError, StorageError
+from ddray.runtime.sampling import sample, sample_rows
+from ddray.shards import TrajectorySet, shard_name
+from tests.runtime.tiny import contents, sampling, write_teacher
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def whole(
+    ray_local: None, teacher: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """A set of three shards by two actors, the last shard short, and the job's summary."""
+    out = tmp_path_factory.mktemp("sets") / "whole"
+    return out, sample(sampling(teacher, out, count=50, workers=(2, 2)))
+
+
+@pytest.fixture
+def copy(whole: tuple[Path, dict], tmp_path: Path) -> Path:
+    """A copy of that set, to be damaged."""
+    for name, data in contents(whole[0]).items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(data)
+    return tmp_path / "set"
+
+
+def test_a_finished_set_is_complete_and_verifies(whole: tuple[Path, dict]) -> None:
+    out, summary = whole
+    trajectories = TrajectorySet.open(str(out))
+    assert trajectories.verify().ok
+    index, label, tokens = trajectories.rows(0, 50)
+    assert index.tolist() == list(range(50))
+    assert label.tolist() == [i % 10 for i in range(50)]
+    assert tokens.shape == (50, 16)
+    assert len({row.tobytes() for row in tokens}) > 40  # the noise decides, not the class alone
+    assert (summary["rows"], summary["rows_made"], summary["shards_made"]) == (50, 50, 3)
+    assert summary["plan_hash"] == trajectories.plan.hash
+
+
+def test_tokens_are_those_of_a_plain_loop_in_one_process(
+    whole: tuple[Path, dict], teacher: str
+) -> None:
+    trajectories = TrajectorySet.open(str(whole[0]))
+    plan = trajectories.plan
+    model = ddray.load_teacher(teacher, device="cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(plan.threads)
+    try:
+        for k in range(plan.num_shards):
+            expected = np.concatenate([sample_rows(model, plan, b) for b in plan.batches(k)])
+            np.testing.assert_array_equal(trajectories.read_shard(k)[2], expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_rerun_makes_nothing(whole: tuple[Path, dict], teacher: str) -> None:
+    before = contents(whole[0], "shards")
+    summary = sample(sampling(teacher, whole[0], count=50, workers=(2, 2)))
+    assert (summary["shards_made"], summary["rows_made"]) == (0, 0)
+    assert contents(whole[0], "shards") == before
+
+
+def test_two_deleted_shards_come_back_byte_for_byte(
+    whole: tuple[Path, dict], copy: Path, teacher: str
+) -> None:
+    for k in (0, 2):
+        (copy / shard_name(k)).unlink()
+    assert sample(sampling(teacher, copy, count=50))["shards_made"] == 2
+    assert contents(copy, "shards") == contents(whole[0], "shards")
+
+
+def test_an_extension_leaves_full_shards_alone(
+    whole: tuple[Path, dict], copy: Path, teacher: str
+) -> None:
+    old = {name: (copy / name).stat().st_mtime_ns for name in map(shard_name, (0, 1))}
+    summary = sample(sampling(teacher, copy, count=70))
+    trajectories = TrajectorySet.open(str(copy))
+    assert trajectories.verify().ok
+    # The third shard was short, the fourth is new.
+    assert (summary["shards_made"], trajectories.plan.count) == (2, 70)
+    assert old == {name: (copy / name).stat().st_mtime_ns for name in old}
+    for here, there in zip(
+        trajectories.rows(0, 48), TrajectorySet.open(str(whole[0])).rows(0, 48), strict=True
+    ):
+        np.testing.assert_array_equal(here, there)
+
+
+def test_another_plan_at_the_uri_is_refused_with_what_differs(
+    whole: tuple[Path, dict], teacher: str
+) -> None:
+    before = contents(whole[0])
+    with pytest.raises(ConfigError, match="another plan: seed is 0 there and 9 here; top_k is 0"):
+        sample(sampling(teacher, whole[0], count=50, seed=9, top_k=5))
+    with pytest.raises(ConfigError, match="count=20 is below the 50 rows"):
+        sample(sampling(teacher, whole[0], count=20))
+    assert contents(whole[0]) == before
+
+
+def test_a_teacher_of_the_same_name_and_other_weights_is_refused(
+    whole: tuple[Path, dict], copy: Path, tmp_path: Path, teacher: str
+) -> None:
+    config, model, tokenizer = load_folder(teacher)
+    folder = tmp_path / "teacher"
+    save_folder(folder, config, model=model, tokenizer=tokenizer)
+    out = tmp_path / "set-of-it"
+    sample(sampling(str(folder), out, count=20))
+    changed = {name: tensor + 0.01 for name, tensor in model.items()}
+    save_folder(folder, config, model=changed, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="another plan: teacher_fingerprint is"):
+        sample(sampling(str(folder), out, count=40))
+
+
+def test_a_worker_whose_teacher_has_other_weights_fails_the_run(
+    ray_local: None, tmp_path: Path
+) -> None:
+    from ddray.runtime.sampling import TrajectoryWorker, make_plan
+
+    folder = write_teacher(tmp_path / "teacher")
+    plan = make_plan(sampling(folder, tmp_path / "set"), ddray.load_teacher(folder, device="cpu"))
+    TrajectorySet.create(str(tmp_path / "set"), plan)
+    write_teacher(tmp_path / "teacher", seed=5)
+    with pytest.raises(ShardError, match="other weights|another"):
+        TrajectoryWorker(str(tmp_path / "set"), "cpu")
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_ray_starts(
+    tmp_path: Path, teacher: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    was_running = ray.is_initialized()
+    with pytest.raises(StorageError, match="not a directory"):
+        sample(sampling(teacher, tmp_path / "file" / "set"))
+    assert ray.is_initialized() == was_running
+
+
+def test_more_than_the_cluster_has_is_refused_in_one_line(
+    ray_local: None, teacher: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ClusterError, match="asks for 1 GPUs, but the cluster has 0") as refusal:
+        sample(sampling(teacher, tmp_path / "a", num_gpus=1))
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(ClusterError, match="asks for 64 CPUs"):
+        sample(sampling(teacher, tmp_path / "b", threads=64))
