@@ -127,6 +127,7 @@ def build_report(
     history: Sequence[Mapping[str, float]] = (),
     settings: Mapping[str, Mapping[str, Any]],
     commands: Sequence[str],
+    reached: Sequence[Bar] | None = None,
 ) -> Report:
     """Everything the page shows.
 
@@ -137,6 +138,7 @@ def build_report(
         history: lines of the training, for the curves.
         settings: resolved configs by name.
         commands: how to do it again.
+        reached: the bars; None = those of the evaluation.
     """
     curves = [
         Curve(label, [h["step"] for h in history], [h[key] for h in history])
@@ -156,7 +158,7 @@ def build_report(
             Table("Speed", speed_columns(evaluation), evaluation.speed),
         ],
         protocol=evaluation.protocol,
-        bars=bars(evaluation),
+        bars=bars(evaluation) if reached is None else reached,
         curves=curves,
         commands=commands,
         settings=settings,

@@ -8,7 +8,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from ddray.config import (
     DistillConfig,
@@ -20,11 +21,15 @@ from ddray.config import (
 from ddray.errors import ConfigError
 from ddray.evaluate import evaluate
 from ddray.evaluation_report import bars, build_report, tables_as_text, write_evaluation
+from ddray.memory import PeakMemory
+from ddray.report import Bar
 from ddray.runtime.bulk import generate
 from ddray.runtime.cluster import connect
 from ddray.runtime.sampling import sample
 from ddray.runtime.training import STUDENT_FOLDER, distill, read_history
 from ddray.storage import open_storage
+
+T = TypeVar("T")
 
 
 def parts(
@@ -61,42 +66,40 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     Raises:
         DDRayError: whatever a part refuses or fails with.
     """
+    started = time.monotonic()
     storage = open_storage(config.out)
     storage.check_writable()
     resolved = config.model_dump(mode="json")
     _claim(config.out, resolved)
     sampling, distilling, generating, evaluating = parts(config)
-    seconds: dict[str, float] = {}
-    summary: dict[str, Any] = {"config": resolved, "seconds": seconds}
-
-    def stage(name: str, work: Callable[[], dict[str, Any]]) -> None:
-        _say(f"{name} ...")
-        started = time.monotonic()
-        summary[name] = work()
-        seconds[name] = round(time.monotonic() - started, 1)
-
-    with connect():
-        stage("trajectories", lambda: sample(sampling))
-        stage("distillation", lambda: distill(distilling))
-        _copy_folder(f"{distilling.out}/{STUDENT_FOLDER}", f"{config.out}/{STUDENT_FOLDER}")
-        stage("images", lambda: generate(generating))
-    # Ray's processes are gone by now: speed is measured on a machine of one's own.
-    _say("evaluation ...")
-    evaluation = evaluate(evaluating)
-    seconds["evaluation"] = round(evaluation.seconds, 1)
-    history = read_history(distilling.out)
-    summary["evaluation"] = evaluation.summary()
-    summary["bars"] = [
-        {"what": b.what, "bar": b.bar, "measured": b.measured, "met": b.met}
-        for b in bars(evaluation)
+    summary: dict[str, Any] = {"config": resolved}
+    with PeakMemory() as memory:
+        with connect():
+            summary["trajectories"] = _stage("trajectories", lambda: sample(sampling))
+            summary["distillation"] = _stage("distillation", lambda: distill(distilling))
+            _copy_folder(f"{distilling.out}/{STUDENT_FOLDER}", f"{config.out}/{STUDENT_FOLDER}")
+            summary["images"] = _stage("images", lambda: generate(generating))
+        # Ray's processes are gone by now: speed is measured on a machine of one's own.
+        evaluation = _stage("evaluation", lambda: evaluate(evaluating))
+    minutes, gigabytes = (time.monotonic() - started) / 60, memory.peak_bytes / 1e9
+    reached = [
+        *bars(evaluation),
+        Bar("this run: minutes, set-up apart", "<= 10", f"{minutes:.1f}", minutes <= 10),
+        Bar("this run: peak memory, GB", "<= 6", f"{gigabytes:.1f}", gigabytes <= 6),
     ]
+    summary |= {
+        "evaluation": evaluation.summary(),
+        "minutes": round(minutes, 2),
+        "peak_memory_gb": round(gigabytes, 2),
+        "bars": [asdict(bar) for bar in reached],
+    }
     report = build_report(
         evaluation,
         title="Distilled Decoding on real digits",
-        subtitle=f"{config.teacher}, distilled here into a student of "
-        f"{len(distilling.schedule)} steps at most, from {sampling.count} trajectories in "
-        f"{distilling.steps} steps",
-        history=history,
+        subtitle=f"{config.teacher}, distilled on this machine into a student of "
+        f"{len(distilling.schedule)} steps at most: {sampling.count} trajectories, "
+        f"{distilling.steps} steps of {distilling.batch_size}",
+        history=read_history(distilling.out),
         settings={
             "sample": sampling.model_dump(mode="json"),
             "distill": distilling.model_dump(mode="json"),
@@ -104,11 +107,21 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             "evaluate": evaluating.model_dump(mode="json"),
         },
         commands=[f"ddray quickstart --teacher {config.teacher} --out {config.out}"],
+        reached=reached,
     )
     write_evaluation(config.out, evaluation, report, summary)
     print(tables_as_text(evaluation))
-    _say(f"open {storage.join('report.html')}")
+    _say(f"{minutes:.1f} minutes, {gigabytes:.1f} GB; open {storage.join('report.html')}")
     return summary
+
+
+def _stage(name: str, work: Callable[[], T]) -> T:
+    """Say what comes, do it, say how long it took."""
+    _say(f"{name} ...")
+    started = time.monotonic()
+    result = work()
+    _say(f"{name} done in {time.monotonic() - started:.0f} s")
+    return result
 
 
 def _claim(out: str, resolved: dict[str, Any]) -> None:
