@@ -14,7 +14,8 @@ import torch
 
 from ddray.checkpoint import CONFIG_FILE, StateDict, load_folder, load_into, read_weights
 from ddray.errors import CheckpointError, ConfigError
-from ddray.generate import Student, Teacher, Tokenizer
+from ddray.generate import Student, Teacher
+from ddray.model import Tokenizer
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig

@@ -26,7 +26,8 @@ from ddray.report import Bar
 from ddray.runtime.bulk import generate
 from ddray.runtime.cluster import connect
 from ddray.runtime.sampling import sample
-from ddray.runtime.training import STUDENT_FOLDER, distill, read_history
+from ddray.runtime.training import distill, read_history
+from ddray.runtime.training_worker import STUDENT_FOLDER
 from ddray.storage import open_storage
 
 T = TypeVar("T")
