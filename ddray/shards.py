@@ -1,10 +1,10 @@
-"""Trajectory sets, format 1: the plan, its shards in Parquet, what is missing, what is damaged.
+"""Trajectory sets, format 1: shards in Parquet, what is missing, what is damaged.
 
-Imports from ddray the errors, the storage and the version; needs numpy and pyarrow, no torch.
+Imports from ddray the plan, the errors and the storage; needs numpy and pyarrow, no torch.
 
-A set is `manifest.json`, which is the plan, and `shards/shard-00000.parquet` and so on. Shard k
-holds the rows of indices [k * shard_rows, (k + 1) * shard_rows), the last one fewer. Noise is not
-stored: it is a function of (seed, index). Legend: N rows of a shard, L tokens of a row.
+A set is `manifest.json`, which is its plan (ddray.plan), and `shards/shard-00000.parquet` and so
+on. Shard k holds the rows of indices [k * shard_rows, (k + 1) * shard_rows), the last one fewer.
+Noise is not stored: it is a function of (seed, index). Legend: N rows of a shard, L tokens of a row.
 """
 
 from __future__ import annotations
@@ -12,232 +12,27 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
-import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
-from ddray import __version__
 from ddray.errors import ConfigError, ShardError
+from ddray.plan import NOT_HASHED, Plan
 from ddray.storage import NotFoundError, Storage, open_storage
-
-SCHEMA_FORMAT = 1
 
 _MANIFEST = "manifest.json"
 _SHARDS = "shards/"
 # No Parquet file is shorter: two magic numbers and the length of the footer.
 _LEAST_PARQUET_BYTES = 12
-_UINT16_CODES = 65536
 _HASH_KEY, _SHARD_KEY, _ROWS_KEY = b"ddray.plan_hash", b"ddray.shard", b"ddray.rows_sha256"
 
 # Columns of a shard: index [N], label [N] (captions if the teacher takes text), tokens [N, L].
 Rows = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
-
-_LEAST = {
-    "num_classes": 0,
-    "seed": 0,
-    "top_k": 0,
-    "num_evals": 1,
-    "threads": 1,
-    "count": 1,
-    "shard_rows": 1,
-    "batch_size": 1,
-    "vocab_size": 2,
-}
-_TEXTS = (
-    "teacher",
-    "teacher_fingerprint",
-    "tokenizer_fingerprint",
-    "noise_scheme",
-    "solver",
-    "dtype",
-)
-# What may change while the set stays the same set.
-_NOT_HASHED = frozenset({"count", "earlier_counts"})
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that determines the rows of a trajectory set.
-
-    Attributes:
-        teacher: Zoo name or path.
-        teacher_fingerprint: sha256 of the teacher's weights.
-        tokenizer_fingerprint: sha256 of the tokenizer's weights.
-        conditioning: `class` or `text`.
-        num_classes: Classes of the teacher; 0 is allowed for text.
-        seed: Of the noise, 0 <= seed < 2**63.
-        noise_scheme: Name and version of the function from (seed, index) to noise.
-        cfg: Guidance; None is off.
-        top_k: 0 is off.
-        top_p: In (0, 1]; 1 is off.
-        temperature: Above 0.
-        solver: Of the transport.
-        num_evals: Of the transport, resolved: no None.
-        dtype: Of the teacher, such as `float32`.
-        threads: Threads per actor; BLAS results vary with it.
-        count: Rows of the set.
-        shard_rows: Rows of a shard.
-        batch_size: Rows that the teacher takes at once; results vary with it.
-        stages: Tokens of each AR step; their sum is L.
-        vocab_size: V; token ids are below it.
-        earlier_counts: Counts that the set had before it was extended. Bookkeeping of
-            `TrajectorySet.create`: leave it empty.
-    """
-
-    teacher: str
-    teacher_fingerprint: str
-    tokenizer_fingerprint: str
-    conditioning: Literal["class", "text"]
-    num_classes: int
-    seed: int
-    noise_scheme: str
-    cfg: float | None
-    top_k: int
-    top_p: float
-    temperature: float
-    solver: str
-    num_evals: int
-    dtype: str
-    threads: int
-    count: int
-    shard_rows: int
-    batch_size: int
-    stages: tuple[int, ...]
-    vocab_size: int
-    earlier_counts: tuple[int, ...] = field(default=(), compare=False)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, and make equal values hash equally (cfg 4 and 4.0).
-
-        Raises:
-            ConfigError: Naming the field, its value and what is allowed.
-        """
-        for name, least in _LEAST.items():
-            self._set(name, _integer(name, getattr(self, name), least))
-        for name in _TEXTS:
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ConfigError(f"plan: {name}={getattr(self, name)!r} must be a text")
-        for name in ("stages", "earlier_counts"):
-            values = getattr(self, name)
-            if not isinstance(values, (tuple, list)):
-                raise ConfigError(f"plan: {name}={values!r} must be a tuple of integers")
-            self._set(name, tuple(_integer(name, value, 1) for value in values))
-        if self.cfg is not None:
-            self._set("cfg", _real("cfg", self.cfg, -math.inf, math.inf))
-        self._set("top_p", _real("top_p", self.top_p, 0.0, 1.0))
-        self._set("temperature", _real("temperature", self.temperature, 0.0, math.inf))
-        if self.conditioning not in ("class", "text"):
-            raise ConfigError(f"plan: conditioning={self.conditioning!r} must be class or text")
-        if self.conditioning == "class" and not self.num_classes:
-            raise ConfigError("plan: num_classes=0 must be at least 1 for class conditioning")
-        if not self.stages:
-            raise ConfigError("plan: stages=() must hold the token count of each AR step")
-
-    @property
-    def hash(self) -> str:
-        """Sha256 over the canonical JSON of all fields but the counts."""
-        named = {name: value for name, value in self._items() if name not in _NOT_HASHED}
-        text = json.dumps(named, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def num_tokens(self) -> int:
-        """L, the tokens of a row."""
-        return sum(self.stages)
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of the whole set."""
-        return -(-self.count // self.shard_rows)
-
-    @property
-    def token_dtype(self) -> np.dtype[Any]:
-        """uint16 where the codebook allows it, else uint32."""
-        return np.dtype("<u2" if self.vocab_size <= _UINT16_CODES else "<u4")
-
-    def shard_range(self, k: int) -> range:
-        """Return the indices of shard `k`.
-
-        Raises:
-            ShardError: If there is no such shard.
-        """
-        if not 0 <= k < self.num_shards:
-            raise ShardError(f"shard {k} does not exist; the plan has 0 to {self.num_shards - 1}")
-        return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.count))
-
-    def batches(self, k: int) -> list[range]:
-        """Return the indices of shard `k`, cut as the teacher takes them; the last may be short.
-
-        Raises:
-            ShardError: If there is no such shard.
-        """
-        rows = self.shard_range(k)
-        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-
-    def label(self, index: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """Return the class of each index: index modulo num_classes.
-
-        Any run of num_classes indices holds each class once, so every shard and every
-        extension of the set is balanced.
-
-        Raises:
-            ConfigError: If the teacher takes text: captions come with the rows.
-        """
-        if self.conditioning != "class":
-            raise ConfigError("plan: conditioning='text' has no class labels; give captions")
-        return (np.asarray(index, dtype=np.int64) % self.num_classes).astype(np.int32)
-
-    def to_json(self) -> str:
-        """Return the manifest: the fields, the format, the version of ddray, the plan hash."""
-        head = {"format": SCHEMA_FORMAT, "ddray_version": __version__, "plan_hash": self.hash}
-        return json.dumps({**head, **dict(self._items())}, indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Plan:
-        """Read a manifest.
-
-        Raises:
-            ShardError: If it is no manifest, of another format, or its fields or values
-                are not those of a plan.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as exc:
-            raise ShardError(f"not JSON ({exc}), so no ddray manifest") from exc
-        if not isinstance(values, dict) or "format" not in values:
-            raise ShardError("not a ddray manifest: it has no field 'format'")
-        found = values.pop("format")
-        if found != SCHEMA_FORMAT:
-            raise ShardError(
-                f"format {found!r} is unknown; ddray {__version__} reads format {SCHEMA_FORMAT}: "
-                "use the ddray that wrote it, or sample again"
-            )
-        values.pop("ddray_version", None)
-        written_hash = values.pop("plan_hash", None)
-        known = {item.name for item in fields(cls)}
-        unknown, absent = sorted(values.keys() - known), sorted(known - values.keys())
-        if unknown or absent:
-            raise ShardError(f"not a plan: unknown fields {unknown}, absent fields {absent}")
-        try:
-            plan = cls(**values)
-        except ConfigError as exc:
-            raise ShardError(str(exc)) from exc
-        if plan.hash != written_hash:
-            raise ShardError("plan_hash does not fit the fields: it was edited; restore it")
-        return plan
-
-    def _items(self) -> list[tuple[str, Any]]:
-        return [(item.name, getattr(self, item.name)) for item in fields(self)]
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -466,26 +261,6 @@ def shard_name(k: int) -> str:
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if isinstance(value, bool) or not least <= number < 2**63:
-        raise ConfigError(f"plan: {name}={value!r} must be an integer of at least {least}")
-    return number
-
-
-def _real(name: str, value: Any, above: float, most: float) -> float:
-    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not above < value <= most:
-        rule = "a finite number"
-        rule += f" above {above:g}" if math.isfinite(above) else ""
-        rule += f" and at most {most:g}" if math.isfinite(most) else ""
-        raise ConfigError(f"plan: {name}={value!r} must be {rule}")
-    return float(value)
-
-
 def _read_manifest(storage: Storage) -> Plan | None:
     try:
         return Plan.from_json(storage.read(_MANIFEST))
@@ -502,7 +277,7 @@ def _merged(existing: Plan, plan: Plan, uri: str) -> Plan:
             f"{item.name} is {getattr(existing, item.name)!r} there and "
             f"{getattr(plan, item.name)!r} here"
             for item in fields(Plan)
-            if item.name not in _NOT_HASHED
+            if item.name not in NOT_HASHED
             and getattr(existing, item.name) != getattr(plan, item.name)
         ]
         raise ConfigError(

@@ -14,9 +14,10 @@ from ddray.config import SampleConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.generate import Teacher
 from ddray.models.zoo import load_teacher
+from ddray.plan import Plan
 from ddray.runtime.pool import fill
 from ddray.seeding import SCHEME
-from ddray.shards import Plan, TrajectorySet
+from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
 
 

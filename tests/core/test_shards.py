@@ -16,7 +16,8 @@ import pytest
 
 from ddray import __version__
 from ddray.errors import ConfigError, ShardError, StorageError
-from ddray.shards import SCHEMA_FORMAT, Plan, TrajectorySet, shard_name
+from ddray.plan import SCHEMA_FORMAT, Plan
+from ddray.shards import TrajectorySet, shard_name
 
 ARGUMENTS: dict[str, Any] = {
     "teacher": "digits-llamagen",

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from ddray.errors import ConfigError, ShardError, StorageError
-from ddray.shards import Plan, TrajectorySet
+from ddray.plan import Plan
+from ddray.shards import TrajectorySet
 from ddray.storage import (
     LocalStorage,
     NotFoundError,
