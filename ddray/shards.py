@@ -4,7 +4,7 @@ Imports from ddray the plan, the errors and the storage; needs numpy and pyarrow
 
 A set is `manifest.json`, which is its plan (ddray.plan), and `shards/shard-00000.parquet` and so
 on. Shard k holds the rows of indices [k * shard_rows, (k + 1) * shard_rows), the last one fewer.
-Noise is not stored: it is a function of (seed, index). Legend: N rows of a shard, L tokens of a row.
+Noise is not stored: it is a function of (seed, index). Legend: N rows of a shard, L tokens each.
 """
 
 from __future__ import annotations
