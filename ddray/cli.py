@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from ddray import __version__
 from ddray.errors import ConfigError, DDRayError
@@ -38,8 +38,15 @@ _JOBS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage as everything else is reported: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ddray",
         description="Distilled Decoding: an autoregressive image model becomes a one-step "
         "generator. Every verb runs without flags, on the bundled digits models.",
@@ -65,7 +72,7 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
     """Flags of a job: one for every key of its config, and the common ones."""
     config = import_module("ddray.config")
     kind = getattr(config, _JOBS[verb][0])
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"ddray {verb}",
         description=kind.__doc__,
         epilog="Order: preset < --config FILE < --set < flags.",

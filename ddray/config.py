@@ -97,6 +97,7 @@ class DistillConfig(Job):
     schedule: JumpStages = Field((0, 16), description="stages at which the student jumps")
     lr: Annotated[float, Field(gt=0)] = 2e-3
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps")
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(0.3, description="share, at the end")
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998

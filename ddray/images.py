@@ -120,6 +120,10 @@ class ImageSet:
                     f"{uri} holds an image set of another plan ({'; '.join(differ)}); choose "
                     "another out, or delete it"
                 )
+            stale = earlier.shard_name(earlier.num_shards - 1)
+            if stale != plan.shard_name(earlier.num_shards - 1):
+                # A short last shard: whoever reads all of shards/ would count its rows twice.
+                storage.delete(stale)
         text = json.dumps({"format": FORMAT, "plan_hash": plan.hash, **asdict(plan)}, indent=2)
         storage.write(_MANIFEST, (text + "\n").encode())
         return cls(storage, plan)

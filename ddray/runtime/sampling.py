@@ -77,8 +77,12 @@ class TrajectoryWorker:
         self._set = TrajectorySet.open(uri)
         plan = self._set.plan
         self._teacher = load_teacher(plan.teacher, device=device, dtype=plan.dtype)
-        if self._teacher.tokenizer.fingerprint != plan.tokenizer_fingerprint:
-            raise ShardError(f"{plan.teacher} on this worker has another tokenizer than the plan's")
+        for what, here, there in (
+            ("network", self._teacher.fingerprint, plan.teacher_fingerprint),
+            ("tokenizer", self._teacher.tokenizer.fingerprint, plan.tokenizer_fingerprint),
+        ):
+            if here != there:
+                raise ShardError(f"{plan.teacher} on this worker has another {what} than the plan")
 
     def do(self, shard: int) -> int:
         """Sample and write one shard."""

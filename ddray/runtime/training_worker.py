@@ -140,7 +140,9 @@ class _Run:
         logged, since = self.step, time.monotonic()
         while self.step < config.steps:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, config.steps, config.lr, config.warmup)
+                group["lr"] = learning_rate(
+                    self.step, config.steps, config.lr, config.warmup, config.decay
+                )
             with self._precision():
                 losses = batch_loss(
                     self.engine,
