@@ -206,7 +206,16 @@ def _print_json(values: dict[str, Any]) -> None:
 def _dry_run(verb: str, config: Any) -> None:
     import yaml
 
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+    values = config.model_dump(mode="json")
+    if verb == "quickstart":
+        from ddray.runtime.quickstart import parts
+
+        # As they will run: with the quickstart's teacher, seed and folder put in.
+        jobs = ("sample", "distill", "generate", "evaluate")
+        values |= {
+            name: job.model_dump(mode="json") for name, job in zip(jobs, parts(config), strict=True)
+        }
+    print(yaml.safe_dump(values, sort_keys=False), end="")
     if verb == "sample":
         from ddray.runtime.sampling import estimate
 

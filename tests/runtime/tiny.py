@@ -28,7 +28,9 @@ def write_teacher(folder: Path, seed: int = 0) -> str:
     config = {**teacher_config(VQ, **SIZES), "default_cfg": 1.5}
     state = teacher_state(seed, **SIZES)
     # Fresh weights give nearly uniform tokens; larger ones make the tokens depend on the context.
-    state = {name: w * 8 if name.endswith("weight") and w.dim() > 1 else w for name, w in state.items()}
+    state = {
+        name: w * 8 if name.endswith("weight") and w.dim() > 1 else w for name, w in state.items()
+    }
     tokenizer = tokenizer_state(**{**VQ, "codebook_size": SIZES["vocab_size"]})
     save_folder(folder, config, model=state, tokenizer=tokenizer)
     return str(folder)
@@ -39,7 +41,9 @@ def write_student(folder: Path, teacher: str) -> str:
     model = load_teacher(teacher, device="cpu")
     network, card = new_student(model)
     tokenizer = model.tokenizer.state_dict()
-    save_folder(folder, {**card, "schedule": [0, 8]}, model=network.state_dict(), tokenizer=tokenizer)
+    save_folder(
+        folder, {**card, "schedule": [0, 8]}, model=network.state_dict(), tokenizer=tokenizer
+    )
     return str(folder)
 
 

@@ -1,0 +1,342 @@
+"""Facts about the command line: quick help, exit codes, one line for whatever is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from ddray.checkpoint import MODEL_FILE, save_folder
+from ddray.cli import main
+from ddray.config import (
+    DistillConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    Job,
+    QuickstartConfig,
+    SampleConfig,
+    ServeConfig,
+)
+from ddray.shards import Plan, TrajectorySet, shard_name
+from tests.core.tiny import student_config, student_state, tokenizer_state
+
+JOBS: dict[str, type[Job]] = {
+    "quickstart": QuickstartConfig,
+    "sample": SampleConfig,
+    "distill": DistillConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "serve": ServeConfig,
+}
+
+QUICK_HELP = """
+import sys, time
+from ddray.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+heavy = {"torch", "ray", "deepspeed", "pyarrow", "numpy", "pydantic", "yaml"} & set(sys.modules)
+assert not heavy, heavy
+assert time.process_time() < 0.3, time.process_time()
+"""
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run in an empty folder: default outputs are relative paths."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def _fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
+    """Run a command that must end with `status`; return its one line."""
+    assert main(arguments) == status
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("ddray: error: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1, stderr
+    return stderr
+
+
+def _resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--dry-run"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stderr == ""
+    return dict(yaml.safe_load(stdout))
+
+
+def test_help_is_instant_and_names_every_verb() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK_HELP], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for verb in (*JOBS, "inspect", "models"):
+        assert f"\n    {verb}" in done.stdout
+
+
+@pytest.mark.parametrize("verb", JOBS)
+def test_the_help_of_a_job_shows_every_key_with_its_default(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, field in JOBS[verb].model_fields.items():
+        default = field.get_default()
+        if isinstance(default, Job):
+            continue
+        start = next(
+            i for i, x in enumerate(lines) if x.strip().startswith(f"--{name}".replace("_", "-"))
+        )
+        text = " ".join(lines[start : start + 2])
+        if default is not None and not isinstance(default, bool | tuple):
+            assert f"(default: {default})" in text
+    for flag in ("--config FILE", "--set KEY.PATH=VALUE", "--dry-run", "--preset"):
+        assert any(flag in line for line in lines)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "models"])
+def test_the_other_verbs_have_help_too(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"usage: ddray {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", JOBS)
+def test_a_dry_run_prints_the_config_and_writes_nothing(
+    verb: str, capsys: pytest.CaptureFixture[str], empty_folder: Path
+) -> None:
+    values = _resolved(capsys, verb, "--preset", "tiny")
+    estimate = values.pop("estimate", None)
+    assert JOBS[verb].model_validate(values).model_dump(mode="json") == values
+    assert list(empty_folder.iterdir()) == []
+    if verb == "sample":
+        assert estimate == {"shards": 2, "stages_per_image": 49, "megabytes": 0.02}
+
+
+def test_what_a_dry_run_prints_can_be_given_back_as_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    first = _resolved(capsys, "quickstart", "--preset", "tiny", "--set", "sample.workers=1:2")
+    assert first["sample"]["workers"] == [1, 2]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(first))
+    assert _resolved(capsys, "quickstart", "--config", str(tmp_path / "job.yaml")) == first
+
+
+def test_flags_win_over_set_and_set_over_the_file_and_that_over_the_preset(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("count: 2\nseed: 2\nbatch_size: 2\n")
+    arguments = ["--preset", "tiny", "--config", str(file), "--set", "seed=3", "--set"]
+    values = _resolved(capsys, "generate", *arguments, "batch_size=3", "--batch-size", "4")
+    found = [values[key] for key in ("shard_rows", "count", "seed", "batch_size")]
+    assert found == [50, 2, 3, 4]
+
+
+def test_a_pair_of_workers_is_a_pair_from_everywhere(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text("workers: 1:2\n")
+    for arguments in (
+        ("--set", "workers=1:2"),
+        ("--workers", "1:2"),
+        ("--config", str(tmp_path / "job.yaml")),
+    ):
+        assert _resolved(capsys, "generate", *arguments)["workers"] == [1, 2]
+    assert _resolved(capsys, "generate", "--workers", "3")["workers"] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: VERB; see ddray --help"),
+        (("smaple",), "invalid choice: 'smaple' (choose from 'quickstart', 'sample'"),
+        (("sample", "--cuont", "3"), "unrecognized arguments: --cuont 3; see ddray sample --help"),
+        (("sample", "--count"), "argument --count: expected one argument"),
+        (("sample", "extra"), "unrecognized arguments: extra"),
+        (("models", "--all"), "unrecognized arguments: --all"),
+        (("inspect",), "the following arguments are required: uri"),
+        (("sample", "--preset", "tinny"), "unknown preset 'tinny'; did you mean 'tiny'?"),
+        (("sample", "--teacher", "digits-lamagen"), "did you mean 'digits-llamagen'?"),
+        (("sample", "--set", "cuont=3"), "unknown key 'cuont'; did you mean 'count'?"),
+        (("sample", "--set", "count"), "--set 'count' is not of the form key.path=value"),
+        (("sample", "--count", "0"), "count='0': input should be greater than 0"),
+        (("sample", "--count", "many"), "count='many': input should be a valid integer"),
+        (("sample", "--workers", "3:1"), "workers 3:1 must be MIN:MAX"),
+        (("sample", "--config", "absent.yaml"), "--config absent.yaml: No such file or directory"),
+        (("sample", "--out", "gs://bucket/x"), "uri 'gs://bucket/x' has the scheme 'gs'"),
+        (("distill", "--schedule", "0,16,8"), "schedule=[0, 16, 8] must increase"),
+        (("generate", "--student", "nowhere"), "no model 'nowhere': it is no folder with a config"),
+        (("generate", "--student", "digits-llamagen"), "'llamagen', which is no student"),
+        (("evaluate", "--student", "nowhere"), "no model 'nowhere'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    empty_folder: Path,
+) -> None:
+    assert message in _fails(capsys, 2, *arguments)
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1,\n b: }", "is not YAML: "), ("- 1\n- 2\n", "must hold keys and values, not list")],
+)
+def test_a_bad_config_file_is_one_line_and_status_2(
+    text: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    assert message in _fails(capsys, 2, "sample", "--config", str(tmp_path / "job.yaml"))
+
+
+def test_a_student_folder_without_config_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "student").mkdir()
+    line = _fails(capsys, 2, "generate", "--student", str(tmp_path / "student"))
+    assert "it is no folder with a config.json" in line
+
+
+def test_truncated_weights_are_one_line_and_status_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "student"
+    save_folder(folder, student_config(), model=student_state(), tokenizer=tokenizer_state())
+    weights = (folder / MODEL_FILE).read_bytes()
+    (folder / MODEL_FILE).write_bytes(weights[: len(weights) // 2])
+    line = _fails(capsys, 1, "generate", "--student", str(folder))
+    assert f"{folder / MODEL_FILE} is truncated or no safetensors file" in line
+
+
+def test_an_out_below_a_file_is_one_line_and_status_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    line = _fails(capsys, 1, "sample", "--out", str(tmp_path / "file" / "set"))
+    assert "a part of the path is not a directory" in line
+
+
+def test_no_trace_reaches_the_terminal_from_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ddray.cli", "sample", "--count", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "ddray: error: count='0': input should be greater than 0\n"
+
+
+def test_an_interrupt_ends_with_status_130(tmp_path: Path) -> None:
+    pipe = tmp_path / "job.yaml"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "ddray.cli", "sample", "--config", str(pipe)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    with pipe.open("w"):  # opens when the command has begun to read, and then keeps it waiting
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "ddray: interrupted; a rerun goes on from what is written\n"
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    assert "digits-llamagen " in capsys.readouterr().out
+
+
+PLAN = Plan(
+    teacher="tiny",
+    teacher_fingerprint="a" * 64,
+    tokenizer_fingerprint="b" * 64,
+    conditioning="class",
+    num_classes=3,
+    seed=0,
+    noise_scheme="philox-1",
+    cfg=None,
+    top_k=0,
+    top_p=1.0,
+    temperature=1.0,
+    solver="ab2",
+    num_evals=4,
+    dtype="float32",
+    threads=1,
+    count=25,
+    shard_rows=10,
+    batch_size=5,
+    stages=(1,) * 4,
+    vocab_size=8,
+)
+
+
+def _fill(uri: Path) -> list[int]:
+    trajectories = TrajectorySet.create(str(uri), PLAN)
+    missing = trajectories.missing()
+    for k in missing:
+        index = np.asarray(PLAN.shard_range(k))
+        tokens = (index[:, None] + np.arange(4)) % 8
+        trajectories.write_shard(k, index, PLAN.label(index), tokens)
+    return missing
+
+
+def _inspect(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> tuple[Any, str]:
+    """Exit status, the JSON part of the output and the lines behind it."""
+    assert main(["inspect", *arguments]) == status
+    stdout, stderr = capsys.readouterr()
+    assert stderr == ""
+    values, end = json.JSONDecoder().raw_decode(stdout)
+    return values, stdout[end:].strip()
+
+
+def test_inspect_of_no_set_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert f"no trajectory set at {tmp_path}" in _fails(capsys, 1, "inspect", str(tmp_path))
+
+
+def test_inspect_says_what_is_there_and_what_is_missing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _fill(tmp_path)
+    values, lines = _inspect(capsys, 0, str(tmp_path), "--verify")
+    assert (values["rows"], values["rows_planned"], values["shards"]) == (25, 25, 3)
+    assert lines == "verified: every index once, every hash right"
+    (tmp_path / shard_name(0)).unlink()
+    values, lines = _inspect(capsys, 0, str(tmp_path))
+    assert (values["rows"], values["shards"], lines) == (15, 2, "")
+    _, lines = _inspect(capsys, 1, str(tmp_path), "--verify")
+    assert lines == f"missing: {shard_name(0)}"
+
+
+def test_damage_is_found_and_after_repair_only_the_gap_is_filled(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _fill(tmp_path)
+    shard = tmp_path / shard_name(1)
+    before = shard.read_bytes()
+    damaged = bytearray(before)
+    damaged[len(damaged) // 3] ^= 0xFF
+    shard.write_bytes(damaged)
+    _, lines = _inspect(capsys, 1, str(tmp_path), "--verify")
+    assert lines.startswith(f"damaged: {shard_name(1)}: ")
+    assert "\n" not in lines
+    _, lines = _inspect(capsys, 0, str(tmp_path), "--repair")
+    assert lines.splitlines() == [
+        f"{shard_name(1)} moved to quarantine/shard-00001.parquet.bad",
+        "1 shards to fill: run `ddray sample` with the same settings",
+    ]
+    assert _fill(tmp_path) == [1]
+    assert shard.read_bytes() == before
+    _inspect(capsys, 0, str(tmp_path), "--verify")
+    _, lines = _inspect(capsys, 0, str(tmp_path), "--repair")
+    assert lines == "nothing to mend"

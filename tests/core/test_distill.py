@@ -1,0 +1,159 @@
+"""Facts about the plain-torch half of distillation: order of the data, rate, average, stages."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ddray
+from ddray.distill import (
+    MovingAverage,
+    TrajectoryBatches,
+    batch_loss,
+    jump_stages,
+    learning_rate,
+)
+from ddray.errors import ConfigError
+from ddray.models.zoo import new_student
+from tests.core.tiny import tiny_teacher
+
+CPU = torch.device("cpu")
+
+
+def _batches(count: int, seed: int = 0, tokens: np.ndarray | None = None) -> TrajectoryBatches:
+    index = np.arange(100, 100 + count)
+    if tokens is None:
+        tokens = (np.arange(count)[:, None] + np.arange(4)) % 8
+    return TrajectoryBatches(index, index % 3, tokens.astype(np.uint16), 7, seed)
+
+
+def test_the_order_is_a_function_of_seed_and_position_alone() -> None:
+    forward, jumping = _batches(11), _batches(11)
+    in_turn = np.concatenate([forward.rows(first, 4) for first in range(0, 60, 4)])
+    # A run that resumes asks for late positions first, and for early ones never.
+    for first in (44, 8, 56, 0, 20):
+        np.testing.assert_array_equal(jumping.rows(first, 4), in_turn[first : first + 4])
+    assert not np.array_equal(_batches(11, seed=1).rows(0, 11), in_turn[:11])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 25])
+def test_every_epoch_uses_every_row_once_and_batches_span_epochs(batch_size: int) -> None:
+    batches = _batches(11)
+    epochs = 3
+    stream = np.concatenate(
+        [batches.rows(first, batch_size) for first in range(0, 11 * epochs, batch_size)]
+    )[: 11 * epochs].reshape(epochs, 11)
+    for epoch in stream:
+        assert sorted(epoch) == list(range(11))
+    assert not np.array_equal(stream[0], stream[1])
+
+
+def test_the_slices_of_two_workers_are_the_batch_of_one() -> None:
+    batches = _batches(11)
+    for step in range(5):
+        whole = batches.batch(step * 8, 8, 4, CPU)
+        halves = [batches.batch(step * 8 + rank * 4, 4, 4, CPU) for rank in range(2)]
+        for one, two in zip(whole, map(torch.cat, zip(*halves, strict=True)), strict=True):
+            assert torch.equal(one, two)
+        stages = [jump_stages((0, 2), step * 8 + rank * 4, 4, CPU) for rank in range(2)]
+        assert torch.equal(jump_stages((0, 2), step * 8, 8, CPU), torch.cat(stages))
+
+
+def test_a_batch_holds_the_noise_of_its_indices() -> None:
+    batches = _batches(11)
+    noise, tokens, label = batches.batch(3, 5, 4, CPU)
+    rows = batches.rows(3, 5)
+    assert torch.equal(noise, ddray.noise(7, torch.from_numpy(100 + rows), (4, 4)))
+    assert tokens.dtype == label.dtype == torch.int64
+    np.testing.assert_array_equal(tokens, (rows[:, None] + np.arange(4)) % 8)
+    np.testing.assert_array_equal(label, (100 + rows) % 3)
+
+
+def test_a_set_without_rows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no rows"):
+        _batches(0)
+
+
+def test_the_stages_of_a_schedule_take_turns_along_the_stream() -> None:
+    assert jump_stages((0, 16), 3, 4, CPU).tolist() == [16, 0, 16, 0]
+    assert jump_stages((0, 5, 9), 0, 7, CPU).tolist() == [0, 5, 9, 0, 5, 9, 0]
+    assert jump_stages((0,), 5, 2, CPU).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("decay", [0.3, 1.0])
+def test_the_rate_warms_up_linearly_stays_and_falls_as_a_cosine_to_zero(decay: float) -> None:
+    steps, peak = 200, 0.5
+    rates = [learning_rate(step, steps, peak, 0.1, decay) for step in range(steps)]
+    for step, rate in enumerate(rates):
+        fall = max(0, step - (1 - decay) * steps) / (decay * steps)
+        expected = peak * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * fall)) / 2
+        assert rate == pytest.approx(expected, rel=1e-12)
+    assert rates[0] == pytest.approx(peak / 20)
+    assert 0 < rates[-1] < 1e-3
+    if decay == 0.3:
+        assert set(rates[19:141]) == {peak}
+
+
+def test_without_a_warm_up_the_first_step_has_the_full_rate() -> None:
+    assert learning_rate(0, 200, 0.5, 0.0) == learning_rate(0, 1, 0.5, 0.05) == 0.5
+
+
+def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
+    values = torch.randn(30, 3, dtype=torch.float64)
+    average = MovingAverage([values[0]], 0.9)
+    expected = values[0]
+    for step, value in enumerate(values[1:]):  # all within the start, which forgets faster
+        average.update([value], step)
+        decay = (1 + step) / (10 + step)
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(average.average[0], expected.float(), atol=1e-6, rtol=1e-5)
+    for step in range(80, 85):
+        average.update([values[0]], step)
+        expected = 0.9 * expected + 0.1 * values[0]
+    torch.testing.assert_close(average.average[0], expected.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_the_average_of_parts_is_the_part_of_the_average() -> None:
+    values = torch.randn(10, 6)
+    whole = MovingAverage([values[0]], 0.5)
+    parts = [MovingAverage([half], 0.5) for half in values[0].chunk(2)]
+    for step, value in enumerate(values[1:]):
+        whole.update([value], step)
+        for part, half in zip(parts, value.chunk(2), strict=True):
+            part.update([half], step)
+    assert torch.equal(whole.average[0], torch.cat([part.average[0] for part in parts]))
+
+
+def test_the_average_neither_follows_nor_keeps_the_weights_it_was_given() -> None:
+    weight = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    average = MovingAverage([weight], 0.9)
+    with torch.no_grad():
+        weight.zero_()
+    assert average.average[0].dtype == torch.float32
+    assert average.average[0].tolist() == [1, 1, 1]
+    assert not average.average[0].requires_grad
+
+
+def test_the_losses_of_two_workers_average_to_that_of_one() -> None:
+    teacher = tiny_teacher()
+    torch.manual_seed(0)
+    network, _ = new_student(teacher)
+    tokens = teacher.trajectories(torch.arange(12) % 3, torch.arange(12), seed=7, num_evals=4)
+    batches = _batches(12, tokens=tokens.numpy())
+
+    def loss(first: int, count: int) -> torch.Tensor:
+        # t = 0 alone: every row asks for as many tokens, so the halves weigh the same.
+        return batch_loss(
+            network,
+            batches,
+            teacher.stages,
+            teacher.codebook,
+            first=first,
+            count=count,
+            schedule=(0,),
+            logits_weight=1.0,
+            code_weight=0.5,
+        ).total
+
+    torch.testing.assert_close((loss(8, 4) + loss(12, 4)) / 2, loss(8, 8))

@@ -1,0 +1,72 @@
+"""`ddray quickstart --preset tiny` as a user runs it, with the bundled teacher."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import ddray
+from ddray.inspect_set import verify
+from tests.runtime.tiny import command, contents, environment
+
+pytestmark = pytest.mark.ray
+
+
+def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
+    settings = ["--set", "sample.workers=1", "--set", "distill.threads=1"]
+    return subprocess.run(
+        command("quickstart", "--preset", "tiny", "--out", "run", *settings),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = _quickstart(folder)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "fd_digits" in done.stdout
+    return folder
+
+
+def test_it_leaves_a_report_a_student_a_set_and_images(folder: Path) -> None:
+    run = folder / "run"
+    assert list(folder.iterdir()) == [run]
+    assert (run / "report.html").read_text().startswith("<!")
+    assert min(Image.open(run / "grid.png").size) > 200
+    assert verify(str(run / "trajectories")) == []
+    student = ddray.load_student(run / "student", device="cpu")
+    assert student.config["teacher"] == "digits-llamagen"
+    assert student.decode(student.generate([3], seed=1)).shape == (1, 1, 28, 28)
+    assert json.loads((run / "images" / "summary.json").read_text())["images"] == 100
+
+
+def test_the_summary_has_bars_and_the_protocol_of_its_figures(folder: Path) -> None:
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert {"what", "bar", "measured", "met"} <= summary["bars"][0].keys()
+    protocol = " ".join(summary["evaluation"]["protocol"])
+    assert "100" in protocol
+    assert "seed" in protocol
+    generators = [row["generator"] for row in summary["evaluation"]["quality"]]
+    assert {"student, 1 step", "student, 2 steps", "independent tokens"} <= {*generators}
+    assert (summary["trajectories"]["rows_made"], summary["distillation"]["steps"]) == (200, 20)
+
+
+def test_a_second_run_makes_no_part_again(folder: Path) -> None:
+    parts = ("trajectories/shards", "distill/student", "images/shards", "student")
+    before = contents(folder / "run", *parts)
+    done = _quickstart(folder)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert (summary["trajectories"]["rows_made"], summary["images"]["rows_made"]) == (0, 0)
+    assert contents(folder / "run", *parts) == before
+    history = (folder / "run" / "distill" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in history] == [5, 10, 15, 20]

