@@ -164,7 +164,7 @@ def test_a_pair_of_workers_is_a_pair_from_everywhere(
     ("arguments", "message"),
     [
         ((), "the following arguments are required: VERB; see ddray --help"),
-        (("smaple",), "invalid choice: 'smaple' (choose from 'quickstart', 'sample'"),
+        (("smple",), "invalid choice: 'smple' (choose from 'quickstart', 'sample'"),
         (("sample", "--cuont", "3"), "unrecognized arguments: --cuont 3; see ddray sample --help"),
         (("sample", "--count"), "argument --count: expected one argument"),
         (("sample", "extra"), "unrecognized arguments: extra"),

@@ -1,4 +1,4 @@
-"""Distillation on a real Ray Train with DeepSpeed: workers, ZeRO, what is refused, what it gives."""
+"""Distillation on a real Ray Train with DeepSpeed: workers, ZeRO, what is refused and kept."""
 
 import json
 import math
