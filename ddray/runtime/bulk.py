@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from ddray.config import GenerateConfig
+from ddray.errors import ConfigError
 from ddray.generate import Student
 from ddray.images import ImagePlan, ImageSet
 from ddray.models.zoo import load_student
 from ddray.runtime.pool import fill
-from ddray.schedule import parse_schedule
+from ddray.schedule import TeacherStages, parse_schedule
 
 
 class ImageWorker:
@@ -55,7 +56,11 @@ def generate_rows(student: Student, plan: ImagePlan, index: np.ndarray) -> np.nd
 def make_plan(config: GenerateConfig, student: Student) -> ImagePlan:
     """Everything that decides the bytes of an image set."""
     schedule = config.schedule or "0"
-    parse_schedule(schedule, len(student.stages))
+    steps = parse_schedule(schedule, len(student.stages))
+    if any(isinstance(step, TeacherStages) for step in steps):
+        raise ConfigError(
+            f"schedule {schedule!r} has a teacher's part; in bulk the student is alone"
+        )
     return ImagePlan(
         student=student.name,
         student_fingerprint=student.fingerprint,

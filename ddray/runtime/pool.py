@@ -179,18 +179,21 @@ def _run(
 
 def _explain(error: BaseException, config: PoolConfig) -> DDRayError:
     """Our own error if an actor raised one, else one line about what happened to the pool."""
-    # Ray wraps what an actor raised, and tells of a constructor's error in text: its last line.
-    line = last_line(error)
-    ours = re.fullmatch(r"(?:ray\.exceptions\.\S+ )?ddray\.errors\.(\w+): (.*)", line)
+    # Ray tells what an actor raised in text: a remote traceback, and advice of its own behind it.
+    ours = re.findall(r"^ddray\.errors\.(\w+): (.*)$", str(error), re.MULTILINE)
     if ours:
-        return getattr(errors, ours[1])(ours[2])  # type: ignore[no-any-return]
+        name, message = ours[-1]
+        return getattr(errors, name)(message)  # type: ignore[no-any-return]
+    line = last_error(error)
     return ClusterError(
         f"the pool of {config.workers[0]}:{config.workers[1]} actors failed "
-        f"({type(error).__name__}): {line}; what is written stays, and a rerun fills the gaps"
+        f"({type(error).__name__}): {line}; what is written stays, and a rerun fills "
+        "the gaps"
     )
 
 
-def last_line(error: BaseException) -> str:
-    """The last line of an error's text, where a remote traceback names the error itself."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip()[:600] if lines else type(error).__name__
+def last_error(error: BaseException) -> str:
+    """The innermost error that the text of a remote traceback names, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return (named or lines or [type(error).__name__])[-1][:600]
