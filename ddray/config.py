@@ -87,7 +87,6 @@ class DistillConfig(Job):
     data: str = Field("runs/sample/trajectories", description="URI of the trajectory set")
     out: str = Field("runs/distill", description="URI of the run; the student lies in OUT/student")
     teacher: str | None = Field(None, description="absent = the one named in the set")
-    init: str | None = Field(None, description="student to go on from; absent = the teacher")
     steps: CountT = 1000
     batch_size: CountT = Field(64, description="trajectories a step, over all workers")
     workers: CountT = 1

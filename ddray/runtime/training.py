@@ -19,7 +19,7 @@ from ddray.checkpoint import CONFIG_FILE
 from ddray.config import DistillConfig
 from ddray.errors import ConfigError, ShardError, TrainingError
 from ddray.generate import Teacher
-from ddray.models.zoo import load_student, load_teacher, new_student
+from ddray.models.zoo import load_teacher
 from ddray.progress import Progress
 from ddray.runtime.cluster import connect, require
 from ddray.runtime.training_worker import METRICS_FILE, STUDENT_FOLDER, work
@@ -84,25 +84,12 @@ def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -
                 f"{config.data} was sampled from another {what} ({there[:12]}) than "
                 f"{teacher.name}'s ({here[:12]}); give the teacher it names: {plan.teacher}"
             )
-    if config.init is not None:
-        _check_init(config.init, teacher)
     if config.schedule[-1] >= len(teacher.stages):
         raise ConfigError(
             f"schedule={[*config.schedule]}: stages must be below {len(teacher.stages)}, the "
             f"number of stages of {teacher.name}"
         )
     return teacher
-
-
-def _check_init(init: str, teacher: Teacher) -> None:
-    """Refuse to go on from a student whose weights would not fit the teacher's student."""
-    student = load_student(init, device="cpu")
-    shapes = [
-        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        for network in (student.model, new_student(teacher)[0])
-    ]
-    if shapes[0] != shapes[1] or student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
-        raise ConfigError(f"init={init!r} is a student of another size or tokenizer")
 
 
 def _identity(config: DistillConfig, plan_hash: str) -> dict[str, Any]:

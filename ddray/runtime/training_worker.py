@@ -22,7 +22,7 @@ from ddray.checkpoint import save_folder
 from ddray.config import DistillConfig
 from ddray.distill import MovingAverage, TrajectoryBatches, batch_loss, learning_rate
 from ddray.errors import ShardError, TrainingError
-from ddray.models.zoo import load_student, load_teacher, new_student
+from ddray.models.zoo import load_teacher, new_student
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
 
@@ -62,8 +62,6 @@ class _Run:
         )
         torch.manual_seed(config.seed)
         network, self.card = new_student(self.teacher)
-        if config.init is not None:
-            network.load_state_dict(load_student(config.init, device=device).model.state_dict())
         self.engine, self.optimizer = self._initialize(network)
         self.average = MovingAverage(_local_tensors(network), config.ema_decay)
         self.history: list[dict[str, float]] = []
