@@ -93,8 +93,11 @@ def chi_square(draws: int) -> dict[str, float]:
     cells = [torch.cat((x[~small], x[small].sum()[None])) for x in (counts, expected)]
     statistic = float(((cells[0] - cells[1]) ** 2 / cells[1]).sum())
     freedom = len(cells[0]) - 1
-    survival = 1 - float(torch.special.gammainc(torch.tensor(freedom / 2.0).double(),
-                                                torch.tensor(statistic / 2.0).double()))
+    survival = 1 - float(
+        torch.special.gammainc(
+            torch.tensor(freedom / 2.0).double(), torch.tensor(statistic / 2.0).double()
+        )
+    )
     return {"draws": draws, "chi_square": statistic, "degrees": freedom, "p_value": survival}
 
 
