@@ -5,6 +5,7 @@ instant. Imports ddray.errors.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -131,22 +132,28 @@ def _quickstart(config: Any) -> None:
     quickstart(config)
 
 
+def _apart_from_ray(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work; Ray tells of lost workers on stdout, which is for the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return work()
+
+
 def _sample(config: Any) -> None:
     from ddray.runtime.sampling import sample
 
-    _print_json(sample(config))
+    _print_json(_apart_from_ray(lambda: sample(config)))
 
 
 def _distill(config: Any) -> None:
     from ddray.runtime.training import distill
 
-    _print_json(distill(config))
+    _print_json(_apart_from_ray(lambda: distill(config)))
 
 
 def _generate(config: Any) -> None:
     from ddray.runtime.bulk import generate
 
-    _print_json(generate(config))
+    _print_json(_apart_from_ray(lambda: generate(config)))
 
 
 def _evaluate(config: Any) -> None:
