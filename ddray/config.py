@@ -30,14 +30,14 @@ def _parse_workers(value: Any) -> Any:
     return value
 
 
-def _parse_schedule(value: Any) -> Any:
+def _parse_list(value: Any) -> Any:
     """A list from "0,16"."""
     return value.split(",") if isinstance(value, str) else value
 
 
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(_parse_workers)]
 JumpStages = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_parse_schedule)
+    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_parse_list)
 ]
 
 
@@ -149,7 +149,7 @@ class EvaluateConfig(Job):
     seed: SeedT = 1_000_003
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     batch_size: CountT = 64
-    speed_batches: tuple[CountT, ...] = (1, 8, 64)
+    speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(_parse_list)] = (1, 8, 64)
     speed_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="timed for each figure")
     transport_count: CountT = Field(400, description="images of the transport's comparison")
 
