@@ -3,6 +3,7 @@
 Every job is the real command in a process group of its own, with a private Ray.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -85,8 +86,9 @@ class Job:
         deadline = time.monotonic() + 60
         while (alive := [p for p in tree if _is_alive(p)]) and time.monotonic() < deadline:
             time.sleep(0.2)
-        for process in alive:
-            process.kill()
+        for process in tree:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         assert not alive, f"these outlive their driver: {alive}"
@@ -97,9 +99,15 @@ class Job:
         return self.process.returncode, stdout, stderr
 
 
+# Ray's own agents of a node write nothing of ours, and take their time to notice a lost node.
+_AGENTS = ("ray::Dashboard", "ray::RuntimeEnv")
+
+
 def _is_alive(process: psutil.Process) -> bool:
     """Whether it still runs: not every init collects orphans at once."""
     try:
+        if process.name().startswith(_AGENTS):
+            return False
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
