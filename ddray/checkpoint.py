@@ -6,17 +6,19 @@ ddray.storage.
 
 import argparse
 import hashlib
+import io
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file as map_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -29,6 +31,8 @@ MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 CONFIG_FILE = "config.json"
 
+_HUB = "hf://"
+
 # Where published files keep the weights, outermost first (EMA weights before raw ones).
 _CONTAINERS = (
     ("trainer", "ema_parameters"),
@@ -38,10 +42,16 @@ _CONTAINERS = (
     ("module",),
     ("state_dict",),
 )
-
+# A training checkpoint of VAR holds its tokenizer as well.
+_TOKENIZER_CONTAINERS = (("trainer", "vae_local"), *_CONTAINERS)
 
 # What a published file may carry beside weights: a table that is computed, and caches.
 _LEFTOVER = re.compile(r"^freqs_cis$|\.kv_cache\.|\.causal_mask$")
+
+# What wrappers of training put in front of every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+_SHARD_INDEX = "model.safetensors.index.json"
 
 
 def save_folder(
@@ -103,25 +113,31 @@ def _parse(data: bytes, name: str) -> StateDict:
     return state
 
 
-def read_weights(source: str | Path | Mapping[str, Any]) -> StateDict:
+def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = False) -> StateDict:
     """Weights from a file, in any container the published checkpoints use, or from memory.
 
     Args:
-        source: a `.safetensors` file, a `.pt` / `.pth` file, or what such a file holds.
+        source: a `.safetensors` file; a folder of them, or its `*.index.json`; a `.pt` / `.pth`
+            file, or what such a file holds; or `hf://owner/repository/path` of one of them.
+        tokenizer: whether the tokenizer's weights are asked for, where a file holds both.
 
     Returns:
-        The bare state dict.
+        The bare state dict; tensors of local files are mapped, not read.
 
     Raises:
         CheckpointError: if the file is missing, damaged, needs pickled code, or holds no weights.
     """
     if isinstance(source, Mapping):
-        return _unwrap(source, "the given state dict")
-    path = Path(source)
+        return _unwrap(source, "the given state dict", tokenizer)
+    path = _fetch(str(source)) if str(source).startswith(_HUB) else Path(source)
+    if path.is_dir() and (path / _SHARD_INDEX).is_file():
+        path /= _SHARD_INDEX
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist or is no file")
+    if path.name.endswith(".index.json"):
+        return _unwrap(_read_shards(path), str(path), tokenizer)
     if path.suffix == ".safetensors":
-        return _parse(path.read_bytes(), str(path))
+        return _unwrap(_map_safetensors(path), str(path), tokenizer)
     try:
         # Only the zip format of PyTorch >= 1.6 can be mapped.
         # Training code keeps its Namespace of arguments.
@@ -136,11 +152,74 @@ def read_weights(source: str | Path | Mapping[str, Any]) -> StateDict:
     except Exception as error:  # one flipped bit makes torch.load fail in any way
         reason = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from error
-    return _unwrap(container, str(path))
+    return _unwrap(container, str(path), tokenizer)
 
 
-def _unwrap(container: Any, name: str) -> StateDict:
-    for keys in _CONTAINERS:
+def write_container(path: str | Path, state: StateDict, keys: Sequence[str]) -> None:
+    """Write a `.pt` / `.pth` file with the weights under nested keys, as published files have them.
+
+    Raises:
+        StorageError: if it cannot be written; nothing is left behind then.
+    """
+    container: Any = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    for key in reversed(keys):
+        container = {key: container}
+    target = Path(path)
+    buffer = io.BytesIO()
+    torch.save(container, buffer)
+    open_storage(str(target.parent)).write(target.name, buffer.getvalue())
+
+
+def _map_safetensors(path: Path) -> StateDict:
+    try:
+        state: StateDict = map_safetensors(path)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
+    return state
+
+
+def _read_shards(index: Path) -> StateDict:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors shards") from error
+    state: dict[str, Tensor] = {}
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is not there")
+        state.update(_map_safetensors(index.parent / name))
+    lost = [name for name in weight_map if name not in state]
+    if lost:
+        raise CheckpointError(f"{index} promises weights that its shards lack: {_some(lost)}")
+    return state
+
+
+def _fetch(uri: str) -> Path:
+    """Download `hf://owner/repository/path` into the Hub's own cache."""
+    parts = uri.removeprefix(_HUB).split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        raise CheckpointError(f"{uri} is not of the form hf://owner/repository/path/of/file")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{uri} needs the package huggingface_hub; install ddray[hub], or download the file "
+            "and give its path"
+        ) from error
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+    except Exception as error:  # its errors are those of requests, of the hub, and of the disk
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(
+            f"cannot fetch {uri}: {reason}; download the file elsewhere and give its path"
+        ) from error
+
+
+def _unwrap(container: Any, name: str, tokenizer: bool) -> StateDict:
+    for keys in _TOKENIZER_CONTAINERS if tokenizer else _CONTAINERS:
         inner = container
         for key in keys:
             inner = inner.get(key) if isinstance(inner, Mapping) else None
@@ -152,6 +231,9 @@ def _unwrap(container: Any, name: str) -> StateDict:
     strangers = [key for key, value in container.items() if not isinstance(value, Tensor)]
     if strangers:
         raise CheckpointError(f"{name} holds more than weights: {_some(strangers)}")
+    for prefix in _WRAPPERS:
+        if all(key.startswith(prefix) for key in container):
+            container = {key.removeprefix(prefix): value for key, value in container.items()}
     return container
 
 
@@ -166,7 +248,8 @@ def load_into(
     """Fill a module built on the meta device, float16 files as float32, and leave it in eval mode.
 
     Args:
-        module: the module; its tensors are replaced, not copied into.
+        module: the module; its tensors are replaced, not copied into. Its `constants()`, if it has
+            any, are entries that follow from its sizes: a file may lack them, but not contradict.
         state: weights under the module's names.
         what: name of the source for messages.
         optional: names that a file may lack or have without being refused.
@@ -175,31 +258,47 @@ def load_into(
         CheckpointError: with the missing and unexpected keys and wrong shapes.
     """
     wanted = module.state_dict()
-    missing = [k for k in wanted if k not in state and k not in optional]
+    constants: dict[str, Tensor] = getattr(module, "constants", dict)()
+    dispensable = optional | constants.keys()
+    missing = [k for k in wanted if k not in state and k not in dispensable]
     unexpected = [
         k for k in state if k not in wanted and k not in optional and not _LEFTOVER.search(k)
     ]
     shapes = [
         f"{k} is {[*state[k].shape]} instead of {[*wanted[k].shape]}"
         for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
+        if k in state and k not in optional and state[k].shape != wanted[k].shape
     ]
+    contradicted = [k for k, value in constants.items() if _differs(state.get(k), value)]
     problems = [
         f"{title} {_some(names)}"
-        for title, names in (("missing", missing), ("unexpected", unexpected), ("shapes", shapes))
+        for title, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("shapes", shapes),
+            ("made for other sizes", contradicted),
+        )
         if names
     ]
     if problems:
         raise CheckpointError(f"{what} does not fit the model: {'; '.join(problems)}")
+    # Statistics are left out on purpose: they mean nothing here, and official ones differ in shape.
     ready = {
         name: state[name].float() if state[name].is_floating_point() else state[name]
         for name in wanted
-        if name in state
+        if name in state and name not in dispensable
     }
-    for name in optional & wanted.keys() - ready.keys():
+    for name in optional & wanted.keys():
         ready[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
-    module.load_state_dict(ready, assign=True)
+    module.load_state_dict(ready | constants, assign=True)
     module.requires_grad_(False).eval()
+
+
+def _differs(given: Tensor | None, value: Tensor) -> bool:
+    """Whether a tensor of a file contradicts a constant; another shape is reported as such."""
+    if given is None or given.shape != value.shape:
+        return False
+    return not torch.equal(given.cpu().to(value.dtype), value)
 
 
 def fingerprint(module: nn.Module, optional: frozenset[str] = frozenset()) -> str:

@@ -13,11 +13,12 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ddray.conditioning import Condition, concatenate
 from ddray.errors import ConfigError
 from ddray.flow import Transport
 from ddray.guidance import check_filters, draw, filter_logits
@@ -25,8 +26,18 @@ from ddray.model import Model
 from ddray.schedule import TeacherStages, parse_schedule
 from ddray.seeding import noise, uniforms
 
-_SAMPLING = {"cfg": None, "cfg_interval": -1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-"""Settings of plain sampling, with their defaults: all of them off."""
+AskedFor = Sequence[int] | Tensor | tuple[Tensor, Tensor]
+"""Class ids [B], or caption features float [B, T, D] and their mask [B, T], right-padded."""
+
+_SAMPLING = {
+    "cfg": None,
+    "cfg_interval": -1,
+    "top_k": 0,
+    "top_p": 1.0,
+    "temperature": 1.0,
+    "unmasked_prefix": False,
+}
+"""Settings of a teacher's part of a schedule, with their defaults: all of them off."""
 
 
 class Decoder(Protocol):
@@ -36,7 +47,7 @@ class Decoder(Protocol):
         """Logits of the next stage, float32 [B, l, V]."""
 
     def append(self, tokens_Bl: Tensor) -> None:
-        """Fix the tokens of that stage, int64 [B, l]."""
+        """Fix the tokens of that stage, int64 [B, l]; under guidance they serve both halves."""
 
 
 class Teacher(Model):
@@ -44,11 +55,9 @@ class Teacher(Model):
 
     Attributes:
         stages: token counts per autoregressive step.
-        conditioning: what an image is asked for by: "class".
+        conditioning: what an image is asked for by: "class" or "text".
         default_cfg: recommended guidance.
     """
-
-    conditioning: Literal["class"] = "class"
 
     @property
     def default_cfg(self) -> float:
@@ -57,29 +66,29 @@ class Teacher(Model):
 
     @torch.inference_mode()
     def guided_logits(
-        self, cond_B: Sequence[int] | Tensor, tokens_BL: Tensor, cfg: float | None = None
+        self, cond_B: AskedFor, tokens_BL: Tensor, cfg: float | None = None
     ) -> Tensor:
         """Teacher-forced logits with guidance, before temperature and filters.
 
         Args:
-            cond_B: class ids [B].
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
             tokens_BL: int64 [B, L].
             cfg: guidance as the family means it; None = off.
 
         Returns:
             float32 [B, L, V].
         """
-        cond = self.classes(cond_B)
+        cond = self.condition(cond_B)
         tokens_BL = self._tokens(tokens_BL, len(cond))
         logits: Tensor = self.model(cond, tokens_BL)
         if self._guides(cfg):
-            null = self.model(torch.full_like(cond, self.num_classes), tokens_BL)
+            null = self.model(self.model.null(cond), tokens_BL)
             logits = self.model.guide(logits, null, cfg, None)
         return logits
 
     def sample(
         self,
-        cond_B: Sequence[int] | Tensor,
+        cond_B: AskedFor,
         *,
         cfg: float | None = None,
         cfg_interval: int = -1,
@@ -92,7 +101,7 @@ class Teacher(Model):
         """Plain autoregressive sampling.
 
         Args:
-            cond_B: class ids [B].
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
             cfg: guidance as the family means it; None = off.
             cfg_interval: guide the first cfg_interval + 2 stages only; -1 = all.
             top_k: codes kept, 0 = off, 1 = greedy.
@@ -104,7 +113,7 @@ class Teacher(Model):
         Returns:
             int64 tokens [B, L].
         """
-        cond = self.classes(cond_B)
+        cond = self.condition(cond_B)
         index_B = self._index(index, len(cond))
         uniform_BL = uniforms(seed, index_B, self.num_tokens)
 
@@ -115,7 +124,7 @@ class Teacher(Model):
 
     def trajectories(
         self,
-        cond_B: Sequence[int] | Tensor,
+        cond_B: AskedFor,
         index_B: Sequence[int] | Tensor,
         *,
         seed: int,
@@ -133,7 +142,7 @@ class Teacher(Model):
         `sample`'s.
 
         Args:
-            cond_B: class ids [B].
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
             index_B: sample indices [B].
             seed: run seed of the noise.
             cfg: as in `sample`.
@@ -146,7 +155,7 @@ class Teacher(Model):
         Returns:
             int64 tokens [B, L].
         """
-        cond = self.classes(cond_B)
+        cond = self.condition(cond_B)
         index = self._index(index_B, len(cond))
         noise_BLE = noise(seed, index, (self.num_tokens, self.codebook.shape[1]))
         solve = self.transport(solver, num_evals)
@@ -159,7 +168,7 @@ class Teacher(Model):
 
     def continue_from(
         self,
-        cond_B: Tensor,
+        cond: Condition,
         prefix_BP: Tensor,
         last_stage: int,
         *,
@@ -171,7 +180,7 @@ class Teacher(Model):
         _refuse_unknown(sampling, _SAMPLING)
         uniform_BL = uniforms(seed, index, self.num_tokens)
         return self._roll_out(
-            cond_B,
+            cond,
             lambda logits, start, stop: draw(logits, uniform_BL[:, start:stop]),
             **{**_SAMPLING, **sampling},
             prefix_BP=prefix_BP,
@@ -193,7 +202,7 @@ class Teacher(Model):
     @torch.inference_mode()
     def _roll_out(
         self,
-        cond_B: Tensor,
+        cond: Condition,
         choose: Callable[[Tensor, int, int], Tensor],
         cfg: float | None,
         cfg_interval: int,
@@ -202,6 +211,7 @@ class Teacher(Model):
         temperature: float,
         prefix_BP: Tensor | None = None,
         last_stage: int | None = None,
+        unmasked_prefix: bool = False,
     ) -> Tensor:
         """Stage by stage: logits, guidance, filters, `choose(logits_BlV, first, last token)`."""
         check_filters(temperature, top_k, top_p)
@@ -209,20 +219,18 @@ class Teacher(Model):
         first = 0 if prefix_BP is None else starts.index(prefix_BP.shape[1])
         guided = self._guides(cfg)
         if guided:
-            cond_B = torch.cat((cond_B, torch.full_like(cond_B, self.num_classes)))
-        copies = 2 if guided else 1
+            cond = concatenate(cond, self.model.null(cond))
         tokens = [] if prefix_BP is None else [prefix_BP]
-        prefix = None if prefix_BP is None else prefix_BP.repeat(copies, 1)
-        decoder: Decoder = self.model.decoder(cond_B, prefix)
+        decoder: Decoder = self.model.decoder(cond, prefix_BP, unmasked_prefix=unmasked_prefix)
         for stage in range(first, len(self.stages) if last_stage is None else last_stage):
             logits = decoder.logits()
             if guided:
                 conditional, null = logits.chunk(2)
                 off = 0 <= cfg_interval < stage - 1
                 logits = conditional if off else self.model.guide(conditional, null, cfg, stage)
-            logits = filter_logits(logits, temperature, top_k, top_p)
+            logits = filter_logits(logits, temperature, top_k, top_p, self.model.top_p_filter)
             tokens.append(choose(logits, starts[stage], starts[stage + 1]))
-            decoder.append(tokens[-1].repeat(copies, 1))
+            decoder.append(tokens[-1])
         return torch.cat(tokens, 1)
 
 
@@ -246,22 +254,20 @@ class Student(Model):
     """
 
     @torch.inference_mode()
-    def predict(
-        self, x_BLE: Tensor, cond_B: Sequence[int] | Tensor, t_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, x_BLE: Tensor, cond_B: AskedFor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads for one X_t.
 
         Args:
             x_BLE: float [B, L, E], codes of the first t stages, noise behind them.
-            cond_B: class ids [B].
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
             t_B: number of leading stages that are data [B].
 
         Returns:
             float32 logits [B, L, V] and codes [B, L, E].
         """
-        cond = self.classes(cond_B)
+        cond = self.condition(cond_B)
         t_B = torch.as_tensor(t_B, device=self.device)
-        if t_B.shape != cond.shape or bool(((t_B < 0) | (t_B > len(self.stages))).any()):
+        if t_B.shape != (len(cond),) or bool(((t_B < 0) | (t_B > len(self.stages))).any()):
             raise ConfigError(f"t must hold {len(cond)} numbers from 0 to {len(self.stages)}")
         heads: tuple[Tensor, Tensor] = self.model(x_BLE.to(self.device), cond, t_B)
         return heads
@@ -269,7 +275,7 @@ class Student(Model):
     @torch.inference_mode()
     def generate(
         self,
-        cond_B: Sequence[int] | Tensor,
+        cond_B: AskedFor,
         *,
         noise: Tensor | None = None,
         index: Sequence[int] | Tensor | None = None,
@@ -282,7 +288,7 @@ class Student(Model):
         """Images' codes in one jump per entry of the schedule.
 
         Args:
-            cond_B: class ids [B].
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
             noise: float [B, L, E]; None = `noise(seed, index)`.
             index: sample indices [B]; None = 0..B-1.
             seed: run seed.
@@ -290,7 +296,8 @@ class Student(Model):
             split: leading stages read from the logits head (argmax), the rest from the code head;
                 None = the value of the config, or all.
             teacher: needed for the teacher's parts of a schedule.
-            **teacher_sampling: cfg, top_k, ... of those parts, as in `Teacher.sample`.
+            **teacher_sampling: cfg, top_k, ... of those parts, as in `Teacher.sample`; for VAR also
+                unmasked_prefix, see `VARDecoder`.
 
         Returns:
             float32 codes [B, L, E].
@@ -299,7 +306,7 @@ class Student(Model):
             ConfigError: for a schedule beyond the stages, noise of another shape, or a missing
                 teacher.
         """
-        cond = self.classes(cond_B)
+        cond = self.condition(cond_B)
         steps = parse_schedule(schedule, len(self.stages))
         if teacher is None and any(isinstance(step, TeacherStages) for step in steps):
             raise ConfigError(f"schedule {schedule!r} has a teacher's part; give teacher=")
@@ -324,12 +331,12 @@ class Student(Model):
                 x_BLE = self._jump(x_BLE, noise_BLE, cond, step, cut)
         return x_BLE
 
-    def _jump(self, x_BLE: Tensor, noise_BLE: Tensor, cond_B: Tensor, t: int, cut: int) -> Tensor:
+    def _jump(self, x_BLE: Tensor, noise_BLE: Tensor, cond: Condition, t: int, cut: int) -> Tensor:
         """Keep the first t stages of x, fill X_t up with the noise, predict everything behind t."""
-        t_B = torch.full_like(cond_B, t)
+        t_B = torch.full((len(cond),), t, device=self.device)
         given_BL = given_tokens(self.stages, t_B)
         x_BLE = keep_data(x_BLE, noise_BLE, given_BL)
-        logits_BLV, codes_BLE = self.model(x_BLE, cond_B, t_B)
+        logits_BLV, codes_BLE = self.model(x_BLE, cond, t_B)
         from_logits = logits_BLV[:, :cut].argmax(-1)
         if t:
             nearest = self.tokenizer.module.nearest(x_BLE[:, :cut])
@@ -338,12 +345,12 @@ class Student(Model):
         return torch.cat((self.codebook[from_logits], behind), 1)
 
     def _let_teacher_continue(
-        self, teacher: Teacher, part: TeacherStages, x_BLE: Tensor, cond_B: Tensor, **sampling: Any
+        self, teacher: Teacher, part: TeacherStages, x_BLE: Tensor, cond: Condition, **sampling: Any
     ) -> Tensor:
         """Snap the first stages to tokens and let the teacher write the next ones."""
         starts = self.stage_starts()
         prefix = teacher.tokenizer.module.nearest(x_BLE[:, : starts[part.first]])
-        tokens = teacher.continue_from(cond_B, prefix, part.last, **sampling)
+        tokens = teacher.continue_from(cond, prefix, part.last, **sampling)
         return torch.cat((teacher.codebook[tokens], x_BLE[:, starts[part.last] :]), 1)
 
     def _noise(self, given: Tensor | None, seed: int, index_B: Tensor) -> Tensor:

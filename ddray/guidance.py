@@ -5,6 +5,8 @@ Pure functions of logits, in the order both families apply them. Imports only dd
 Shapes: B batch, l tokens of this stage, V codebook size; `...` stands for any leading dimensions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,14 +54,36 @@ def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(drop, float("-inf"))
 
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Temperature, then top-k, then top-p over what top-k left (LlamaGen's order).
+def top_p_filter_from_below(logits: Tensor, top_p: float) -> Tensor:
+    """VAR's rule: remove the least likely entries while their mass together is at most 1 - top_p.
+
+    It differs from `top_p_filter` where the mass meets the limit exactly, and in which of several
+    equal entries survive. The likeliest entry always does; 1 = off.
+    """
+    if top_p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1)
+    drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+    drop[..., -1] = False
+    drop = torch.zeros_like(drop).scatter(-1, order, drop)
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def filter_logits(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    top_p_rule: Callable[[Tensor, float], Tensor] = top_p_filter,
+) -> Tensor:
+    """Temperature, then top-k, then top-p over what top-k left (both families' order).
 
     Args:
         logits: [..., V], any float dtype.
         temperature: > 0; values below 1e-5 count as 1e-5.
         top_k: number of entries kept, 0 = off.
         top_p: mass kept, 1 = off.
+        top_p_rule: the family's.
 
     Returns:
         float32 [..., V] with -inf where an entry was removed.
@@ -67,7 +91,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / max(temperature, 1e-5)
-    return top_p_filter(top_k_filter(logits, top_k), top_p)
+    return top_p_rule(top_k_filter(logits, top_k), top_p)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a teacher and its student share: a network, its tokenizer, its config, and input checks.
 
-Imports ddray.checkpoint, errors and seeding.
+Imports ddray.checkpoint, conditioning, errors and seeding.
 
 Shapes: B batch, L all tokens, V codebook size, E code width.
 """
@@ -8,12 +8,13 @@ Shapes: B batch, L all tokens, V codebook size, E code width.
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ddray.checkpoint import fingerprint
+from ddray.conditioning import Condition, class_ids, left_padded
 from ddray.errors import ConfigError
 from ddray.seeding import index_tensor
 
@@ -91,6 +92,7 @@ class Model:
         self.stages: tuple[int, ...] = model.stages
         self.num_tokens = sum(self.stages)
         self.num_classes: int = model.config.num_classes
+        self.conditioning: Literal["class", "text"] = model.conditioning
 
     @property
     def device(self) -> torch.device:
@@ -123,25 +125,17 @@ class Model:
         """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1]."""
         return self.tokenizer.encode(images)
 
-    def classes(self, cond_B: Sequence[int] | Tensor) -> Tensor:
-        """Class ids as int64 [B] on the device.
+    def condition(self, cond_B: Any) -> Condition:
+        """What the network takes for class ids [B] or, for a text model, (features, mask).
 
         Raises:
-            ConfigError: for an id outside 0..num_classes (num_classes is the null class).
+            ConfigError: for an id outside 0..num_classes (num_classes is the null class), or
+                captions of another size.
         """
-        cond = torch.as_tensor(cond_B, device=self.device)
-        if cond.dim() != 1 or not len(cond) or cond.is_floating_point():
-            raise ConfigError(
-                f"classes must be a 1-D list of at least one integer, got {cond.dtype} "
-                f"{[*cond.shape]}"
-            )
-        wrong = cond[(cond < 0) | (cond > self.num_classes)]
-        if len(wrong):
-            raise ConfigError(
-                f"class {int(wrong[0])} is out of range: 0 to {self.num_classes - 1}, or "
-                f"{self.num_classes} for the null class"
-            )
-        return cond.long()
+        if self.conditioning == "class":
+            return class_ids(cond_B, self.num_classes, self.device)
+        sizes = self.model.config
+        return left_padded(cond_B, sizes.cls_token_num, sizes.caption_dim, self.device)
 
     def _index(self, index: Sequence[int] | Tensor | None, count: int) -> Tensor:
         index_B = index_tensor(range(count) if index is None else index, self.device)

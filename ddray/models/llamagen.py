@@ -1,11 +1,12 @@
-"""The LlamaGen transformer: a pre-norm decoder over a class token and image tokens.
+"""The LlamaGen transformer: a pre-norm decoder over condition tokens and image tokens.
 
 Positions are 2-D rotary embeddings. Sun et al., "Autoregressive model beats diffusion: Llama for
 scalable image generation" (arXiv 2406.06525). Parameter names are those of the official
-checkpoints. Imports ddray.errors and ddray.guidance.
+checkpoints. Imports ddray.conditioning, ddray.errors, ddray.guidance and ddray.models.kv_cache.
 
-Shapes: B batch, L image tokens, S = condition + image tokens, l tokens of this step, V codebook
-size, C model width, H heads, h head width, D = h / 2 rotation pairs.
+Shapes: B batch, T condition tokens, L image tokens, S = T + L, l tokens of this step, P tokens of
+a prefix, V codebook size, C model width, H heads, h head width, D = h / 2 rotation pairs (of
+captions: feature width).
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddray.conditioning import Captions, Condition
 from ddray.errors import ConfigError
-from ddray.guidance import classifier_free_guidance
+from ddray.guidance import classifier_free_guidance, top_p_filter
+from ddray.models.kv_cache import KeyValueCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaGenConfig:
-    """Sizes of a class-conditional LlamaGen, under the upstream field names.
+    """Sizes of a LlamaGen, for classes or captions, under the upstream field names.
 
     Attributes:
         dim: model width C.
@@ -29,7 +32,9 @@ class LlamaGenConfig:
         vocab_size: codebook size V.
         num_classes: number of classes; class id num_classes is the null class of guidance.
         block_size: image tokens L, a square number.
-        cls_token_num: condition tokens in front; 1 for class conditioning.
+        cls_token_num: condition tokens in front; 1 for a class, 120 for a caption.
+        caption_dim: width D of caption features; with more than one condition token the model is
+            conditioned on captions, and num_classes means nothing.
         multiple_of: the feed-forward width is rounded up to a multiple of this.
         norm_eps: epsilon of RMSNorm.
         rope_base: base of the rotary frequencies.
@@ -45,6 +50,7 @@ class LlamaGenConfig:
     num_classes: int = 1000
     block_size: int = 256
     cls_token_num: int = 1
+    caption_dim: int = 0
     multiple_of: int = 256
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
@@ -63,8 +69,16 @@ class LlamaGenConfig:
             )
         if self.grid**2 != self.block_size:
             raise ConfigError(f"block_size={self.block_size} is not a square number of tokens")
-        if self.cls_token_num != 1:
-            raise ConfigError(f"cls_token_num={self.cls_token_num}: class conditioning has 1")
+        if self.cls_token_num != 1 and not self.reads_captions:
+            raise ConfigError(
+                f"cls_token_num={self.cls_token_num}: a class is 1 token; a model of captions also "
+                "gives caption_dim"
+            )
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the condition is a caption, not a class."""
+        return self.cls_token_num > 1 and self.caption_dim > 0
 
     @property
     def grid(self) -> int:
@@ -124,28 +138,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
-class KeyValueCache:
-    """Keys and values of one layer, [B, H, S, h], written in place.
-
-    Args:
-        shape: (B, H, S, h).
-        like: a tensor that has the cache's dtype and device.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int], like: Tensor):
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
-        self.length = 0
-
-    def append(self, keys_BHlh: Tensor, values_BHlh: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next l positions; views of everything written so far."""
-        end = self.length + keys_BHlh.shape[2]
-        self.keys[:, :, self.length : end] = keys_BHlh
-        self.values[:, :, self.length : end] = values_BHlh
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions."""
 
@@ -155,8 +147,14 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x_BSC: Tensor, rotation_SD: Tensor, cache: KeyValueCache | None) -> Tensor:
-        """Attend causally; with a cache, x holds the next positions only."""
+    def forward(
+        self,
+        x_BSC: Tensor,
+        rotation_SD: Tensor,
+        cache: KeyValueCache | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Attend causally, or as a mask says; with a cache, x holds the next positions only."""
         heads = self.wqkv(x_BSC).unflatten(-1, (-1, self.head_dim))
         # Queries and keys turn together: one pass over both is half the cost of two.
         q_and_k, v = heads.split((heads.shape[2] * 2 // 3, heads.shape[2] // 3), dim=2)
@@ -164,10 +162,10 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         # A single new position may see everything in the cache: no mask.
         # Several come only when the cache is empty.
-        causal = q.shape[2] > 1
+        causal = mask is None and q.shape[2] > 1
         if cache is not None:
             k, v = cache.append(k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         out: Tensor = self.wo(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -198,10 +196,14 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, x_BSC: Tensor, rotation_SD: Tensor, cache: KeyValueCache | None = None
+        self,
+        x_BSC: Tensor,
+        rotation_SD: Tensor,
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """One block over [B, S, C]."""
-        x_BSC = x_BSC + self.attention(self.attention_norm(x_BSC), rotation_SD, cache)
+        x_BSC = x_BSC + self.attention(self.attention_norm(x_BSC), rotation_SD, cache, mask)
         return x_BSC + self.feed_forward(self.ffn_norm(x_BSC))
 
 
@@ -217,12 +219,47 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(cond_B)[:, None]
 
 
+class CaptionProjection(nn.Module):
+    """Two layers without biases around a GELU (its tanh form)."""
+
+    def __init__(self, caption_dim: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Apply to every caption position."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x_BTD), approximate="tanh"))
+        return out
+
+
+class CaptionEmbedding(nn.Module):
+    """Captions as condition tokens; the null caption of guidance is stored, and not trained."""
+
+    def __init__(self, config: LlamaGenConfig):
+        super().__init__()
+        self.cap_proj = CaptionProjection(config.caption_dim, config.dim)
+        shape = (config.cls_token_num, config.caption_dim)
+        self.register_buffer("uncond_embedding", torch.randn(shape) / config.caption_dim**0.5)
+
+    def forward(self, captions: Captions) -> Tensor:
+        """Captions to condition tokens [B, T, C]."""
+        features = captions.features_BTD.to(self.cap_proj.fc1.weight.dtype)
+        out: Tensor = self.cap_proj(features)
+        return out
+
+
 class LlamaGenTrunk(nn.Module):
     """What the teacher and its student share: class token, blocks, final norm, logits."""
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
-        self.cls_embedding = ClassEmbedding(config.num_classes, config.dim)
+        self.cls_embedding: nn.Module = (
+            CaptionEmbedding(config)
+            if config.reads_captions
+            else ClassEmbedding(config.num_classes, config.dim)
+        )
+        self.conditioning = "text" if config.reads_captions else "class"
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -246,11 +283,30 @@ class LlamaGenTrunk(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)
 
-    def hidden(self, x_BSC: Tensor) -> Tensor:
+    def null(self, cond: Condition) -> Condition:
+        """The null condition of guidance; a null caption keeps the mask of the caption."""
+        if isinstance(cond, Captions):
+            stored: Tensor = self.cls_embedding.uncond_embedding  # type: ignore[assignment]
+            return Captions(stored.expand(len(cond), -1, -1), cond.mask_BT)
+        return torch.full_like(cond, self._sizes.num_classes)
+
+    def attention_mask(self, cond: Condition, length: int) -> Tensor | None:
+        """Which positions see which, bool [B, 1, length, length]; None = causal attention.
+
+        Causal, but nothing sees the padded positions of its caption, save themselves.
+        """
+        if not isinstance(cond, Captions):
+            return None
+        valid = F.pad(cond.mask_BT, (0, length - cond.mask_BT.shape[1]), value=True)
+        causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=valid.device)
+        return (causal & valid[:, None, None]) | itself
+
+    def hidden(self, x_BSC: Tensor, mask: Tensor | None) -> Tensor:
         """All blocks over a whole sequence, before the final norm."""
         rotation = self.rotation(x_BSC.device)[: x_BSC.shape[1]]
         for layer in self.layers:
-            x_BSC = layer(x_BSC, rotation)
+            x_BSC = layer(x_BSC, rotation, mask=mask)
         return x_BSC
 
     def logits(self, x_BSC: Tensor) -> Tensor:
@@ -266,24 +322,28 @@ class LlamaGen(LlamaGenTrunk):
         config: sizes.
     """
 
+    top_p_filter = staticmethod(top_p_filter)
+
     def __init__(self, config: LlamaGenConfig):
         super().__init__(config)
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.stages = (1,) * config.block_size
 
-    def forward(self, cond_B: Tensor, tokens_BL: Tensor) -> Tensor:
+    def forward(self, cond: Condition, tokens_BL: Tensor) -> Tensor:
         """Teacher-forced logits; row n predicts token n and sees tokens before n only.
 
         Args:
-            cond_B: int64 class ids [B], the null class included.
+            cond: int64 class ids [B], the null class included, or captions.
             tokens_BL: int64 [B, L]; the last token is not read.
 
         Returns:
             float32 [B, L, V].
         """
         known = self.tok_embeddings(tokens_BL[:, :-1])
-        return self.logits(self.hidden(torch.cat((self.cls_embedding(cond_B), known), 1)))
+        x_BSC = torch.cat((self.cls_embedding(cond), known), 1)
+        hidden = self.hidden(x_BSC, self.attention_mask(cond, x_BSC.shape[1]))
+        return self.logits(hidden[:, -tokens_BL.shape[1] :])
 
     @staticmethod
     def guides(cfg: float | None) -> bool:
@@ -295,9 +355,13 @@ class LlamaGen(LlamaGenTrunk):
         """Guided logits; the same scale at every stage."""
         return classifier_free_guidance(conditional, null, cfg)
 
-    def decoder(self, cond_B: Tensor, prefix_BP: Tensor | None = None) -> "LlamaGenDecoder":
+    def decoder(
+        self, cond: Condition, prefix_BP: Tensor | None = None, *, unmasked_prefix: bool = False
+    ) -> "LlamaGenDecoder":
         """Begin stage-by-stage decoding of a batch, behind tokens of the first stages if given."""
-        return LlamaGenDecoder(self, cond_B, prefix_BP)
+        if unmasked_prefix:
+            raise ConfigError("unmasked_prefix is a quirk of VAR's published code alone")
+        return LlamaGenDecoder(self, cond, prefix_BP)
 
 
 class LlamaGenDecoder:
@@ -305,28 +369,35 @@ class LlamaGenDecoder:
 
     Args:
         model: the transformer.
-        cond_B: int64 class ids [B].
-        prefix_BP: int64 tokens of the first stages [B, P], or None.
+        cond: int64 class ids [B] or captions.
+        prefix_BP: int64 tokens of the first stages, or None; fewer rows than conditions repeat, as
+            guidance needs it.
     """
 
-    def __init__(self, model: LlamaGen, cond_B: Tensor, prefix_BP: Tensor | None):
+    def __init__(self, model: LlamaGen, cond: Condition, prefix_BP: Tensor | None):
         self._model = model
-        self._next_BlC = model.cls_embedding(cond_B)
+        condition = model.cls_embedding(cond)
+        self._next_BlC = condition
         if prefix_BP is not None:
-            self._next_BlC = torch.cat((self._next_BlC, model.tok_embeddings(prefix_BP)), 1)
+            self.append(prefix_BP)
+            self._next_BlC = torch.cat((condition, self._next_BlC), 1)
         sizes = model.config
         length = sizes.cls_token_num + sizes.block_size
-        shape = (len(cond_B), sizes.n_head, length, sizes.head_dim)
-        self._caches = [KeyValueCache(shape, self._next_BlC) for _ in model.layers]
+        shape = (len(cond), sizes.n_head, length, sizes.head_dim)
+        self._caches = [KeyValueCache(shape, condition) for _ in model.layers]
+        self._mask = model.attention_mask(cond, length)
 
     def logits(self) -> Tensor:
         """Logits of the next stage, float32 [B, 1, V]; `append` must come before the next call."""
-        x_BlC, position = self._next_BlC, self._caches[0].length
-        rotation = self._model.rotation(x_BlC.device)[position : position + x_BlC.shape[1]]
+        x_BlC, start = self._next_BlC, self._caches[0].length
+        end = start + x_BlC.shape[1]
+        rotation = self._model.rotation(x_BlC.device)[start:end]
+        mask = None if self._mask is None else self._mask[:, :, start:end, :end]
         for layer, cache in zip(self._model.layers, self._caches, strict=True):
-            x_BlC = layer(x_BlC, rotation, cache)
+            x_BlC = layer(x_BlC, rotation, cache, mask)
         return self._model.logits(x_BlC[:, -1:])
 
     def append(self, tokens_Bl: Tensor) -> None:
         """Give the tokens of the stage whose logits were read, int64 [B, 1]."""
-        self._next_BlC = self._model.tok_embeddings(tokens_Bl)
+        embedded = self._model.tok_embeddings(tokens_Bl)
+        self._next_BlC = embedded.repeat(len(self._next_BlC) // len(embedded), 1, 1)

@@ -10,9 +10,10 @@ Shapes: B batch, L image tokens, V codebook size, E code width, C model width.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddray.conditioning import Captions, Condition
+from ddray.models.code_head import CodeHead
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig, LlamaGenTrunk
 
 
@@ -30,22 +31,6 @@ class LlamaGenStudentConfig(LlamaGenConfig):
     input_scale: float = 1.0
 
 
-class CodeHead(nn.Module):
-    """Regression head: plain LayerNorm, shift and scale from the condition, one linear layer."""
-
-    def __init__(self, dim: int, code_dim: int):
-        super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
-        self.linear = nn.Linear(dim, code_dim)
-
-    def forward(self, x_BLC: Tensor, condition_B1C: Tensor) -> Tensor:
-        """Hidden states and class token to float32 codes [B, L, E]; the table: shift, scale."""
-        shift, scale = (self.scale_shift_table + condition_B1C).chunk(2, dim=1)
-        normed = F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
-        out: Tensor = self.linear(normed * (1 + scale) + shift)
-        return out.float()
-
-
 class LlamaGenStudent(LlamaGenTrunk):
     """All tokens in one forward pass.
 
@@ -61,28 +46,34 @@ class LlamaGenStudent(LlamaGenTrunk):
         self.n_d_embed = nn.Embedding(2, config.dim)
         self.final_layer_conti = CodeHead(config.dim, config.codebook_dim)
 
-    def forward(self, x_BLE: Tensor, cond_B: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BLE: Tensor, cond: Condition, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """Predict every token of X_t.
 
         Args:
             x_BLE: float32 [B, L, E], codes of the first t tokens, noise behind them.
-            cond_B: int64 class ids [B].
+            cond: int64 class ids [B] or captions.
             t_B: number of leading tokens that are data, any dtype [B].
 
         Returns:
             float32 logits [B, L, V] and float32 codes [B, L, E], both at the position they
             describe.
         """
-        condition = self.cls_embedding(cond_B)
+        condition = self.cls_embedding(cond)
         codes = self.tok_embeddings((x_BLE * self.config.input_scale).to(condition.dtype))
         x_BSC = torch.cat((condition.to(codes.dtype), codes), 1)
         position = torch.arange(x_BSC.shape[1], device=x_BLE.device)
-        is_data = (position[None] <= t_B[:, None]).long()
-        x_BLC = self.hidden(x_BSC + self.n_d_embed(is_data))[:, 1:]
-        return self.logits(x_BLC), self.final_layer_conti(x_BLC, condition)
+        is_data = (position[None] < condition.shape[1] + t_B[:, None]).long()
+        mask = self.attention_mask(cond, x_BSC.shape[1])
+        hidden = self.hidden(x_BSC + self.n_d_embed(is_data), mask)
+        x_BLC = hidden[:, condition.shape[1] :]
+        # The code head is modulated by the class, or by the caption's mean.
+        pooled = cond.pooled(condition) if isinstance(cond, Captions) else condition
+        return self.logits(x_BLC), self.final_layer_conti(x_BLC, pooled)
 
     @torch.no_grad()
-    def init_from_teacher(self, teacher: LlamaGen, codebook_VE: Tensor) -> None:
+    def init_from_teacher(
+        self, teacher: LlamaGen, codebook_VE: Tensor, *, faithful_to_upstream: bool = False
+    ) -> None:
         """Start from the teacher: its layers copied, the input layer fitted.
 
         Copied are class table, blocks, final norm and logits. The teacher embeds token ids, the
@@ -93,10 +84,14 @@ class LlamaGenStudent(LlamaGenTrunk):
         Args:
             teacher: the autoregressive model.
             codebook_VE: float [V, E].
+            faithful_to_upstream: leave the input layer as it is, and all that is not copied.
         """
-        self.init_weights()
+        if not faithful_to_upstream:
+            self.init_weights()
         shared = {k: v for k, v in teacher.state_dict().items() if k != "tok_embeddings.weight"}
         self.load_state_dict(shared, strict=False)
+        if faithful_to_upstream:
+            return
         inputs = codebook_VE.double() * self.config.input_scale
         inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
         fit = torch.linalg.lstsq(inputs, teacher.tok_embeddings.weight.double()).solution

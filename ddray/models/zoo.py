@@ -16,9 +16,13 @@ from ddray.checkpoint import CONFIG_FILE, StateDict, load_folder, load_into, rea
 from ddray.errors import CheckpointError, ConfigError
 from ddray.generate import Student, Teacher
 from ddray.model import Tokenizer
+from ddray.models.catalog import PUBLISHED
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.var import VAR, VARConfig
+from ddray.models.var_dd import VARStudent, VARStudentConfig
+from ddray.models.var_vq import VARVQ, VARVQConfig
 from ddray.storage import open_storage
 
 Source = str | Path | Mapping[str, Any]
@@ -39,6 +43,7 @@ class Family:
         tokenizer_config: dataclass of the tokenizer's sizes.
         tokenizer: module class.
         tokenizer_statistics: names in the tokenizer's files that mean nothing at inference.
+        container: keys under which published files of the family hold the weights.
     """
 
     kind: str
@@ -47,16 +52,24 @@ class Family:
     tokenizer_config: type
     tokenizer: type
     tokenizer_statistics: frozenset[str]
+    container: tuple[str, ...]
 
 
 _LLAMAGEN_VQ = (LlamaGenVQConfig, LlamaGenVQ, frozenset({"quantize.codebook_used"}))
+_VAR_VQ = (VARVQConfig, VARVQ, frozenset({"quantize.ema_vocab_hit_SV"}))
 
 FAMILIES = {
-    "llamagen": Family("teacher", LlamaGenConfig, LlamaGen, *_LLAMAGEN_VQ),
-    "llamagen-dd": Family("student", LlamaGenStudentConfig, LlamaGenStudent, *_LLAMAGEN_VQ),
+    "llamagen": Family("teacher", LlamaGenConfig, LlamaGen, *_LLAMAGEN_VQ, ("model",)),
+    "llamagen-dd": Family(
+        "student", LlamaGenStudentConfig, LlamaGenStudent, *_LLAMAGEN_VQ, ("ema",)
+    ),
+    "var": Family("teacher", VARConfig, VAR, *_VAR_VQ, ()),
+    "var-dd": Family(
+        "student", VARStudentConfig, VARStudent, *_VAR_VQ, ("trainer", "ema_parameters")
+    ),
 }
 
-STUDENT_OF = {"llamagen": "llamagen-dd"}
+STUDENT_OF = {"llamagen": "llamagen-dd", "var": "var-dd"}
 """Which family is distilled into which."""
 
 BUNDLED_MODELS = {
@@ -127,21 +140,23 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def resolve(spec: str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, Any]:
-    """A bundled name as its folder; folders and dictionaries as they are.
+    """A bundled name as its folder, a published one as its sizes; the rest as it is.
 
     Raises:
-        ConfigError: if a name is neither bundled nor a folder with a config.
+        ConfigError: if a name is neither of them nor a folder with a config.
     """
     if isinstance(spec, Mapping):
         return spec
     if str(spec) in BUNDLED_MODELS:
         return BUNDLED / str(spec)
+    if str(spec) in PUBLISHED:
+        return PUBLISHED[str(spec)].config
     if open_storage(str(spec)).exists(CONFIG_FILE):
         return str(spec)
-    hint = _nearest(str(spec), list(BUNDLED_MODELS))
+    known = [*BUNDLED_MODELS, *PUBLISHED]
     raise ConfigError(
-        f"no model {str(spec)!r}: it is no folder with a {CONFIG_FILE}, and no bundled model; "
-        f"{hint}bundled are {', '.join(BUNDLED_MODELS)}"
+        f"no model {str(spec)!r}: it is no folder with a {CONFIG_FILE}, and no known name; "
+        f"{_nearest(str(spec), known)}`ddray models` lists the names"
     )
 
 
@@ -157,36 +172,39 @@ def _build(
     model_state: StateDict | None = None
     tokenizer_state: StateDict | None = None
     if isinstance(where, Mapping):
-        config, name = dict(where), f"the given {kind}"
+        config = dict(where)
+        name = f"the given {kind}" if isinstance(spec, Mapping) else str(spec)
     else:
         config, model_state, tokenizer_state = load_folder(where)
         # A plan and a student's config name their models: by a path that holds elsewhere too.
         bundled = str(spec) in BUNDLED_MODELS
         name = str(spec) if bundled else open_storage(str(where)).uri
+    family = _family(kind, config, name)
     if checkpoint is not None:
         model_state = read_weights(checkpoint)
     if tokenizer is not None:
-        tokenizer_state = read_weights(tokenizer)
-    family = _family(kind, config, name)
+        tokenizer_state = read_weights(tokenizer, tokenizer=True)
     if model_state is None:
-        raise ConfigError(f"{name} is a set of sizes without weights; give checkpoint=")
+        raise ConfigError(f"{name} is a set of sizes without weights; {_how_to_get(name)}")
     chosen, precision = _device(device), _dtype(dtype)
-    codec, sizes = _build_tokenizer(family, config, tokenizer_state, name)
-    network_fields = {k: v for k, v in config.items() if k not in _CARD_FIELDS}
-    _check_code_width(family, network_fields, sizes, name)
-    with torch.device("meta"):
-        network = family.network(_sizes(family.config, network_fields, f"the config of {name}"))
-    if sizes is not None and sizes.codebook_size != network.config.vocab_size:
-        raise ConfigError(
-            f"{name}: vocab_size={network.config.vocab_size}, but the tokenizer has "
-            f"{sizes.codebook_size} codes"
-        )
+    codec = _load_tokenizer(family, config, tokenizer_state, name)
+    network = empty_network(config, name)
     load_into(network, model_state, f"the checkpoint of {name}")
     network.to(chosen, precision)
     if codec is not None:
         # Images and the transport are float32 whatever the network runs in.
         codec.to(chosen)
+        if isinstance(network, VAR):
+            network.use_quantizer(codec.quantize)
     return network, Tokenizer(codec, family.tokenizer_statistics), config, name
+
+
+def _how_to_get(name: str) -> str:
+    published = PUBLISHED.get(name)
+    if published is None or published.checkpoint is None:
+        return "give checkpoint="
+    files = f"checkpoint={published.checkpoint.name!r}, tokenizer={published.tokenizer.name!r}"
+    return f"give {files}; `ddray models show {name}` says where these files are"
 
 
 def _family(kind: str, config: Mapping[str, Any], name: str) -> Family:
@@ -199,35 +217,88 @@ def _family(kind: str, config: Mapping[str, Any], name: str) -> Family:
     return FAMILIES[family_name]
 
 
-def _build_tokenizer(
-    family: Family, config: Mapping[str, Any], state: StateDict | None, name: str
-) -> tuple[Any, Any]:
-    """The tokenizer module and its sizes; None and None where the config says so."""
+def empty_network(config: Mapping[str, Any], name: str = "the given model") -> Any:
+    """A network of the sizes of a config, on the meta device: names and shapes without memory.
+
+    Raises:
+        ConfigError: if the sizes do not fit together, or contradict the tokenizer's.
+    """
+    family = FAMILIES[config["family"]]
+    sizes = _network_sizes(family, config, _tokenizer_sizes(family, config, name), name)
+    with torch.device("meta"):
+        return family.network(sizes)
+
+
+def empty_tokenizer(config: Mapping[str, Any], name: str = "the given model") -> Any:
+    """The tokenizer of a config, on the meta device; None where the config says so.
+
+    Raises:
+        ConfigError: if the sizes do not fit together.
+    """
+    family = FAMILIES[config["family"]]
+    sizes = _tokenizer_sizes(family, config, name)
+    if sizes is None:
+        return None
+    with torch.device("meta"):
+        return family.tokenizer(sizes)
+
+
+def _tokenizer_sizes(family: Family, config: Mapping[str, Any], name: str) -> Any:
     values = config.get("tokenizer", {})
     if values is None:
-        if state is not None:
-            raise ConfigError(f'{name} has "tokenizer": None, so tokenizer= has no effect')
-        return None, None
+        return None
+    if family.tokenizer is VARVQ and "patch_nums" in config:
+        values = {"patch_nums": config["patch_nums"], **values}
+    return _sizes(family.tokenizer_config, values, f"the tokenizer of {name}")
+
+
+def _load_tokenizer(
+    family: Family, config: Mapping[str, Any], state: StateDict | None, name: str
+) -> Any:
+    """The tokenizer with its weights; None where the config says so."""
+    codec = empty_tokenizer(config, name)
+    if codec is None and state is not None:
+        raise ConfigError(f'{name} has "tokenizer": None, so tokenizer= has no effect')
+    if codec is None and family.network is VAR:
+        raise ConfigError(
+            f'{name}: a VAR reads sums of codes, so "tokenizer": None leaves it without input'
+        )
+    if codec is None:
+        return None
     what = f"the tokenizer of {name}"
-    sizes = _sizes(family.tokenizer_config, values, what)
     if state is None:
         raise ConfigError(f'{what} has no weights; give tokenizer=, or "tokenizer": None')
-    with torch.device("meta"):
-        codec = family.tokenizer(sizes)
     load_into(codec, state, what, family.tokenizer_statistics)
-    return codec, sizes
+    return codec
 
 
-def _check_code_width(family: Family, values: dict[str, Any], sizes: Any, name: str) -> None:
-    """For a teacher `codebook_dim` is a statement about its tokenizer, for a student a size."""
-    width = values.get("codebook_dim")
-    if sizes is not None and width not in (None, sizes.codebook_embed_dim):
-        raise ConfigError(
-            f"{name}: codebook_dim={width}, but the tokenizer's codes have "
-            f"{sizes.codebook_embed_dim} numbers"
-        )
-    if family.kind == "teacher":
+def _network_sizes(family: Family, config: Mapping[str, Any], codec: Any, name: str) -> Any:
+    """The network's sizes, refused where they contradict its tokenizer's."""
+    values = {k: v for k, v in config.items() if k not in _CARD_FIELDS}
+    stated = {"codebook_dim": values.get("codebook_dim")}
+    if family.network is LlamaGen:
+        # For this teacher it is a statement about its tokenizer: it reads ids, not codes.
         values.pop("codebook_dim", None)
+    elif codec is not None:
+        values.setdefault("codebook_dim", codec.code_width)
+    if family.tokenizer is VARVQ and codec is not None:
+        values.setdefault("vocab_size", codec.num_codes)
+        values.setdefault("patch_nums", codec.patch_nums)
+    sizes = _sizes(family.config, values, f"the config of {name}")
+    if codec is None:
+        return sizes
+    stated |= {"vocab_size": sizes.vocab_size, "patch_nums": getattr(sizes, "patch_nums", None)}
+    actual = {
+        "codebook_dim": codec.code_width,
+        "vocab_size": codec.num_codes,
+        "patch_nums": getattr(codec, "patch_nums", None),
+    }
+    for field, value in stated.items():
+        if value is not None and value != actual[field]:
+            raise ConfigError(
+                f"{name}: {field}={value}, but its tokenizer has {field}={actual[field]}"
+            )
+    return sizes
 
 
 def load_teacher(
@@ -241,7 +312,7 @@ def load_teacher(
     """Load a teacher.
 
     Args:
-        spec: a bundled name, a model folder (path or URI), or sizes with their "family".
+        spec: a name of `ddray models`, a model folder (path or URI), or sizes with their "family".
         checkpoint: weights of the network, where `spec` has none or others are wanted.
         tokenizer: weights of the tokenizer, likewise.
         device: "auto" = CUDA if there is one.
@@ -286,8 +357,7 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
     family = FAMILIES[family_name]
     width = teacher.codebook.shape[1]
     sizes = {k: v for k, v in teacher.config.items() if k not in _CARD_FIELDS}
-    # Unit-norm codes have variance 1 / E; the factor gives them the variance of the noise.
-    sizes |= {"codebook_dim": width, "input_scale": width**0.5}
+    sizes |= {"codebook_dim": width, "vocab_size": len(teacher.codebook)}
     network = family.network(_sizes(family.config, sizes, "the student"))
     network.to(teacher.device)
     network.init_from_teacher(teacher.model, teacher.codebook)

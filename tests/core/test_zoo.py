@@ -82,7 +82,7 @@ def test_a_new_student_can_be_saved_and_loaded(tmp_path):
     )
     student = load_student(tmp_path)
     assert student.stages == teacher.stages
-    assert student.model.config.input_scale == 2.0
+    assert student.config == config
     assert torch.equal(student.codebook, teacher.codebook)
     assert student.tokenizer.fingerprint == teacher.tokenizer.fingerprint
 
@@ -131,7 +131,7 @@ def test_an_unknown_name_is_refused_with_a_hint(tmp_path):
     ):
         load_teacher("digits-lamagen")
     nowhere = tmp_path / "nowhere"
-    with pytest.raises(ConfigError, match=r"no model .*nowhere.* bundled are .*digits-llamagen"):
+    with pytest.raises(ConfigError, match=r"no model .*nowhere.* `ddray models` lists"):
         load_teacher(nowhere)
     assert not nowhere.exists()
 
@@ -165,8 +165,8 @@ def test_a_student_is_no_teacher():
     [
         ({"dim": 18}, "dim=18 with n_head=2: the head width"),
         ({"dim": "16"}, "dim='16' must be a positive integer"),
-        ({"vocab_size": 9}, "vocab_size=9, but the tokenizer has 8 codes"),
-        ({"codebook_dim": 8}, "codebook_dim=8, but the tokenizer's codes have 4 numbers"),
+        ({"vocab_size": 9}, "vocab_size=9, but its tokenizer has vocab_size=8"),
+        ({"codebook_dim": 8}, "codebook_dim=8, but its tokenizer has codebook_dim=4"),
         ({"n_head": 0}, "n_head=0"),
     ],
 )

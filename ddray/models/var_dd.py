@@ -1,0 +1,124 @@
+"""The Distilled Decoding student of VAR: the teacher's trunk over raw codes, with two heads.
+
+Liu et al., "Distilled Decoding" (arXiv 2412.17153). It reads a sequence X_t whose first t scales
+are data and the rest noise, and gives all tokens at once: as logits over the codebook and as
+regressed codes. One more level than the teacher's comes first, the class. Parameter names are
+those of the published students. Imports ddray.models.code_head and ddray.models.var.
+
+Shapes: B batch, L image tokens, S = 1 + L, V codebook size, E code width, C model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddray.models.code_head import CodeHead
+from ddray.models.var import VAR, VARConfig, VARTrunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class VARStudentConfig(VARConfig):
+    """Sizes of the student: the teacher's, and how noise and data are told apart.
+
+    Attributes:
+        n_d_embed_enable: whether an embedding tells noise from data.
+        layerwise_n_d_embed: whether that embedding enters again in every block, between attention
+            and feed-forward, and before the heads.
+    """
+
+    n_d_embed_enable: bool = True
+    layerwise_n_d_embed: bool = True
+
+
+class VARStudent(VARTrunk):
+    """All scales in one forward pass.
+
+    A token sees itself and all tokens of earlier levels, but none of its own level's others.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: VARStudentConfig):
+        super().__init__(config, (1, *config.stages), sees_own_level=False)
+        width = config.embed_dim
+        if config.n_d_embed_enable:
+            self.n_d_embed = nn.Embedding(2, width)
+            if config.layerwise_n_d_embed:
+                layers = (nn.Linear(width, width) for _ in range(config.depth + 1))
+                self.layerwise_n_d_embed = nn.ModuleList(layers)
+        self.final_layer_conti = CodeHead(width, config.codebook_dim)
+
+    def forward(self, x_BLE: Tensor, cond_B: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict every token of X_t.
+
+        Args:
+            x_BLE: float32 [B, L, E], codes of the first t scales, noise behind them.
+            cond_B: int64 class ids [B].
+            t_B: number of leading scales that are data, any dtype [B].
+
+        Returns:
+            float32 logits [B, L, V] and float32 codes [B, L, E], both at the position they
+            describe.
+        """
+        condition = self.class_emb(cond_B)
+        codes = self.word_embed(x_BLE.to(condition.dtype))
+        first = (condition[:, None] + self.pos_start).to(codes.dtype)
+        x_BSC = torch.cat((first, codes), 1) + self.places()
+        at_input, *between, before_heads = self._marks(t_B)
+        x_BSC = x_BSC + at_input
+        mask = self.attn_bias_for_masking.to(x_BSC.dtype)
+        blocks = zip(self.blocks, self.modulations(condition), between, strict=True)
+        for block, modulation, mark in blocks:
+            x_BSC = block(x_BSC, modulation, mask, between=mark)
+        x_BLC = (x_BSC + before_heads)[:, 1:]
+        return self.logits(x_BLC, condition), self.final_layer_conti(x_BLC, condition[:, None])
+
+    def _marks(self, t_B: Tensor) -> list[Tensor | float]:
+        """What tells data from noise: at the input, inside every block, and before the heads.
+
+        Each is [B, S, C]. There are two embeddings, so a layer acts on two rows, not on B S of
+        them.
+        """
+        layers = getattr(self, "layerwise_n_d_embed", None)
+        if not hasattr(self, "n_d_embed"):
+            return [0.0] * (len(self.blocks) + 2)
+        is_data_BS = (self.lvl_1L <= t_B[:, None]).long()
+        either = self.n_d_embed.weight
+        if layers is None:
+            return [either[is_data_BS], *[0.0] * (len(self.blocks) + 1)]
+        return [rows[is_data_BS] for rows in (either, *(layer(either) for layer in layers))]
+
+    @torch.no_grad()
+    def init_from_teacher(
+        self, teacher: VAR, codebook_VE: Tensor, *, faithful_to_upstream: bool = False
+    ) -> None:
+        """Start from the teacher, whose levels are this network's from the second on.
+
+        Copied are input layer, class table, blocks, head norm and logits; level and position
+        embeddings move up by one level. New are the level and the position of the class, and what
+        tells data from noise: its layers start at zero, so that at first nothing is disturbed.
+
+        The published code draws the new level's embedding into row 1 of the class table instead,
+        and so overwrites a class.
+
+        Args:
+            teacher: the autoregressive model.
+            codebook_VE: float [V, E]; not used here, the teacher's input layer takes codes.
+            faithful_to_upstream: repeat that slip, and leave what the published code leaves alone.
+        """
+        if not faithful_to_upstream:
+            self.init_weights()
+            for layer in getattr(self, "layerwise_n_d_embed", ()):
+                nn.init.zeros_(layer.weight)
+        theirs = teacher.state_dict()
+        moved = {"lvl_embed.weight", "pos_1LC", "lvl_1L", "attn_bias_for_masking"}
+        self.load_state_dict({k: v for k, v in theirs.items() if k not in moved}, strict=False)
+        self.lvl_embed.weight[0] = theirs["lvl_embed.weight"][0]
+        self.lvl_embed.weight[2:] = theirs["lvl_embed.weight"][1:]
+        self.pos_1LC[:, 0] = theirs["pos_1LC"][:, 0]
+        self.pos_1LC[:, 2:] = theirs["pos_1LC"][:, 1:]
+        new_level = self.class_emb if faithful_to_upstream else self.lvl_embed
+        for row in (new_level.weight[1], self.pos_1LC[:, 1], self.n_d_embed.weight):
+            nn.init.trunc_normal_(row, std=0.02)
