@@ -65,8 +65,26 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--repair", action="store_true", help="move bad shards aside; `ddray sample` refills them"
     )
-    verbs.add_parser("models", help="models that ddray knows by name")
+    _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
+    export = verbs.add_parser(
+        "export", help="weights of a model folder in the container of published files"
+    )
+    export.add_argument("--student", required=True, help="bundled name or model folder")
+    export.add_argument("--out", required=True, help="file to write, .pt or .pth")
+    export.add_argument("--layout", choices=["upstream"], default="upstream")
     return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(action="list")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("list", help="names, one a line (the default)")
+    show = actions.add_parser("show", help="what to download, where from, and how to sample it")
+    show.add_argument("name")
+    verify = actions.add_parser("verify", help="check files against a model and run it once")
+    verify.add_argument("name", help="name or model folder")
+    verify.add_argument("--checkpoint", help="file of the network")
+    verify.add_argument("--tokenizer", help="file of the tokenizer")
 
 
 def _job_parser(verb: str) -> argparse.ArgumentParser:
@@ -199,11 +217,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _models() -> None:
-    from ddray.models.zoo import BUNDLED_MODELS
+def _models(arguments: argparse.Namespace) -> None:
+    if arguments.action in (None, "list"):
+        from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
 
-    for name, line in BUNDLED_MODELS.items():
-        print(f"{name:22}{line}")
+        for name, line in BUNDLED_MODELS.items():
+            print(f"{name:22}{line} (bundled)")
+        for name, published in PUBLISHED.items():
+            print(f"{name:22}{published.kind}; {published.figure}")
+        return
+    from ddray.models.published import describe, verify
+
+    if arguments.action == "show":
+        import yaml
+
+        described = json.loads(json.dumps(describe(arguments.name)))
+        print(yaml.safe_dump(described, sort_keys=False, width=100), end="")
+    else:
+        _print_json(verify(arguments.name, arguments.checkpoint, arguments.tokenizer))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ddray.models.published import export
+
+    _print_json(export(arguments.student, arguments.out))
 
 
 def _print_json(values: dict[str, Any]) -> None:
@@ -243,7 +280,7 @@ def _run(argv: Sequence[str]) -> int:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
         if verb == "inspect":
             return _inspect(arguments)
-        _models()
+        {"models": _models, "export": _export}[verb](arguments)
         return 0
     job = _job_parser(verb).parse_args(rest)
     config = _resolve(verb, job)

@@ -88,21 +88,23 @@ class DistillConfig(Job):
     out: str = Field("runs/distill", description="URI of the run; the student lies in OUT/student")
     teacher: str | None = Field(None, description="absent = the one named in the set")
     steps: CountT = 1000
-    batch_size: CountT = Field(64, description="trajectories a step, over all workers")
+    batch_size: CountT = Field(16, description="trajectories a step, over all workers")
     workers: CountT = 1
     threads: CountT = Field(2, description="CPU threads of a worker")
     use_gpu: bool = False
     zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage")
     precision: Literal["float32", "bfloat16"] = "float32"
-    schedule: JumpStages = Field((0, 16), description="stages at which the student jumps")
-    lr: Annotated[float, Field(gt=0)] = 2e-3
+    schedule: JumpStages | None = Field(
+        None, description="stages at which the student jumps; absent = 0 and a third or half"
+    )
+    lr: Annotated[float, Field(gt=0)] = 4e-3
     warmup: Annotated[float, Field(ge=0, le=1)] = Field(0.05, description="share of the steps")
     decay: Annotated[float, Field(gt=0, le=1)] = Field(0.3, description="share, at the end")
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     logits_weight: Annotated[float, Field(ge=0)] = 1.0
-    code_weight: Annotated[float, Field(ge=0)] = 1.0
+    code_weight: Annotated[float, Field(ge=0)] = 0.1
     seed: SeedT = 0
     checkpoint_every: CountT = 500
     keep_checkpoints: CountT = 2
@@ -117,6 +119,8 @@ class DistillConfig(Job):
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of workers={self.workers}"
             )
+        if self.schedule is None:
+            return self
         if list(self.schedule) != sorted(set(self.schedule)):
             raise ValueError(f"schedule={[*self.schedule]} must increase")
         if self.schedule[0] != 0:

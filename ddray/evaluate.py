@@ -129,8 +129,8 @@ def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:
     teacher = load_teacher(name)
     if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
         raise ConfigError(f"{config.student} and {name} have different tokenizers")
-    sizes = (teacher.tokenizer.module.config.in_channels, teacher.num_classes, teacher.num_tokens)
-    if (sizes[0], sizes[1], int(sizes[2] ** 0.5) * teacher.tokenizer.patch) != (1, 10, 28):
+    image = teacher.decode(torch.zeros(1, teacher.num_tokens, dtype=torch.long))
+    if (teacher.num_classes, *image.shape[1:]) != (10, 1, 28, 28):
         raise ConfigError(
             f"{name} does not make grey 28x28 digits of ten classes; fd_digits is defined on those"
         )

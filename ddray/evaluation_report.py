@@ -4,7 +4,6 @@ Imports ddray.evaluate, report, chart and storage.
 """
 
 import io
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +22,7 @@ from ddray.report import (
     render_report,
     write_summary_table,
 )
+from ddray.run_folder import SUMMARY_FILE, write_json
 from ddray.storage import open_storage
 
 DIGITS = tuple("0123456789")
@@ -181,4 +181,4 @@ def write_evaluation(
     picture.save(stream, "PNG")
     storage.write("grid.png", stream.getvalue())
     storage.write("report.html", render_report(report).encode())
-    storage.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(storage, SUMMARY_FILE, summary)

@@ -45,11 +45,6 @@ class Tokenizer:
             )
         return self._module
 
-    @property
-    def patch(self) -> int:
-        """Pixels along one side of the square that a token of the last stage stands for."""
-        return int(self.module.config.patch)
-
     @cached_property
     def codebook(self) -> Tensor:
         """Codes as the models use them, float32 [V, E]."""

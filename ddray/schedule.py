@@ -3,6 +3,7 @@
 Pure text and numbers; imports only ddray.errors.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -90,6 +91,15 @@ def _parse_step(part: int | str, schedule: object) -> int | TeacherStages:
     if step < 0:
         raise ConfigError(f"schedule {schedule!r}: stage {step} is negative")
     return step
+
+
+def default_schedule(stages: Sequence[int]) -> tuple[int, int]:
+    """Two jumps: from noise, and from 5/16 of single tokens or half of the scales.
+
+    The published students jump at 80 of 256 tokens and at 4 or 5 of 10 scales.
+    """
+    scales = max(stages) > 1
+    return 0, max(1, len(stages) // 2 if scales else math.ceil(len(stages) * 5 / 16))
 
 
 def num_steps(schedule: Schedule) -> int:

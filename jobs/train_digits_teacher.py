@@ -1,6 +1,6 @@
-"""Train the bundled digits models on real digits: classifier, tokenizer, teacher.
+"""Train the bundled digits models on real digits: classifier, tokenizer, teacher of a family.
 
-    python jobs/train_digits_teacher.py --out ddray/models/bundled
+    python jobs/train_digits_teacher.py --family llamagen --out ddray/models/bundled
 
 It takes about 25 minutes on two CPU cores. Each stage is kept in the output folder and skipped by a
 rerun; `--only STAGE` trains one anew.
@@ -9,9 +9,10 @@ rerun; `--only STAGE` trains one anew.
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +25,103 @@ from ddray.metrics import FeatureStatistics, frechet_distance
 from ddray.models.digits_classifier import DigitsClassifier
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.var import VAR, VARConfig
+from ddray.models.var_vq import VARVQ, VARVQConfig
 
-TOKENIZER = LlamaGenVQConfig(
-    codebook_size=256,
-    codebook_embed_dim=8,
-    z_channels=64,
-    ch=32,
-    ch_mult=(1, 2, 2),
-    num_res_blocks=1,
-    in_channels=1,
-)
-TEACHER = LlamaGenConfig(
-    dim=128, n_layer=6, n_head=4, vocab_size=256, num_classes=10, block_size=49, multiple_of=64
-)
-TOKENIZER_OPTIONAL = frozenset({"quantize.codebook_used"})
-DEFAULT_CFG = 2.0
+DIGITS_TOKENIZER = {"z_channels": 64, "ch": 32, "num_res_blocks": 1, "in_channels": 1}
+SCALES = (1, 2, 3, 5, 7)
+
+
+class Quantised(NamedTuple):
+    """One pass through a tokenizer in training.
+
+    Attributes:
+        images: reconstructions; gradients pass the codes straight through.
+        tokens: int64 [B, L].
+        loss: pulls codes to what they stand for, and (a quarter as strongly) the other way.
+        targets: what codes were searched for, [N, E]: where dead codes restart.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    loss: Tensor
+    targets: Tensor
+
+
+def mutual_distance(codes: Tensor, latents: Tensor) -> Tensor:
+    """Squared error that moves the codes, and a quarter of it that moves the latents."""
+    return F.mse_loss(codes, latents.detach()) + 0.25 * F.mse_loss(latents, codes.detach())
+
+
+def quantise_llamagen(vq: LlamaGenVQ, images: Tensor) -> Quantised:
+    """Every latent by its nearest code."""
+    latents = vq.latents(images)
+    tokens = vq.nearest(latents.detach())
+    codes = vq.codebook[tokens]
+    decoded = vq.decode(latents + (codes - latents).detach())
+    # Latents lie on the unit sphere, so their elements are small.
+    loss = latents.shape[-1] * mutual_distance(codes, latents)
+    return Quantised(decoded, tokens, loss, latents.detach().flatten(0, 1))
+
+
+def quantise_var(vq: VARVQ, images: Tensor) -> Quantised:
+    """Scale by scale what is left; the sum so far should be close at every scale."""
+    quantizer = vq.quantize
+    latent = vq.quant_conv(vq.encoder(images))
+    total = torch.zeros_like(latent)
+    losses, tokens, targets = [], [], []
+    for scale in range(len(SCALES)):
+        sought = quantizer.seen_by((latent - total).detach(), scale)
+        tokens.append(quantizer.nearest(sought))
+        total = total + quantizer.contribution(quantizer.codebook[tokens[-1]], scale)
+        losses.append(mutual_distance(total, latent))
+        targets.append(sought.flatten(0, 1))
+    decoded = vq.decoder(vq.post_quant_conv(latent + (total - latent).detach()))
+    return Quantised(decoded, torch.cat(tokens, 1), torch.stack(losses).mean(), torch.cat(targets))
+
+
+class Recipe(NamedTuple):
+    """What differs between the families."""
+
+    tokenizer: LlamaGenVQ | VARVQ
+    quantise: Callable[[Any, Tensor], Quantised]
+    teacher: LlamaGen | VAR
+    statistics: frozenset[str]
+
+
+def llamagen() -> Recipe:
+    """49 tokens of 256 unit codes."""
+    vq = LlamaGenVQConfig(
+        codebook_size=256, codebook_embed_dim=8, ch_mult=(1, 2, 2), **DIGITS_TOKENIZER
+    )
+    net = LlamaGenConfig(
+        dim=128, n_layer=6, n_head=4, vocab_size=256, num_classes=10, block_size=49, multiple_of=64
+    )
+    statistics = frozenset({"quantize.codebook_used"})
+    return Recipe(LlamaGenVQ(vq), quantise_llamagen, LlamaGen(net), statistics)
+
+
+def var() -> Recipe:
+    """88 tokens of 256 codes over five scales."""
+    sizes = {**DIGITS_TOKENIZER, "z_channels": 8}
+    vq = VARVQ(VARVQConfig(vocab_size=256, ch_mult=(1, 1, 2), patch_nums=SCALES, **sizes))
+    net = VAR(
+        VARConfig(
+            depth=5,
+            embed_dim=128,
+            num_heads=4,
+            num_classes=10,
+            patch_nums=SCALES,
+            vocab_size=256,
+            codebook_dim=8,
+        )
+    )
+    net.use_quantizer(vq.quantize)
+    return Recipe(vq, quantise_var, net, frozenset({"quantize.ema_vocab_hit_SV"}))
+
+
+RECIPES = {"llamagen": llamagen, "var": var}
+DEFAULT_CFG = {"llamagen": 2.0, "var": 1.0}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -120,40 +203,35 @@ def train_classifier(train: Digits, held_out: Digits, out: Path, steps: int) -> 
     print(quality)
 
 
-def restart_dead_codes(vq: LlamaGenVQ, used_V: Tensor, latents: Tensor) -> None:
-    """Move codes that nothing chose onto latents that exist."""
+def restart_dead_codes(codes_VE: Tensor, used_V: Tensor, targets: Tensor) -> None:
+    """Move codes that nothing chose onto targets that exist."""
     dead = (used_V == 0).nonzero().squeeze(1)
-    live = latents.flatten(0, 1)
-    pick = torch.randint(len(live), (len(dead),), device=live.device)
-    vq.quantize.embedding.weight.data[dead] = live[pick]
+    pick = torch.randint(len(targets), (len(dead),), device=targets.device)
+    codes_VE.data[dead] = targets[pick]
 
 
-def train_tokenizer(train: Digits, steps: int) -> LlamaGenVQ:
+def train_tokenizer(recipe: Recipe, train: Digits, steps: int) -> None:
     """VQ autoencoder: squared error, straight-through gradient, commitment, dead codes revived."""
     torch.manual_seed(2)
-    vq = LlamaGenVQ(TOKENIZER).to(DEVICE)
+    vq = recipe.tokenizer.to(DEVICE)
+    codes = vq.quantize.embedding.weight
     optimizer, schedule = optimise(vq, 2e-3, steps)
-    used = torch.zeros(TOKENIZER.codebook_size, device=DEVICE)
+    used = torch.zeros(len(codes), device=DEVICE)
     for step, images, _ in batches(train, 128, steps, seed=2):
         images = images * 2 - 1
-        latents = vq.latents(images)
-        tokens = vq.nearest(latents.detach())
-        codes = vq.codebook[tokens]
-        reconstruction = F.mse_loss(vq.decode(latents + (codes - latents).detach()), images)
-        codebook_loss = F.mse_loss(codes, latents.detach())
-        commitment = F.mse_loss(latents, codes.detach())
-        loss = reconstruction + TOKENIZER.codebook_embed_dim * (codebook_loss + 0.25 * commitment)
-        descend(loss, vq, optimizer, schedule)
-        used += torch.bincount(tokens.flatten(), minlength=len(used))
+        quantised = recipe.quantise(vq, images)
+        reconstruction = F.mse_loss(quantised.images, images)
+        descend(reconstruction + quantised.loss, vq, optimizer, schedule)
+        used += torch.bincount(quantised.tokens.flatten(), minlength=len(used))
         # Restarts stop early enough for every code to settle.
         if step % 25 == 24 and step < 0.7 * steps:
-            restart_dead_codes(vq, used, latents.detach())
+            restart_dead_codes(codes, used, quantised.targets)
             used.zero_()
         report("tokenizer", step, steps, mse=reconstruction / 4, codes=(used > 0).sum())
-    return vq.eval()
+    vq.eval()
 
 
-def encode(vq: LlamaGenVQ, data: Digits, passes: int) -> tuple[Tensor, Tensor]:
+def encode(vq: LlamaGenVQ | VARVQ, data: Digits, passes: int) -> tuple[Tensor, Tensor]:
     """Tokens [passes * N, L] and labels of freshly augmented digits."""
     generator = torch.Generator().manual_seed(3)
     tokens = []
@@ -164,17 +242,17 @@ def encode(vq: LlamaGenVQ, data: Digits, passes: int) -> tuple[Tensor, Tensor]:
     return torch.cat(tokens), data.labels.repeat(passes).to(DEVICE)
 
 
-def train_teacher(vq: LlamaGenVQ, train: Digits, held_out: Digits, steps: int) -> LlamaGen:
+def train_teacher(recipe: Recipe, train: Digits, held_out: Digits, steps: int) -> None:
     """The autoregressive teacher on tokens of augmented digits; one class in ten is dropped."""
     torch.manual_seed(4)
-    model = LlamaGen(TEACHER).to(DEVICE)
+    vq, model = recipe.tokenizer.to(DEVICE), recipe.teacher.to(DEVICE)
     model.init_weights()
     optimizer, schedule = optimise(model, 2e-3, steps)
     tokens, labels = encode(vq, train, passes=12)
     held_tokens, held_labels = encode(vq, held_out, passes=1)
     for step in range(steps):
         rows = torch.randint(len(tokens), (64,))
-        cond = labels[rows].masked_fill(torch.rand(64) < 0.1, TEACHER.num_classes)
+        cond = labels[rows].masked_fill(torch.rand(64) < 0.1, model.config.num_classes)
         logits = model(cond, tokens[rows])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[rows].flatten())
         descend(loss, model, optimizer, schedule)
@@ -185,7 +263,7 @@ def train_teacher(vq: LlamaGenVQ, train: Digits, held_out: Digits, steps: int) -
                 )
             print(f"teacher  held-out nll {held:.3f}")
         report("teacher", step, steps, nll=loss)
-    return model.eval()
+    model.eval()
 
 
 def report(stage: str, step: int, steps: int, **values: Tensor) -> None:
@@ -195,44 +273,56 @@ def report(stage: str, step: int, steps: int, **values: Tensor) -> None:
         print(f"{stage}  {step + 1}/{steps}  {time.process_time():.0f} CPU-s  {shown}", flush=True)
 
 
-def half(module: nn.Module) -> dict[str, Tensor]:
-    """Weights as float16, which is how they travel; statistics of the official files left out."""
+def half(module: nn.Module, statistics: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    """Weights as float16, which is how they travel; what follows from the sizes left out."""
+    constants = getattr(module, "constants", dict)()
     return {
         name: tensor.half()
         for name, tensor in module.state_dict().items()
-        if name not in TOKENIZER_OPTIONAL
+        if name not in statistics | constants.keys()
     }
 
 
 def main() -> None:
     """Train what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=RECIPES, default="llamagen")
     parser.add_argument("--out", type=Path, default=Path("ddray/models/bundled"))
     parser.add_argument("--only", choices=("classifier", "tokenizer", "teacher"))
     parser.add_argument("--classifier-steps", type=int, default=3000)
     parser.add_argument("--tokenizer-steps", type=int, default=1000)
     parser.add_argument("--teacher-steps", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     train, held_out = load_digits()
     if args.only == "classifier" or not (args.out / "digits-classifier/config.json").exists():
         train_classifier(train, held_out, args.out, args.classifier_steps)
-    folder = args.out / "digits-llamagen"
+    torch.manual_seed(2)
+    recipe = RECIPES[args.family]()
+    folder = args.out / f"digits-{args.family}"
     tokenizer_file = folder / "tokenizer.safetensors"
     if args.only == "tokenizer" or not tokenizer_file.exists():
-        vq = train_tokenizer(train, args.tokenizer_steps)
+        train_tokenizer(recipe, train, args.tokenizer_steps)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(half(vq.cpu()), tokenizer_file)
-    vq = LlamaGenVQ(TOKENIZER)
-    load_into(vq, read_weights(tokenizer_file), str(tokenizer_file), TOKENIZER_OPTIONAL)
+        save_file(half(recipe.tokenizer.cpu(), recipe.statistics), tokenizer_file)
+    load_into(
+        recipe.tokenizer, read_weights(tokenizer_file), str(tokenizer_file), recipe.statistics
+    )
     if args.only == "teacher" or not (folder / "config.json").exists():
-        model = train_teacher(vq.to(DEVICE), train, held_out, args.teacher_steps)
+        train_teacher(recipe, train, held_out, args.teacher_steps)
         config = {
-            "family": "llamagen",
-            **asdict(TEACHER),
-            "default_cfg": DEFAULT_CFG,
-            "tokenizer": asdict(TOKENIZER),
+            "family": args.family,
+            **asdict(recipe.teacher.config),
+            "default_cfg": DEFAULT_CFG[args.family],
+            "tokenizer": asdict(recipe.tokenizer.config),
         }
-        save_folder(folder, config, model=half(model.cpu()), tokenizer=half(vq.cpu()))
+        save_folder(
+            folder,
+            config,
+            model=half(recipe.teacher.cpu()),
+            tokenizer=half(recipe.tokenizer.cpu(), recipe.statistics),
+        )
 
 
 if __name__ == "__main__":

@@ -50,11 +50,6 @@ class AutoencoderSizes:
         if self.ch % _NORM_GROUPS:
             raise ConfigError(f"ch={self.ch} must be a multiple of {_NORM_GROUPS} (GroupNorm)")
 
-    @property
-    def patch(self) -> int:
-        """Pixels along one side of the square a cell stands for."""
-        return int(2 ** (len(self.ch_mult) - 1))
-
 
 @dataclass(frozen=True)
 class PartNames:

@@ -150,8 +150,8 @@ def _var_teachers() -> dict[str, Published]:
         _var(36, shared_aln=True, default_cfg=1.5, **scales),
         File(_VAR, "var_d36.pth", _BARE),
         _VAR_VQ,
-        {"cfg": 1.5, "top_k": 900, "top_p": 0.96},
-        "FID 2.63 at 512 pixels (VAR's README)",
+        {},
+        "FID 2.63 at 512 pixels (VAR's README, which does not state the settings)",
     )
     return found
 
@@ -190,3 +190,9 @@ def _students() -> dict[str, Published]:
 
 PUBLISHED = {**_llamagen_teachers(), **_var_teachers(), **_students()}
 """Every published model by its name here."""
+
+BUNDLED_MODELS = {
+    "digits-llamagen": "LlamaGen of 49 tokens on real digits, the teacher of the quickstart",
+    "digits-llamagen-dd": "its student, distilled for one and two steps",
+}
+"""What comes inside the package."""

@@ -6,7 +6,7 @@ Imports the architectures, ddray.checkpoint, ddray.generate and ddray.errors.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ddray.checkpoint import CONFIG_FILE, StateDict, load_folder, load_into, rea
 from ddray.errors import CheckpointError, ConfigError
 from ddray.generate import Student, Teacher
 from ddray.model import Tokenizer
-from ddray.models.catalog import PUBLISHED
+from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
@@ -71,11 +71,6 @@ FAMILIES = {
 
 STUDENT_OF = {"llamagen": "llamagen-dd", "var": "var-dd"}
 """Which family is distilled into which."""
-
-BUNDLED_MODELS = {
-    "digits-llamagen": "LlamaGen of 49 tokens on real digits, the teacher of the quickstart",
-    "digits-llamagen-dd": "its student, distilled for one and two steps",
-}
 
 # What a config.json says beside the sizes.
 _CARD_FIELDS = {
@@ -356,8 +351,7 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(f"no student is known for family {teacher.config['family']!r}")
     family = FAMILIES[family_name]
     width = teacher.codebook.shape[1]
-    sizes = {k: v for k, v in teacher.config.items() if k not in _CARD_FIELDS}
-    sizes |= {"codebook_dim": width, "vocab_size": len(teacher.codebook)}
+    sizes = {**asdict(teacher.model.config), "codebook_dim": width}
     network = family.network(_sizes(family.config, sizes, "the student"))
     network.to(teacher.device)
     network.init_from_teacher(teacher.model, teacher.codebook)

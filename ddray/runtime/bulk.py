@@ -3,7 +3,6 @@
 Imports ddray.config, images, the zoo and the pool.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from ddray.errors import ConfigError
 from ddray.generate import Student
 from ddray.images import ImagePlan, ImageSet
 from ddray.models.zoo import load_student
+from ddray.run_folder import SUMMARY_FILE, write_json
 from ddray.runtime.pool import fill
 from ddray.schedule import TeacherStages, parse_schedule
 
@@ -102,5 +102,5 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "format": images.plan.encoding,
         **filled.summary(),
     }
-    images.storage.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(images.storage, SUMMARY_FILE, summary)
     return summary

@@ -4,7 +4,6 @@ Each part is the one that a cluster runs. Imports the other runtime modules, ddr
 report.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,11 +17,11 @@ from ddray.config import (
     QuickstartConfig,
     SampleConfig,
 )
-from ddray.errors import ConfigError
 from ddray.evaluate import evaluate
 from ddray.evaluation_report import bars, build_report, tables_as_text, write_evaluation
 from ddray.memory import PeakMemory
 from ddray.report import Bar
+from ddray.run_folder import claim
 from ddray.runtime.bulk import generate
 from ddray.runtime.cluster import connect
 from ddray.runtime.sampling import sample
@@ -69,9 +68,11 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     storage = open_storage(config.out)
-    storage.check_writable()
     resolved = config.model_dump(mode="json")
-    _claim(config.out, resolved)
+    # Evaluation reads what is there; anything about it may change.
+    parts_that_stay = ("teacher", "seed", "sample", "distill", "generate")
+    identity = {part: resolved[part] for part in parts_that_stay}
+    claim(storage, resolved, identity, "use another --out, or delete it")
     sampling, distilling, generating, evaluating = parts(config)
     summary: dict[str, Any] = {"config": resolved}
     with PeakMemory() as memory:
@@ -98,7 +99,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         evaluation,
         title="Distilled Decoding on real digits",
         subtitle=f"{config.teacher}, distilled on this machine into a student of "
-        f"{len(distilling.schedule)} steps at most: {sampling.count} trajectories, "
+        f"one and two steps: {sampling.count} trajectories, "
         f"{distilling.steps} steps of {distilling.batch_size}",
         history=read_history(distilling.out),
         settings={
@@ -123,25 +124,6 @@ def _stage(name: str, work: Callable[[], T]) -> T:
     result = work()
     _say(f"{name} done in {time.monotonic() - started:.0f} s")
     return result
-
-
-def _claim(out: str, resolved: dict[str, Any]) -> None:
-    """Keep the settings of a run folder; refuse it to a run with others: parts would not fit."""
-    storage = open_storage(out)
-    if storage.exists("config.json"):
-        earlier = json.loads(storage.read("config.json"))
-        # Evaluation reads what is there; anything about it may change.
-        changed = [
-            key
-            for key in ("teacher", "seed", "sample", "distill", "generate")
-            if earlier.get(key) != resolved[key]
-        ]
-        if changed:
-            raise ConfigError(
-                f"{out} holds a quickstart with other settings for {', '.join(changed)}; use "
-                "another --out, or delete it"
-            )
-    storage.write("config.json", (json.dumps(resolved, indent=2) + "\n").encode())
 
 
 def _copy_folder(source: str, target: str) -> None:

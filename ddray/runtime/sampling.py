@@ -3,7 +3,6 @@
 Imports ddray.config, generate (through the zoo), shards, storage and the pool.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ddray.errors import ConfigError, ShardError
 from ddray.generate import Teacher
 from ddray.models.zoo import load_teacher
 from ddray.plan import Plan
+from ddray.run_folder import SUMMARY_FILE, write_json
 from ddray.runtime.pool import fill
 from ddray.seeding import SCHEME
 from ddray.shards import TrajectorySet
@@ -138,5 +138,5 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "rows": plan.count,
         **filled.summary(),
     }
-    storage.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(storage, SUMMARY_FILE, summary)
     return summary

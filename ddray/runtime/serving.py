@@ -244,7 +244,8 @@ def build_app(
 def _located(student: str) -> str:
     """The student in words that mean the same on every node, refused if there is none."""
     from ddray.checkpoint import CONFIG_FILE
-    from ddray.models.zoo import BUNDLED_MODELS, FAMILIES, resolve
+    from ddray.models.catalog import BUNDLED_MODELS
+    from ddray.models.zoo import FAMILIES, resolve
     from ddray.storage import open_storage
 
     config = json.loads(open_storage(str(resolve(student))).read(CONFIG_FILE))

@@ -15,21 +15,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from ddray import __version__
-from ddray.checkpoint import CONFIG_FILE
 from ddray.config import DistillConfig
 from ddray.errors import ConfigError, ShardError, TrainingError
 from ddray.generate import Teacher
 from ddray.models.zoo import load_teacher
 from ddray.progress import Progress
+from ddray.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, claim, write_json
 from ddray.runtime.cluster import connect, require
-from ddray.runtime.training_worker import METRICS_FILE, STUDENT_FOLDER, work
+from ddray.runtime.training_worker import STUDENT_FOLDER, work
+from ddray.schedule import default_schedule
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
 
 _POLL_S = 1.0
 
 # What a run writes into its folder, and --fresh may delete; other things may lie beside it.
-_RUN_FILES = (CONFIG_FILE, METRICS_FILE, "summary.json", f"{STUDENT_FOLDER}/", "checkpoints-")
+_RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, f"{STUDENT_FOLDER}/", "checkpoints-")
 
 # What may differ between the runs that share a folder: where and how, but not what.
 _FREE_TO_CHANGE = {
@@ -84,12 +85,18 @@ def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -
                 f"{config.data} was sampled from another {what} ({there[:12]}) than "
                 f"{teacher.name}'s ({here[:12]}); give the teacher it names: {plan.teacher}"
             )
-    if config.schedule[-1] >= len(teacher.stages):
-        raise ConfigError(
-            f"schedule={[*config.schedule]}: stages must be below {len(teacher.stages)}, the "
-            f"number of stages of {teacher.name}"
-        )
     return teacher
+
+
+def _with_schedule(config: DistillConfig, teacher: Teacher) -> DistillConfig:
+    """The config with the schedule that the run will use."""
+    schedule = config.schedule or default_schedule(teacher.stages)
+    if schedule[-1] >= len(teacher.stages):
+        raise ConfigError(
+            f"schedule={[*schedule]}: stages must be below {len(teacher.stages)}, the number of "
+            f"stages of {teacher.name}"
+        )
+    return config.model_copy(update={"schedule": schedule})
 
 
 def _identity(config: DistillConfig, plan_hash: str) -> dict[str, Any]:
@@ -104,34 +111,22 @@ def _identity(config: DistillConfig, plan_hash: str) -> dict[str, Any]:
 def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> None:
     """Take the run folder, or take it up again; refuse one of a run with other settings."""
     storage = open_storage(config.out)
-    storage.check_writable()
     if config.fresh:
         for name in storage.list():
             if name.startswith(_RUN_FILES):
                 storage.delete(name)
-    if storage.exists(CONFIG_FILE):
-        try:
-            earlier = json.loads(storage.read(CONFIG_FILE)).get("identity", {})
-        except ValueError:
-            earlier = {}
-        changed = [
-            f"{key}: {earlier.get(key)!r} then, {value!r} now"
-            for key, value in identity.items()
-            if earlier.get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"{config.out} holds a run with other settings ({'; '.join(changed)}); use another "
-                "out, or --fresh to start over"
-            )
-    resolved = {**config.model_dump(mode="json"), "identity": identity}
-    storage.write(CONFIG_FILE, (json.dumps(resolved, indent=2) + "\n").encode())
+    claim(
+        storage,
+        config.model_dump(mode="json"),
+        identity,
+        "use another out, or --fresh to start over",
+    )
 
 
 def _finished_summary(config: DistillConfig) -> dict[str, Any] | None:
     storage = open_storage(config.out)
-    if storage.exists("summary.json") and storage.exists(f"{STUDENT_FOLDER}/{CONFIG_FILE}"):
-        return dict(json.loads(storage.read("summary.json")))
+    if storage.exists(SUMMARY_FILE) and storage.exists(f"{STUDENT_FOLDER}/{CONFIG_FILE}"):
+        return dict(json.loads(storage.read(SUMMARY_FILE)))
     return None
 
 
@@ -155,6 +150,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     )
     trajectories = _open_complete_set(config)
     teacher = _load_matching_teacher(config, trajectories)
+    config = _with_schedule(config, teacher)
     identity = _identity(config, trajectories.plan.hash)
     _claim_folder(config, identity)
     earlier = _finished_summary(config)
@@ -177,7 +173,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 3),
         **{key: last[key] for key in ("loss", "token_accuracy", "samples_per_s") if key in last},
     }
-    storage.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(storage, SUMMARY_FILE, summary)
     return summary
 
 

@@ -23,11 +23,11 @@ from ddray.config import DistillConfig
 from ddray.distill import MovingAverage, TrajectoryBatches, batch_loss, learning_rate
 from ddray.errors import ShardError, TrainingError
 from ddray.models.zoo import load_teacher, new_student
+from ddray.run_folder import METRICS_FILE
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
 
 STUDENT_FOLDER = "student"
-METRICS_FILE = "metrics.jsonl"
 _CHECKPOINT_TAG = "deepspeed"
 
 
@@ -49,7 +49,8 @@ class _Run:
 
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.config, self.board = config, board
+        assert config.schedule is not None  # the driver has put in the default
+        self.config, self.board, self.schedule = config, board, config.schedule
         if not config.use_gpu:
             torch.set_num_threads(config.threads)
         device = torch.device("cuda" if config.use_gpu else "cpu")
@@ -151,7 +152,7 @@ class _Run:
                     self.codebook,
                     first=self.step * config.batch_size + self.rank * each,
                     count=each,
-                    schedule=config.schedule,
+                    schedule=self.schedule,
                     logits_weight=config.logits_weight,
                     code_weight=config.code_weight,
                 )
@@ -204,7 +205,7 @@ class _Run:
         teacher, config = self.teacher, self.config
         card = {
             **self.card,
-            "schedule": list(config.schedule),
+            "schedule": list(self.schedule),
             "step": self.step,
             "teacher": teacher.name,
             "teacher_fingerprint": teacher.fingerprint,

@@ -1,0 +1,141 @@
+"""Published files: what to download, whether a file is the model it should be, and writing one.
+
+Imports ddray.checkpoint, errors, generate, the catalog and the zoo.
+
+Shapes: B batch, L tokens, E code width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddray.checkpoint import load_folder, write_container
+from ddray.errors import CheckpointError, ConfigError
+from ddray.generate import Student
+from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
+from ddray.models.zoo import FAMILIES, load_student, load_teacher, resolve
+from ddray.seeding import noise
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What to download for a published model, where it goes, and how it is meant to be sampled.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    resolve(name)
+    if name in BUNDLED_MODELS:
+        return {"name": name, "what": BUNDLED_MODELS[name], "files": "inside the package"}
+    published = PUBLISHED[name]
+    files = {"tokenizer": published.tokenizer}
+    if published.checkpoint is not None:
+        files = {"checkpoint": published.checkpoint, **files}
+    load = f"ddray.load_{published.kind}({name!r}"
+    for argument, file in files.items():
+        load += f", {argument}={file.uri!r}"
+    return {
+        "name": name,
+        "kind": published.kind,
+        "sizes": published.config,
+        "files": {argument: _where(file) for argument, file in files.items()},
+        "load": f"{load})",
+        "or": "download the files anywhere and give their paths",
+        "sampling": published.sampling,
+        "published": published.figure,
+        "license": published.license,
+    }
+
+
+def _where(file: File) -> str:
+    return f"{file.name} of huggingface.co/{file.repository}; weights: {file.container}"
+
+
+@torch.inference_mode()
+def verify(name: str, checkpoint: str | None, tokenizer: str | None) -> dict[str, Any]:
+    """Load a model from files and run it once.
+
+    Loading refuses missing and unexpected keys and other shapes, by name.
+
+    Args:
+        name: a name, a model folder, or anything else the loaders take.
+        checkpoint: file of the network; None = what the name brings.
+        tokenizer: file of the tokenizer; likewise.
+
+    Returns:
+        Fingerprints, sizes and the range of one forward pass.
+
+    Raises:
+        ConfigError: for an unknown name or a missing file argument.
+        CheckpointError: for files that do not fit, or weights that give no finite numbers.
+    """
+    config = resolve(name)
+    if not isinstance(config, dict):
+        config = load_folder(str(config))[0]
+    student = FAMILIES[config["family"]].kind == "student"
+    load = load_student if student else load_teacher
+    model = load(name, checkpoint=checkpoint, tokenizer=tokenizer)
+    output = _forward(model)
+    if not bool(output.isfinite().all()):
+        raise CheckpointError(f"{name}: a forward pass gives numbers that are not finite")
+    parameters = [*model.model.parameters()]
+    return {
+        "name": name,
+        "family": config["family"],
+        "parameters": sum(p.numel() for p in parameters),
+        "tensors": len(model.model.state_dict()),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        "fingerprint": model.fingerprint,
+        "tokenizer_fingerprint": model.tokenizer.fingerprint,
+        "stages": len(model.stages),
+        "tokens": model.num_tokens,
+        "codebook": [*model.codebook.shape],
+        "forward": {"shape": [*output.shape], "largest": round(float(output.abs().max()), 3)},
+    }
+
+
+def _forward(model: Any) -> Tensor:
+    """Logits of one sample of class 0, or of an empty caption."""
+    cond: Any = [0]
+    if model.conditioning == "text":
+        sizes = model.model.config
+        cond = (torch.zeros(1, 1, sizes.caption_dim), torch.ones(1, 1))
+    width = model.codebook.shape[1]
+    if isinstance(model, Student):
+        start = noise(0, [0], (model.num_tokens, width), model.device)
+        return model.predict(start, cond, torch.zeros(1, dtype=torch.long))[0]
+    tokens = torch.zeros(1, model.num_tokens, dtype=torch.long)
+    logits: Tensor = model.guided_logits(cond, tokens)
+    return logits
+
+
+def export(name: str, out: str | Path) -> dict[str, Any]:
+    """Write a model's weights into the container of its family's published files.
+
+    Args:
+        name: a bundled name or a model folder.
+        out: file to write, `.pt` or `.pth`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: if the name has no weights here, or the file is of another kind.
+        StorageError: if the file cannot be written.
+    """
+    where = resolve(name)
+    if isinstance(where, dict):
+        raise ConfigError(f"{name} is a set of sizes without weights; export a model folder")
+    if Path(out).suffix not in (".pt", ".pth"):
+        raise ConfigError(f"out={str(out)!r} must end in .pt or .pth, as published files do")
+    config = load_folder(str(where))[0]
+    family = FAMILIES[config["family"]]
+    model = (load_student if family.kind == "student" else load_teacher)(name, device="cpu")
+    write_container(out, model.model.state_dict(), family.container)
+    return {
+        "file": str(out),
+        "container": "".join(f'["{key}"]' for key in family.container) or "bare state dict",
+        "family": config["family"],
+        "fingerprint": model.fingerprint,
+    }
