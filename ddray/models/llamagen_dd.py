@@ -23,12 +23,9 @@ class LlamaGenStudentConfig(LlamaGenConfig):
 
     Attributes:
         codebook_dim: code width E.
-        input_scale: factor on codes and noise before the input layer; 1 in the published students,
-            sqrt(E) in ours, which gives unit-norm codes the variance of the noise.
     """
 
     codebook_dim: int = 8
-    input_scale: float = 1.0
 
 
 class LlamaGenStudent(LlamaGenTrunk):
@@ -59,7 +56,7 @@ class LlamaGenStudent(LlamaGenTrunk):
             describe.
         """
         condition = self.cls_embedding(cond)
-        codes = self.tok_embeddings((x_BLE * self.config.input_scale).to(condition.dtype))
+        codes = self.tok_embeddings(x_BLE.to(condition.dtype))
         x_BSC = torch.cat((condition.to(codes.dtype), codes), 1)
         position = torch.arange(x_BSC.shape[1], device=x_BLE.device)
         is_data = (position[None] < condition.shape[1] + t_B[:, None]).long()
@@ -92,8 +89,8 @@ class LlamaGenStudent(LlamaGenTrunk):
         self.load_state_dict(shared, strict=False)
         if faithful_to_upstream:
             return
-        inputs = codebook_VE.double() * self.config.input_scale
-        inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
+        codes = codebook_VE.double()
+        inputs = torch.cat((codes, torch.ones_like(codes[:, :1])), 1)
         fit = torch.linalg.lstsq(inputs, teacher.tok_embeddings.weight.double()).solution
         self.tok_embeddings.weight.copy_(fit[:-1].T)
         self.tok_embeddings.bias.copy_(fit[-1])

@@ -1,0 +1,262 @@
+"""Speed and memory of a teacher, its trajectories and its student, on the same weights in one run.
+
+    python benchmarks/bench_models.py llamagen-b-256 --random-weights --batch 8 --json FILE
+    python benchmarks/bench_models.py digits-llamagen
+
+Any name of `ddray models` goes; official sizes need no files with --random-weights. Each figure is
+the median of at least two runs after a warm-up. `memory` is what resident memory (CPU) or allocated
+memory (CUDA) grows by at its peak while a row runs. The student's floor is the time of its matrix
+products alone, at the rate of its own largest product measured in the same run.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ddray
+from ddray.generate import Student, Teacher
+from ddray.models.zoo import empty_network, empty_tokenizer, load_teacher, new_student, resolve
+from ddray.report import Column, markdown_table
+from ddray.schedule import default_schedule
+
+COLUMNS = (
+    Column("what", "what"),
+    Column("batch", "batch"),
+    Column("steps", "steps"),
+    Column("seconds", "time", "s", ".3f"),
+    Column("ms_per_step", "step", "ms", ".2f"),
+    Column("images_per_s", "images/s", "", ".3f"),
+    Column("speedup", "x plain AR", "", ".1f"),
+    Column("floor_ratio", "x floor", "", ".2f"),
+    Column("memory_mb", "memory", "MB", ".0f"),
+)
+
+
+class PeakGrowth:
+    """Growth of memory at its peak while the block runs, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._process = psutil.Process()
+        self._over = threading.Event()
+        self.bytes = 0
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+
+    def __enter__(self) -> "PeakGrowth":
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            self._before = self._process.memory_info().rss
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+        else:
+            self._over.set()
+            self._thread.join()
+
+
+def random_teacher(name: str, device: str, dtype: str) -> Teacher:
+    """A model of the sizes of a name with normal weights of deviation 0.02."""
+    config = resolve(name)
+    if not isinstance(config, dict):
+        raise SystemExit(f"{name} is bundled with weights; leave --random-weights out")
+    torch.manual_seed(0)
+    states = []
+    for module in (empty_network(config), empty_tokenizer(config)):
+        constants = getattr(module, "constants", dict)()
+        states.append(
+            {
+                key: torch.empty(tensor.shape).normal_(std=0.02)
+                for key, tensor in module.state_dict().items()
+                if key not in constants
+            }
+        )
+    return load_teacher(
+        config, checkpoint=states[0], tokenizer=states[1], device=device, dtype=dtype
+    )
+
+
+def student_of(teacher: Teacher, dtype: torch.dtype) -> Student:
+    """An untrained student: as fast as a trained one."""
+    network, config = new_student(teacher)
+    network.to(teacher.device, dtype).requires_grad_(False).eval()
+    return Student(network, teacher.tokenizer, config, "student")
+
+
+def median_seconds(make: Callable[[], Any], device: torch.device, least: float) -> float:
+    """Median time of at least two runs after a warm-up."""
+    times: list[float] = []
+    for run in range(64):
+        start = time.perf_counter()
+        make()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if run:
+            times.append(time.perf_counter() - start)
+        if len(times) >= 2 and sum(times) > least:
+            break
+    return statistics.median(times)
+
+
+def matmul_floor(student: Student, batch: int, least: float) -> float:
+    """Seconds of the network's matrix products alone for one forward pass.
+
+    Every linear layer's product at every position, and both products of attention, at the rate of
+    the largest linear layer of a block.
+    """
+    network = student.model
+    positions = student.num_tokens + getattr(network.config, "cls_token_num", 1)
+    rows = batch * positions
+    linears = [
+        module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and "ada_lin" not in name and "n_d_embed" not in name
+    ]
+    flops = sum(2 * rows * layer.weight.numel() for layer in linears)
+    width = linears[-1].in_features
+    depth = getattr(network.config, "n_layer", getattr(network.config, "depth", 0))
+    flops += depth * 4 * batch * positions**2 * width
+    blocks = network.layers if hasattr(network, "layers") else network.blocks
+    inside = {m for m in blocks.modules() if isinstance(m, nn.Linear)} & {*linears}
+    weight = max((layer.weight for layer in inside), key=lambda tensor: tensor.numel())
+    x = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    seconds = median_seconds(lambda: F.linear(x, weight), weight.device, least)
+    return flops * seconds / (2 * rows * weight.numel())
+
+
+def bench(
+    teacher: Teacher, student: Student, batch: int, only: set[str], least: float
+) -> list[dict[str, Any]]:
+    """One row a generator, from class ids (or captions) to tokens or codes, and the decoder."""
+    device, cfg = teacher.device, max(teacher.default_cfg, 1.5)
+    index = torch.arange(batch)
+    cond: Any = index % max(teacher.num_classes, 1)
+    if teacher.conditioning == "text":
+        sizes = teacher.model.config
+        shape = (batch, sizes.cls_token_num)
+        cond = (torch.randn(*shape, sizes.caption_dim), torch.ones(shape))
+    steps, jumps = len(teacher.stages), default_schedule(teacher.stages)
+    codes = teacher.codebook[torch.zeros(batch, teacher.num_tokens, dtype=torch.long)]
+    makers: dict[str, tuple[int, Callable[[], Tensor]]] = {
+        "AR": (steps, lambda: teacher.sample(cond, index=index)),
+        "AR, guided": (steps, lambda: teacher.sample(cond, cfg=cfg, index=index)),
+        "trajectories, guided": (
+            steps,
+            lambda: teacher.trajectories(cond, index, seed=0, cfg=cfg),
+        ),
+        "student, 1 step": (1, lambda: student.generate(cond, index=index, schedule=jumps[:1])),
+        "student, 2 steps": (2, lambda: student.generate(cond, index=index, schedule=jumps)),
+        "decode": (1, lambda: teacher.decode(codes)),
+    }
+    rows: list[dict[str, Any]] = []
+    for what, (count, make) in makers.items():
+        if only and not any(what.startswith(prefix) for prefix in only):
+            continue
+        with PeakGrowth(device) as growth:
+            seconds = median_seconds(make, device, least)
+        row = {
+            "what": what,
+            "batch": batch,
+            "steps": count,
+            "seconds": seconds,
+            "ms_per_step": seconds / count * 1e3,
+            "images_per_s": batch / seconds,
+            "memory_mb": growth.bytes / 1e6,
+        }
+        if what == "student, 1 step":
+            row["floor_ratio"] = seconds / matmul_floor(student, batch, least)
+        rows.append(row)
+    plain = next((row["seconds"] for row in rows if row["what"] == "AR, guided"), None)
+    for row in rows:
+        if plain and row["what"] != "decode":
+            row["speedup"] = plain / row["seconds"]
+    return rows
+
+
+def attention_backend(device: torch.device) -> str:
+    """Which attention kernels torch may choose from here."""
+    if device.type == "cpu":
+        return "CPU flash attention"
+    cuda = torch.backends.cuda
+    enabled = {
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    return ", ".join(name for name, on in enabled.items() if on)
+
+
+def main() -> None:
+    """Print the table; write it as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="a teacher's name")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=1.0, help="least time of a figure")
+    parser.add_argument("--only", nargs="*", default=[], help="rows that begin so")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.random_weights:
+        teacher = random_teacher(args.name, args.device, args.dtype)
+    else:
+        teacher = load_teacher(
+            args.name,
+            checkpoint=args.checkpoint,
+            tokenizer=args.tokenizer,
+            device=args.device,
+            dtype=args.dtype,
+        )
+    student = student_of(teacher, getattr(torch, args.dtype))
+    device = teacher.device
+    machine = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()}, {args.threads} thread(s) of {os.cpu_count()} cores"
+    )
+    only = set(args.only)
+    result = {
+        "name": args.name,
+        "weights": "random" if args.random_weights else "loaded",
+        "dtype": args.dtype,
+        "machine": machine,
+        "load": os.getloadavg()[0],
+        "attention": attention_backend(device),
+        "versions": {"ddray": ddray.__version__, "torch": torch.__version__},
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [row for n in args.batch for row in bench(teacher, student, n, only, args.seconds)],
+    }
+    print(f"{args.name}, {args.dtype}, {machine}, torch {torch.__version__}, {result['date']}")
+    print(f"attention: {result['attention']}; load before: {result['load']:.1f}\n")
+    print(markdown_table(result["rows"], COLUMNS))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
