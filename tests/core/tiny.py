@@ -13,7 +13,7 @@ from ddray.generate import Student, Teacher
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
-from ddray.models.zoo import load_student, load_teacher
+from ddray.models.zoo import empty_network, empty_tokenizer, load_student, load_teacher
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -106,3 +106,37 @@ def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
     statistic = ((counts - expected).square() / expected).sum()
     freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+VAR_TOKENIZER = {"vocab_size": 8, "z_channels": 4, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1}
+VAR_SIZES = {
+    "depth": 2,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "num_classes": 3,
+    "patch_nums": [1, 2, 3],
+    "tokenizer": VAR_TOKENIZER,
+}
+
+
+def random_state(module: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Values for a module on the meta device; what follows from the sizes stays away."""
+    generator = torch.Generator().manual_seed(seed)
+    constants = getattr(module, "constants", dict)()
+    return {
+        name: torch.randn(tensor.shape, generator=generator) / 4
+        for name, tensor in module.state_dict().items()
+        if name not in constants
+    }
+
+
+def tiny_var(family: str = "var", seed: int = 0, **sizes: Any) -> Any:
+    """A random VAR teacher of scales 1, 2 and 3, or its student, or one of other `sizes`."""
+    config = {"family": family, **VAR_SIZES, **sizes}
+    load = load_student if family == "var-dd" else load_teacher
+    return load(
+        config,
+        checkpoint=random_state(empty_network(config), seed),
+        tokenizer=random_state(empty_tokenizer(config), 1),
+        device="cpu",
+    )
