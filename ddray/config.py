@@ -152,7 +152,7 @@ class EvaluateConfig(Job):
     count: CountT = Field(5000, description="images of every generator")
     seed: SeedT = 1_000_003
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
-    batch_size: CountT = 64
+    batch_size: CountT = 200
     speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(_parse_list)] = (1, 8, 64)
     speed_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="timed for each figure")
     transport_count: CountT = Field(400, description="images of the transport's comparison")

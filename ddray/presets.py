@@ -37,9 +37,10 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 # Small batches and a late descent of the rate: what a run of minutes learns most by.
 _QUICKSTART_DEFAULT: Mapping[str, Any] = {
-    "sample": {"count": 12000},
-    "distill": {"steps": 3000, "batch_size": 32, "checkpoint_every": 1000},
+    "sample": {"count": 10000},
+    "distill": {"steps": 3300, "checkpoint_every": 1100},
     "generate": {"count": 500, "shard_rows": 250},
+    "evaluate": {"speed_seconds": 0.5},
 }
 
 

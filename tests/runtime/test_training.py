@@ -180,7 +180,7 @@ def test_other_settings_at_the_folder_are_refused_with_what_differs(
     single: DistillConfig,
 ) -> None:
     other = single.model_copy(update={"lr": 0.5, "steps": 13})
-    with pytest.raises(ConfigError, match=r"other settings \(steps: 12 then, 13 now; lr: 0.002"):
+    with pytest.raises(ConfigError, match=r"other settings \(steps: 12 then, 13 now; lr: 0.004"):
         distill(other)
     # Where and how often it is written down is no other run.
     distill(single.model_copy(update={"log_every": 3, "max_failures": 0}))
