@@ -263,7 +263,9 @@ def _dry_run(verb: str, config: Any) -> None:
     if verb == "sample":
         from ddray.runtime.sampling import estimate
 
-        print(yaml.safe_dump({"estimate": estimate(config)}, sort_keys=False), end="")
+        # As a comment: what is printed can go back in by --config.
+        for key, value in estimate(config).items():
+            print(f"# {key}: {value}")
 
 
 def _handler(target: str) -> Callable[[Any], None]:

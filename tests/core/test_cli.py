@@ -120,11 +120,16 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(
     verb: str, capsys: pytest.CaptureFixture[str], empty_folder: Path
 ) -> None:
     values = _resolved(capsys, verb, "--preset", "tiny")
-    estimate = values.pop("estimate", None)
     assert JOBS[verb].model_validate(values).model_dump(mode="json") == values
     assert list(empty_folder.iterdir()) == []
-    if verb == "sample":
-        assert estimate == {"shards": 2, "stages_per_image": 49, "megabytes": 0.02}
+
+
+def test_the_cost_of_sampling_is_a_comment_behind_the_config(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["sample", "--preset", "tiny", "--dry-run"]) == 0
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert comments == ["# shards: 2", "# stages_per_image: 49", "# megabytes: 0.02"]
 
 
 def test_what_a_dry_run_prints_can_be_given_back_as_a_file(

@@ -5,7 +5,7 @@ import torch
 
 import ddray
 from ddray.flow import transport
-from tests.core.tiny import tiny_student, tiny_teacher
+from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +34,12 @@ def test_transport_gives_the_tokens_of_the_cpu_whatever_the_process_allows(tf32)
     assert (tokens.cpu() == expected).float().mean() >= 0.999
 
 
-def test_teacher_and_student_give_the_tokens_of_the_cpu():
-    teacher, student = tiny_teacher(), tiny_student()
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_teacher_and_student_give_the_tokens_of_the_cpu(family):
+    if family == "llamagen":
+        teacher, student = tiny_teacher(), tiny_student()
+    else:
+        teacher, student = tiny_var(), tiny_var("var-dd")
     greedy = teacher.sample([0, 1, 2], top_k=1)
     codes = student.generate([0, 1, 2], seed=1)
     for model in (teacher, student):
