@@ -46,10 +46,13 @@ _CONTAINERS = (
 _TOKENIZER_CONTAINERS = (("trainer", "vae_local"), *_CONTAINERS)
 
 # What a published file may carry beside weights: a table that is computed, and caches.
-_LEFTOVER = re.compile(r"^freqs_cis$|\.kv_cache\.|\.causal_mask$")
+_LEFTOVER = re.compile(r"^freqs_cis$|\.kv_cache\.|(^|\.)causal_mask$")
 
 # What wrappers of training put in front of every name.
 _WRAPPERS = ("module.", "_orig_mod.")
+
+# Names in one message: enough to see which layers they are of.
+_SHOWN = 20
 
 _SHARD_INDEX = "model.safetensors.index.json"
 
@@ -118,7 +121,8 @@ def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = Fa
 
     Args:
         source: a `.safetensors` file; a folder of them, or its `*.index.json`; a `.pt` / `.pth`
-            file, or what such a file holds; or `hf://owner/repository/path` of one of them.
+            file, or what such a file holds, whose float32 tensors are used as they are, not
+            copied; or `hf://owner/repository/path` of one of them.
         tokenizer: whether the tokenizer's weights are asked for, where a file holds both.
 
     Returns:
@@ -129,9 +133,12 @@ def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = Fa
     """
     if isinstance(source, Mapping):
         return _unwrap(source, "the given state dict", tokenizer)
+    if not isinstance(source, str | Path):
+        raise CheckpointError(f"weights are a file or a state dict, not {type(source).__name__}")
     path = _fetch(str(source)) if str(source).startswith(_HUB) else Path(source)
-    if path.is_dir() and (path / _SHARD_INDEX).is_file():
-        path /= _SHARD_INDEX
+    for name in (_SHARD_INDEX, MODEL_FILE):
+        if (path / name).is_file():
+            path /= name
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist or is no file")
     if path.name.endswith(".index.json"):
@@ -231,15 +238,16 @@ def _unwrap(container: Any, name: str, tokenizer: bool) -> StateDict:
     strangers = [key for key, value in container.items() if not isinstance(value, Tensor)]
     if strangers:
         raise CheckpointError(f"{name} holds more than weights: {_some(strangers)}")
-    for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in container):
-            container = {key.removeprefix(prefix): value for key, value in container.items()}
+    if not all(isinstance(key, str) for key in container):
+        raise CheckpointError(f"{name} holds tensors under names that are no text")
+    while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in container)), None):
+        container = {key.removeprefix(prefix): value for key, value in container.items()}
     return container
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(map(str, names[:6]))
-    return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    shown = ", ".join(map(str, names[:_SHOWN]))
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def load_into(
@@ -270,12 +278,18 @@ def load_into(
         if k in state and k not in optional and state[k].shape != wanted[k].shape
     ]
     contradicted = [k for k, value in constants.items() if _differs(state.get(k), value)]
+    kinds = [
+        f"{k} is {state[k].dtype} instead of {wanted[k].dtype}"
+        for k in wanted
+        if k in state and state[k].is_floating_point() != wanted[k].is_floating_point()
+    ]
     problems = [
         f"{title} {_some(names)}"
         for title, names in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("shapes", shapes),
+            ("dtypes", kinds),
             ("made for other sizes", contradicted),
         )
         if names
@@ -284,7 +298,8 @@ def load_into(
         raise CheckpointError(f"{what} does not fit the model: {'; '.join(problems)}")
     # Statistics are left out on purpose: they mean nothing here, and official ones differ in shape.
     ready = {
-        name: state[name].float() if state[name].is_floating_point() else state[name]
+        # Detached: a caller's own parameters stay trainable.
+        name: (state[name].float() if state[name].is_floating_point() else state[name]).detach()
         for name in wanted
         if name in state and name not in dispensable
     }

@@ -45,9 +45,12 @@ def class_ids(cond_B: Any, num_classes: int, device: torch.device) -> Tensor:
     Raises:
         ConfigError: for an id outside 0..num_classes (num_classes is the null class).
     """
-    if isinstance(cond_B, tuple) and cond_B and isinstance(cond_B[0], Tensor):
+    if isinstance(cond_B, tuple | list) and len(cond_B) and isinstance(cond_B[0], Tensor):
         raise ConfigError("this model is conditioned on classes, not on captions")
-    cond = torch.as_tensor(cond_B, device=device)
+    try:
+        cond = torch.as_tensor(cond_B, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"classes must be a 1-D list of integers, got {cond_B!r}") from error
     if cond.dim() != 1 or not len(cond) or cond.is_floating_point():
         raise ConfigError(
             f"classes must be a 1-D list of at least one integer, got {cond.dtype} {[*cond.shape]}"
@@ -99,7 +102,7 @@ def left_padded(cond: Any, length: int, width: int, device: torch.device) -> Cap
     source = (position[None] + count[:, None]) % length
     moved = features.gather(1, source[..., None].expand_as(features))
     new_mask = position[None] >= length - count[:, None]
-    return Captions(moved * new_mask[..., None], new_mask)
+    return Captions(moved.masked_fill(~new_mask[..., None], 0.0), new_mask)
 
 
 def concatenate(first: Condition, second: Condition) -> Condition:

@@ -5,6 +5,9 @@ the message alone and exits with the class's `exit_code`: 2 for wrong usage or c
 work that failed. Imports nothing.
 """
 
+import math
+from numbers import Integral, Real
+
 
 class DDRayError(Exception):
     """Base of every error that ddray raises on purpose."""
@@ -36,3 +39,25 @@ class ClusterError(DDRayError):
 
 class TrainingError(DDRayError):
     """A distillation that could not go on."""
+
+
+def positive_integers(sizes: object, *names: str) -> None:
+    """Refuse sizes that are not positive integers.
+
+    Raises:
+        ConfigError: with the first one and its value.
+    """
+    for name in names:
+        value = getattr(sizes, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a positive integer")
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is a whole number of any integer type, numpy's included; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a real number of any type, and not infinite or NaN."""
+    return isinstance(value, Real) and math.isfinite(value)

@@ -203,8 +203,11 @@ class Evaluator:
             # Without the real digits this row alone is missing: the other statistics are bundled.
             pass
         else:
-            tokens = [self.teacher.encode(part) for part in digits.images.split(250)]
-            judge(RECONSTRUCTION, None, torch.cat(tokens), digits.labels)
+            # No more of them than of other images, and of all classes: they lie in order.
+            every = max(1, len(digits.labels) // config.count)
+            images, labels = digits.images[::every], digits.labels[::every]
+            tokens = [self.teacher.encode(part) for part in images.split(250)]
+            judge(RECONSTRUCTION, None, torch.cat(tokens), labels)
             used = len(torch.cat(tokens).unique())
             rows[-1]["codes_used"] = used / len(self.teacher.codebook)
         make = (self.autoregressive, self.labels, self.index, config.batch_size, AUTOREGRESSIVE)

@@ -10,7 +10,6 @@ width, K stages.
 """
 
 import difflib
-import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddray.conditioning import Condition, concatenate
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, is_finite, is_integer
 from ddray.flow import Transport
 from ddray.guidance import check_filters, draw, filter_logits
 from ddray.model import Model
@@ -61,10 +60,10 @@ class Teacher(Model):
 
     @property
     def default_cfg(self) -> float:
-        """Recommended guidance of the zoo entry or card; 1 where nothing is recommended."""
-        return float(self.config.get("default_cfg", 1.0))
+        """Recommended guidance of the zoo entry or card; none where nothing is recommended."""
+        return float(self.config.get("default_cfg", self.model.no_guidance))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def guided_logits(
         self, cond_B: AskedFor, tokens_BL: Tensor, cfg: float | None = None
     ) -> Tensor:
@@ -188,8 +187,8 @@ class Teacher(Model):
         )
 
     def _guides(self, cfg: float | None) -> bool:
-        if cfg is not None and not math.isfinite(cfg):
-            raise ConfigError(f"cfg={cfg} is no guidance; give a finite number, or None for none")
+        if cfg is not None and not is_finite(cfg):
+            raise ConfigError(f"cfg={cfg!r} is no guidance; give a finite number, or None for none")
         return bool(self.model.guides(cfg))
 
     def transport(self, solver: str, num_evals: int | None) -> Transport:
@@ -199,7 +198,7 @@ class Teacher(Model):
             known[solver, num_evals] = Transport(self.codebook, solver, num_evals)
         return known[solver, num_evals]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _roll_out(
         self,
         cond: Condition,
@@ -215,6 +214,8 @@ class Teacher(Model):
     ) -> Tensor:
         """Stage by stage: logits, guidance, filters, `choose(logits_BlV, first, last token)`."""
         check_filters(temperature, top_k, top_p)
+        if not is_integer(cfg_interval):
+            raise ConfigError(f"cfg_interval={cfg_interval!r} must be an integer; -1 = all stages")
         starts = self.stage_starts()
         first = 0 if prefix_BP is None else starts.index(prefix_BP.shape[1])
         guided = self._guides(cfg)
@@ -226,8 +227,10 @@ class Teacher(Model):
             logits = decoder.logits()
             if guided:
                 conditional, null = logits.chunk(2)
-                off = 0 <= cfg_interval < stage - 1
+                # Counted from where sampling begins, as upstream does behind a prefix too.
+                off = 0 <= cfg_interval < stage - first - 1
                 logits = conditional if off else self.model.guide(conditional, null, cfg, stage)
+                del conditional, null
             logits = filter_logits(logits, temperature, top_k, top_p, self.model.top_p_filter)
             tokens.append(choose(logits, starts[stage], starts[stage + 1]))
             decoder.append(tokens[-1])
@@ -253,7 +256,7 @@ class Student(Model):
         config: what `config.json` holds; "schedule" lists the stages at which it learnt to jump.
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, x_BLE: Tensor, cond_B: AskedFor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads for one X_t.
 
@@ -266,13 +269,14 @@ class Student(Model):
             float32 logits [B, L, V] and codes [B, L, E].
         """
         cond = self.condition(cond_B)
+        x_BLE = self._codes_or_noise(x_BLE, len(cond), "x")
         t_B = torch.as_tensor(t_B, device=self.device)
         if t_B.shape != (len(cond),) or bool(((t_B < 0) | (t_B > len(self.stages))).any()):
             raise ConfigError(f"t must hold {len(cond)} numbers from 0 to {len(self.stages)}")
-        heads: tuple[Tensor, Tensor] = self.model(x_BLE.to(self.device), cond, t_B)
+        heads: tuple[Tensor, Tensor] = self.model(x_BLE, cond, t_B)
         return heads
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         cond_B: AskedFor,
@@ -308,10 +312,13 @@ class Student(Model):
         """
         cond = self.condition(cond_B)
         steps = parse_schedule(schedule, len(self.stages))
-        if teacher is None and any(isinstance(step, TeacherStages) for step in steps):
-            raise ConfigError(f"schedule {schedule!r} has a teacher's part; give teacher=")
         _refuse_unknown(teacher_sampling, _SAMPLING)
-        if teacher_sampling and not any(isinstance(step, TeacherStages) for step in steps):
+        involved = any(isinstance(step, TeacherStages) for step in steps)
+        if involved and teacher is None:
+            raise ConfigError(f"schedule {schedule!r} has a teacher's part; give teacher=")
+        if involved and teacher is not None:
+            self._check_teacher(teacher, teacher_sampling)
+        if teacher_sampling and not involved:
             warnings.warn(
                 f"{', '.join(teacher_sampling)} has no effect: schedule {schedule!r} has no part "
                 "of the teacher",
@@ -354,19 +361,44 @@ class Student(Model):
         return torch.cat((teacher.codebook[tokens], x_BLE[:, starts[part.last] :]), 1)
 
     def _noise(self, given: Tensor | None, seed: int, index_B: Tensor) -> Tensor:
-        shape = (len(index_B), self.num_tokens, self.model.config.codebook_dim)
         if given is None:
-            return noise(seed, index_B, shape[1:])
+            return noise(seed, index_B, (self.num_tokens, self.model.config.codebook_dim))
+        return self._codes_or_noise(given, len(index_B), "noise")
+
+    def _codes_or_noise(self, given: Tensor, batch: int, what: str) -> Tensor:
+        """float32 [B, L, E] on the device, refused when it is not."""
+        shape = (batch, self.num_tokens, self.model.config.codebook_dim)
+        given = torch.as_tensor(given, device=self.device)
         if given.shape != shape:
-            raise ConfigError(f"noise is {[*given.shape]}, expected {[*shape]}")
-        return given.to(self.device, torch.float32)
+            raise ConfigError(f"{what} is {[*given.shape]}, expected {[*shape]}")
+        return given.float()
+
+    def _check_teacher(self, teacher: Teacher, sampling: Mapping[str, Any]) -> None:
+        """Refuse a teacher of other tokens or conditions, and settings it cannot sample with."""
+        settings = {**_SAMPLING, **sampling}
+        check_filters(*(settings[name] for name in ("temperature", "top_k", "top_p")))
+        teacher._guides(settings["cfg"])
+        if settings["unmasked_prefix"] and not hasattr(teacher.model, "quantizer"):
+            raise ConfigError("unmasked_prefix is a quirk of VAR's published code alone")
+        for what, mine, theirs in (
+            ("conditioning", self.conditioning, teacher.conditioning),
+            ("number of classes", self.num_classes, teacher.num_classes),
+            ("stages", self.stages, teacher.stages),
+            ("device", self.device, teacher.device),
+            ("tokenizer", self.tokenizer.fingerprint, teacher.tokenizer.fingerprint),
+        ):
+            if mine != theirs:
+                raise ConfigError(
+                    f"the teacher does not fit the student: its {what} differs ({theirs}, the "
+                    f"student has {mine})"
+                )
 
     def _split(self, split: int | None) -> int:
         if split is None:
             split = int(self.config.get("split", len(self.stages)))
-        if not 0 <= split <= len(self.stages):
-            raise ConfigError(f"split={split} is outside 0 to {len(self.stages)} stages")
-        return split
+        if not is_integer(split) or not 0 <= split <= len(self.stages):
+            raise ConfigError(f"split={split!r} is outside 0 to {len(self.stages)} stages")
+        return int(split)
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:

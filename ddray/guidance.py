@@ -10,7 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, is_integer
+
+# Tokens are drawn for blocks of at most so many probabilities.
+_BLOCK_ELEMENTS = 2**21
 
 
 def classifier_free_guidance(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
@@ -29,7 +32,7 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
     """
     if not temperature >= 0:
         raise ConfigError(f"temperature must be >= 0, got {temperature}")
-    if not isinstance(top_k, int) or top_k < 0:
+    if not is_integer(top_k) or top_k < 0:
         raise ConfigError(f"top_k must be an integer >= 0 (0 = off), got {top_k}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p must be in (0, 1] (1 = off), got {top_p}")
@@ -106,7 +109,16 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         int64 [...].
     """
+    # Blocks of rows, since a scale of VAR has many and float64 takes twice the room.
+    vocab_size = logits.shape[-1]
+    rows = max(1, _BLOCK_ELEMENTS // vocab_size)
+    blocks = zip(
+        logits.reshape(-1, vocab_size).split(rows), uniform.reshape(-1, 1).split(rows), strict=True
+    )
+    return torch.cat([_draw_rows(*block) for block in blocks]).reshape(uniform.shape)
+
+
+def _draw_rows(logits_NV: Tensor, uniform_N1: Tensor) -> Tensor:
     # float64 sums: at V = 16384 a float32 running sum is off by more than the rarest tokens' mass.
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    target = uniform[..., None] * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    cumulative = torch.softmax(logits_NV, -1, dtype=torch.float64).cumsum_(-1)
+    return torch.searchsorted(cumulative, uniform_N1 * cumulative[:, -1:], right=True)

@@ -48,7 +48,9 @@ class Tokenizer:
     @cached_property
     def codebook(self) -> Tensor:
         """Codes as the models use them, float32 [V, E]."""
-        return self.module.codebook.detach().float()
+        # First asked for inside somebody's inference mode, it must also serve a later training.
+        with torch.inference_mode(False), torch.no_grad():
+            return self.module.codebook.detach().float()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -60,7 +62,7 @@ class Tokenizer:
         state = self.module.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in self._optional}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, tokens_or_codes: Tensor) -> Tensor:
         """Images in [0, 1], float32 [B, channels, H, W], of tokens [B, L] or codes [B, L, E]."""
         codes = tokens_or_codes
@@ -69,7 +71,7 @@ class Tokenizer:
         images: Tensor = self.module.decode(codes.to(self.module.codebook.dtype))
         return images.float().add(1).div(2).clamp(0, 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1]."""
         tokens: Tensor = self.module.encode(images.to(self.module.codebook.dtype) * 2 - 1)
@@ -109,7 +111,7 @@ class Model:
         content = torch.as_tensor(tokens_or_codes, device=self.device)
         if not content.is_floating_point():
             content = self._tokens(content)
-        elif content.shape[1:] != (self.num_tokens, self.codebook.shape[1]):
+        elif content.dim() != 3 or content.shape[1:] != (self.num_tokens, self.codebook.shape[1]):
             raise ConfigError(
                 f"codes are {[*content.shape]}, expected "
                 f"{['B', self.num_tokens, self.codebook.shape[1]]}"
@@ -117,7 +119,20 @@ class Model:
         return self.tokenizer.decode(content)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1]."""
+        """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1].
+
+        Raises:
+            ConfigError: for images of another shape, or of integers.
+        """
+        images = torch.as_tensor(images, device=self.device)
+        sizes = self.tokenizer.module.config
+        side = int(self.stages[-1] ** 0.5) if max(self.stages) > 1 else int(self.num_tokens**0.5)
+        side *= sizes.patch
+        if not images.is_floating_point() or images.shape[1:] != (sizes.in_channels, side, side):
+            raise ConfigError(
+                f"images are {images.dtype} {[*images.shape]}, expected floats in [0, 1] of "
+                f"{['B', sizes.in_channels, side, side]}"
+            )
         return self.tokenizer.encode(images)
 
     def condition(self, cond_B: Any) -> Condition:
@@ -141,17 +156,19 @@ class Model:
     def _tokens(self, tokens: Tensor, batch: int | None = None) -> Tensor:
         """Tokens as int64 [B, L] on the device, refused when they are not."""
         given = torch.as_tensor(tokens, device=self.device)
-        rows = len(given) if batch is None else batch
+        rows = batch if batch is not None else len(given) if given.dim() else 0
         if given.is_floating_point() or given.shape != (rows, self.num_tokens):
             raise ConfigError(
                 f"tokens are {given.dtype} {[*given.shape]}, expected integers "
-                f"{[rows, self.num_tokens]}"
+                f"{[rows if rows else 'B', self.num_tokens]}"
             )
+        # Trajectory sets store them as uint16, with which torch does not compare.
+        given = given.long()
         vocab_size = self.model.config.vocab_size
         wrong = given[(given < 0) | (given >= vocab_size)]
         if len(wrong):
             raise ConfigError(f"token {int(wrong[0])} is out of range: 0 to {vocab_size - 1}")
-        return given.long()
+        return given
 
     def stage_starts(self) -> list[int]:
         """First token of every stage, and L at the end."""

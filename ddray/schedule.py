@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, is_integer
 
 
 class TeacherStages(NamedTuple):
@@ -74,13 +74,17 @@ def parse_schedule(schedule: Sequence[int] | str, num_stages: int) -> Schedule:
             )
         steps.append(step)
         at = end if isinstance(step, int) else end - 1
+    last = steps[-1]
+    if isinstance(last, TeacherStages) and last.last < num_stages:
+        raise ConfigError(
+            f"schedule {schedule!r}: behind teacher:{last.first}-{last.last} nothing makes the "
+            f"stages up to {num_stages}; let the student jump at {last.last}"
+        )
     return tuple(steps)
 
 
 def _parse_step(part: int | str, schedule: object) -> int | TeacherStages:
-    if isinstance(part, int) and not isinstance(part, bool):
-        step = part
-    elif isinstance(part, str) and re.fullmatch(r"\s*\d+\s*", part):
+    if is_integer(part) or re.fullmatch(r"\s*\d+\s*", str(part)):
         step = int(part)
     elif isinstance(part, str) and (match := re.fullmatch(r"\s*teacher:(\d+)-(\d+)\s*", part)):
         return TeacherStages(int(match[1]), int(match[2]))

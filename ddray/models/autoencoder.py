@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, positive_integers
 
 _NORM_GROUPS = 32
 
@@ -47,8 +47,16 @@ class AutoencoderSizes:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        positive_integers(self, "z_channels", "ch", "num_res_blocks", "in_channels")
+        if not self.ch_mult or not all(isinstance(m, int) and m > 0 for m in self.ch_mult):
+            raise ConfigError(f"ch_mult={[*self.ch_mult]} must hold positive integers")
         if self.ch % _NORM_GROUPS:
             raise ConfigError(f"ch={self.ch} must be a multiple of {_NORM_GROUPS} (GroupNorm)")
+
+    @property
+    def patch(self) -> int:
+        """Pixels along one side of the square a cell stands for."""
+        return int(2 ** (len(self.ch_mult) - 1))
 
 
 @dataclass(frozen=True)

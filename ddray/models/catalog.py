@@ -147,7 +147,7 @@ def _var_teachers() -> dict[str, Published]:
     }
     scales = {"patch_nums": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
     found["var-d36"] = Published(
-        _var(36, shared_aln=True, default_cfg=1.5, **scales),
+        _var(36, shared_aln=True, **scales),
         File(_VAR, "var_d36.pth", _BARE),
         _VAR_VQ,
         {},
@@ -165,7 +165,7 @@ def _students() -> dict[str, Published]:
         (24, 4, (8.92, 6.95)),
     ):
         found[f"var-dd-d{depth}"] = Published(
-            {**_var(depth), "family": "var-dd", "schedule": (0, cut), "split": cut},
+            {**_var(depth), "family": "var-dd", "schedule": [0, cut], "split": cut},
             File(_STUDENTS, f"VAR-DD/var-d{depth}.pth", '["trainer"]["ema_parameters"]'),
             _VAR_VQ,
             {"schedule": f"0,{cut}", "split": cut},
@@ -177,7 +177,7 @@ def _students() -> dict[str, Published]:
             {
                 **_llamagen(dim, layers, heads, 256, codebook_dim=8),
                 "family": "llamagen-dd",
-                "schedule": (0, 80),
+                "schedule": [0, 80],
                 "split": split,
             },
             File(_STUDENTS, f"LlamaGen-DD/llamagen-{size.upper()}.pt", '["ema"]'),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.conditioning import Captions, Condition
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, positive_integers
 from ddray.guidance import classifier_free_guidance, top_p_filter
 from ddray.models.kv_cache import KeyValueCache
 
@@ -56,12 +56,8 @@ class LlamaGenConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
-        for field in ("dim", "n_layer", "n_head", "vocab_size", "num_classes", "block_size"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field}={value!r} must be a positive integer")
-        if self.multiple_of < 1:
-            raise ConfigError(f"multiple_of={self.multiple_of!r} must be a positive integer")
+        fields = ("dim", "n_layer", "n_head", "vocab_size", "num_classes", "block_size")
+        positive_integers(self, *fields, "cls_token_num", "multiple_of")
         if self.dim % self.n_head or self.dim // self.n_head % 4:
             raise ConfigError(
                 f"dim={self.dim} with n_head={self.n_head}: the head width dim / n_head must be a "
@@ -323,6 +319,7 @@ class LlamaGen(LlamaGenTrunk):
     """
 
     top_p_filter = staticmethod(top_p_filter)
+    no_guidance = 1.0
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__(config)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddray.errors import positive_integers
 from ddray.models.autoencoder import (
     AutoencoderSizes,
     Decoder,
@@ -46,6 +47,10 @@ class LlamaGenVQConfig(AutoencoderSizes):
     codebook_size: int = 16384
     codebook_embed_dim: int = 8
     codebook_l2_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive_integers(self, "codebook_size", "codebook_embed_dim")
 
     @property
     def num_codes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddray.checkpoint import load_folder, write_container
+from ddray.checkpoint import CONFIG_FILE, load_folder, read_weights, write_container
 from ddray.errors import CheckpointError, ConfigError
 from ddray.generate import Student
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
@@ -28,6 +28,8 @@ def describe(name: str) -> dict[str, Any]:
     resolve(name)
     if name in BUNDLED_MODELS:
         return {"name": name, "what": BUNDLED_MODELS[name], "files": "inside the package"}
+    if name not in PUBLISHED:
+        raise ConfigError(f"{name} is a model folder; its {CONFIG_FILE} says what it is")
     published = PUBLISHED[name]
     files = {"tokenizer": published.tokenizer}
     if published.checkpoint is not None:
@@ -85,7 +87,7 @@ def verify(name: str, checkpoint: str | None, tokenizer: str | None) -> dict[str
         "family": config["family"],
         "parameters": sum(p.numel() for p in parameters),
         "tensors": len(model.model.state_dict()),
-        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        "dtypes_of_the_file": _dtypes(name, checkpoint),
         "fingerprint": model.fingerprint,
         "tokenizer_fingerprint": model.tokenizer.fingerprint,
         "stages": len(model.stages),
@@ -93,6 +95,11 @@ def verify(name: str, checkpoint: str | None, tokenizer: str | None) -> dict[str
         "codebook": [*model.codebook.shape],
         "forward": {"shape": [*output.shape], "largest": round(float(output.abs().max()), 3)},
     }
+
+
+def _dtypes(name: str, checkpoint: str | None) -> list[str]:
+    state = load_folder(str(resolve(name)))[1] if checkpoint is None else read_weights(checkpoint)
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
 
 
 def _forward(model: Any) -> Tensor:

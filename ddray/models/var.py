@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, positive_integers
 from ddray.guidance import top_p_filter_from_below
 from ddray.models.kv_cache import KeyValueCache
 from ddray.models.var_vq import (
@@ -65,10 +65,10 @@ class VARConfig:
         object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
         object.__setattr__(self, "embed_dim", self.embed_dim or 64 * self.depth)
         object.__setattr__(self, "num_heads", self.num_heads or self.depth)
-        for field in ("depth", "embed_dim", "num_heads", "num_classes", "vocab_size"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field}={value!r} must be a positive integer")
+        if not isinstance(self.mlp_ratio, int | float) or self.mlp_ratio <= 0:
+            raise ConfigError(f"mlp_ratio={self.mlp_ratio!r} must be a positive number")
+        fields = ("depth", "embed_dim", "num_heads", "num_classes", "vocab_size", "codebook_dim")
+        positive_integers(self, *fields)
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim={self.embed_dim} must be a multiple of num_heads={self.num_heads}"
@@ -303,6 +303,7 @@ class VAR(VARTrunk):
     """
 
     top_p_filter = staticmethod(top_p_filter_from_below)
+    no_guidance = 0.0
 
     def __init__(self, config: VARConfig):
         super().__init__(config, config.stages, sees_own_level=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddray.errors import ConfigError
 from ddray.models.code_head import CodeHead
 from ddray.models.var import VAR, VARConfig, VARTrunk
 
@@ -29,6 +30,14 @@ class VARStudentConfig(VARConfig):
 
     n_d_embed_enable: bool = True
     layerwise_n_d_embed: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_nums[0] != 1:
+            raise ConfigError(
+                f"patch_nums={[*self.patch_nums]}: a student's scales begin with 1, as the level "
+                "of its class has one position"
+            )
 
 
 class VARStudent(VARTrunk):
@@ -66,29 +75,29 @@ class VARStudent(VARTrunk):
         codes = self.word_embed(x_BLE.to(condition.dtype))
         first = (condition[:, None] + self.pos_start).to(codes.dtype)
         x_BSC = torch.cat((first, codes), 1) + self.places()
-        at_input, *between, before_heads = self._marks(t_B)
-        x_BSC = x_BSC + at_input
+        is_data_BS = (self.lvl_1L <= t_B[:, None]).long()
+        at_input, *inside, before_heads = self._marks()
+        x_BSC = x_BSC + at_input[is_data_BS]
         mask = self.attn_bias_for_masking.to(x_BSC.dtype)
-        blocks = zip(self.blocks, self.modulations(condition), between, strict=True)
+        blocks = zip(self.blocks, self.modulations(condition), inside, strict=True)
         for block, modulation, mark in blocks:
-            x_BSC = block(x_BSC, modulation, mask, between=mark)
-        x_BLC = (x_BSC + before_heads)[:, 1:]
+            x_BSC = block(x_BSC, modulation, mask, between=mark[is_data_BS])
+        x_BLC = (x_BSC + before_heads[is_data_BS])[:, 1:]
         return self.logits(x_BLC, condition), self.final_layer_conti(x_BLC, condition[:, None])
 
-    def _marks(self, t_B: Tensor) -> list[Tensor | float]:
-        """What tells data from noise: at the input, inside every block, and before the heads.
+    def _marks(self) -> list[Tensor]:
+        """What is added to noise and to data: at the input, inside every block, before the heads.
 
-        Each is [B, S, C]. There are two embeddings, so a layer acts on two rows, not on B S of
-        them.
+        Each is [2, C]: a layer acts on two rows, not on all positions.
         """
-        layers = getattr(self, "layerwise_n_d_embed", None)
+        none = self.pos_start.new_zeros(2, 1)
         if not hasattr(self, "n_d_embed"):
-            return [0.0] * (len(self.blocks) + 2)
-        is_data_BS = (self.lvl_1L <= t_B[:, None]).long()
+            return [none] * (len(self.blocks) + 2)
         either = self.n_d_embed.weight
+        layers = getattr(self, "layerwise_n_d_embed", None)
         if layers is None:
-            return [either[is_data_BS], *[0.0] * (len(self.blocks) + 1)]
-        return [rows[is_data_BS] for rows in (either, *(layer(either) for layer in layers))]
+            return [either, *[none] * (len(self.blocks) + 1)]
+        return [either, *(layer(either) for layer in layers)]
 
     @torch.no_grad()
     def init_from_teacher(
@@ -120,5 +129,8 @@ class VARStudent(VARTrunk):
         self.pos_1LC[:, 0] = theirs["pos_1LC"][:, 0]
         self.pos_1LC[:, 2:] = theirs["pos_1LC"][:, 1:]
         new_level = self.class_emb if faithful_to_upstream else self.lvl_embed
-        for row in (new_level.weight[1], self.pos_1LC[:, 1], self.n_d_embed.weight):
-            nn.init.trunc_normal_(row, std=0.02)
+        fresh = [new_level.weight[1], self.pos_1LC[:, 1]]
+        if hasattr(self, "n_d_embed"):
+            fresh.append(self.n_d_embed.weight)
+        for rows in fresh:
+            nn.init.trunc_normal_(rows, std=0.02)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, positive_integers
 from ddray.models.autoencoder import (
     AutoencoderSizes,
     Decoder,
@@ -65,6 +65,7 @@ class VARVQConfig(AutoencoderSizes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        positive_integers(self, "vocab_size", "share_quant_resi")
         object.__setattr__(self, "patch_nums", check_patch_nums(self.patch_nums))
         if self.share_quant_resi < 2:
             raise ConfigError(

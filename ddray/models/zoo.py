@@ -118,10 +118,15 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f'device={device!r} is unknown; give "auto", "cpu" or "cuda"') from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}, but there is no CUDA device here")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f'device={device!r} is not supported; give "auto", "cpu" or "cuda"')
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}, but there is no CUDA device of that number here "
+            f"({torch.cuda.device_count()} in all)"
+        )
     return chosen
 
 
@@ -205,6 +210,8 @@ def _how_to_get(name: str) -> str:
 def _family(kind: str, config: Mapping[str, Any], name: str) -> Family:
     family_name = config.get("family")
     valid = [n for n, family in FAMILIES.items() if family.kind == kind]
+    if not isinstance(family_name, str):
+        raise ConfigError(f"{name}: family={family_name!r} is unknown; choose {', '.join(valid)}")
     if family_name in FAMILIES and family_name not in valid:
         raise ConfigError(f"{name} is of family {family_name!r}, which is no {kind}")
     if family_name not in valid:
@@ -242,6 +249,8 @@ def _tokenizer_sizes(family: Family, config: Mapping[str, Any], name: str) -> An
     values = config.get("tokenizer", {})
     if values is None:
         return None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name}: tokenizer={values!r} must hold the tokenizer's sizes, or None")
     if family.tokenizer is VARVQ and "patch_nums" in config:
         values = {"patch_nums": config["patch_nums"], **values}
     return _sizes(family.tokenizer_config, values, f"the tokenizer of {name}")

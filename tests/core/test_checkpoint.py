@@ -69,7 +69,7 @@ def test_safetensors_are_read(tmp_path):
         ({"ema": {}}, "holds more than weights: ema"),
         ({"other": WEIGHTS}, "holds more than weights: other"),
         ({**WEIGHTS, "lr": 0.1}, "holds more than weights: lr"),
-        ({str(i): i for i in range(9)}, "holds more than weights: 0, 1, 2, 3, 4, 5 and 3 more"),
+        ({f"k{i}": i for i in range(23)}, "holds more than weights: k0, k1, .*, k19 and 3 more"),
     ],
 )
 def test_a_container_without_weights_is_refused(tmp_path, container, message):

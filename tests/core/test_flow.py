@@ -287,7 +287,7 @@ def test_65536_codes_run_in_blocks():
     # Only the solve: the grid, a search over all pairs of codes, would take a minute here.
     noise, logits, codes = mixture(65536, 2, 20)
     solve = Transport(codes[:64], num_evals=2)
-    solve.values_VF = torch.cat((codes, torch.ones(len(codes), 1)), -1)
+    solve.codes_EV = codes.T.contiguous()
     solve.keys_FV = torch.cat((codes, codes.square().sum(-1, keepdim=True) / 2), -1).T.contiguous()
     with LargestTensor() as watch:
         tokens = solve(noise, logits)

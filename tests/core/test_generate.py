@@ -5,6 +5,7 @@ import torch
 
 import ddray
 from ddray.errors import ConfigError
+from ddray.guidance import draw
 from tests.core.tiny import chi_square_p_value, tiny_student, tiny_teacher
 
 COND = [0, 1, 2, 3, 0, 1, 2, 3, 1, 1]
@@ -279,3 +280,78 @@ def test_sampling_settings_without_a_part_of_the_teacher_warn():
     student = tiny_student()
     with pytest.warns(UserWarning, match=r"cfg has no effect: schedule \(0,\) has no part"):
         student.generate([0], teacher=tiny_teacher(), cfg=2.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_classes": 5}, r"number of classes differs \(5, the student has 3\)"),
+        ({"block_size": 9}, "stages differs"),
+        ({"vocab_size": 16}, "tokenizer differs"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_student().generate([0], schedule="0,teacher:1-2,2", teacher=tiny_teacher(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 2.0}, "top_p must be in"),
+        ({"cfg": "2"}, "cfg='2' is no guidance"),
+        ({"unmasked_prefix": True}, "quirk of VAR's published code"),
+    ],
+)
+def test_settings_of_the_teacher_are_refused_before_the_first_jump(settings, message):
+    student = tiny_student()
+    student.model.forward = None  # whoever calls it fails otherwise
+    with pytest.raises(ConfigError, match=message):
+        student.generate([0], schedule="0,teacher:1-2,2", teacher=tiny_teacher(), **settings)
+
+
+def test_what_is_given_out_can_be_trained_on():
+    student, teacher = tiny_student(), tiny_teacher()
+    codes = student.generate([0, 1])
+    layer = torch.nn.Linear(4, 8)
+    layer(codes).sum().backward()
+    (layer(student.codebook).sum() + layer(teacher.codebook).sum()).backward()
+    tokens = teacher.sample([0, 1])
+    tokens[0, 0] = 1
+    torch.nn.Embedding(8, 2)(tokens).sum().backward()
+
+
+def test_tokens_may_be_of_any_integer_type():
+    teacher = tiny_teacher()
+    tokens = teacher.sample([0, 1])
+    for dtype in (torch.uint16, torch.int32, torch.uint8):
+        assert torch.equal(teacher.decode(tokens.to(dtype)), teacher.decode(tokens))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 8, 8),
+        torch.zeros(1, 1, 4, 4),
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(3, 4, 4),
+    ],
+)
+def test_images_of_another_form_are_refused(images):
+    with pytest.raises(ConfigError, match=r"expected floats in \[0, 1\] of \['B', 3, 4, 4\]"):
+        tiny_teacher().encode(images)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 4, 4), (1, 4, 5)])
+def test_predictions_of_another_shape_are_refused(shape):
+    with pytest.raises(ConfigError, match=r"x is .*, expected \[1, 4, 4\]"):
+        tiny_student().predict(torch.zeros(shape), [0], torch.zeros(1))
+
+
+def test_draws_do_not_depend_on_the_block_they_are_made_in(monkeypatch):
+    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole = draw(logits, uniform)
+    monkeypatch.setattr("ddray.guidance._BLOCK_ELEMENTS", 20)
+    assert torch.equal(draw(logits, uniform), whole)
+    assert draw(logits[0], uniform[0]) == whole[0]

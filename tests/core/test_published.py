@@ -192,3 +192,24 @@ def test_what_the_hub_cannot_give_is_said_on_one_line(monkeypatch):
     with pytest.raises(CheckpointError, match="hf://FoundationVision/var/var_d16.pth") as caught:
         read_weights("hf://FoundationVision/var/var_d16.pth")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_the_wrong_kind_of_numbers_is_refused(folder):
+    state = dict(load(folder).model.state_dict())
+    name = next(name for name in state if name.endswith("weight"))
+    with pytest.raises(CheckpointError, match=rf"dtypes {name} is torch.int64 instead of"):
+        load(folder, checkpoint={**state, name: state[name].long()})
+
+
+def test_a_callers_own_network_stays_trainable():
+    network = empty_network(VAR_CONFIG).to_empty(device="cpu")
+    network.init_weights()
+    tokenizer = random_state(empty_tokenizer(VAR_CONFIG), 1)
+    load_teacher(VAR_CONFIG, checkpoint=dict(network.named_parameters()), tokenizer=tokenizer)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("source", [5, {0: torch.zeros(1)}, {"a": 1}])
+def test_what_holds_no_weights_is_refused(source):
+    with pytest.raises(CheckpointError):
+        read_weights(source)

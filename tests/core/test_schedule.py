@@ -47,6 +47,7 @@ def test_a_step_is_a_jump_or_one_stage_of_the_teacher():
         ("0,teacher:4-9", "teacher:4-9 must name stages in increasing order up to 8"),
         ("0,teacher:2-4,5", "after teacher:2-4 the student must jump at 4"),
         ("0,teacher:2-4,teacher:5-6", "after teacher:2-4 the student must jump at 4"),
+        ("0,teacher:2-4", "behind teacher:2-4 nothing makes the stages up to 8"),
         ("0,x", "'x' is neither a stage number nor \"teacher:FIRST-LAST\""),
         ("0,teacher:4", "'teacher:4' is neither a stage number"),
         ("0,1.5", "'1.5' is neither a stage number"),

@@ -226,5 +226,5 @@ def test_an_unknown_device_or_dtype_is_refused():
     with pytest.raises(ConfigError, match="dtype='int8' is not one of float32, bfloat16, float16"):
         load(dtype="int8")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="device='cuda', but there is no CUDA device here"):
+        with pytest.raises(ConfigError, match="device='cuda', but there is no CUDA device"):
             load(device="cuda")
