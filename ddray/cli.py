@@ -67,11 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
     export = verbs.add_parser(
-        "export", help="weights of a model folder in the container of published files"
+        "export", help="weights in the container of published files, or as a model folder"
     )
-    export.add_argument("--student", required=True, help="bundled name or model folder")
-    export.add_argument("--out", required=True, help="file to write, .pt or .pth")
-    export.add_argument("--layout", choices=["upstream"], default="upstream")
+    export.add_argument("--student", required=True, help="name or model folder, of a teacher too")
+    export.add_argument("--checkpoint", help="file of the network, where the name brings none")
+    export.add_argument("--tokenizer", help="file of the tokenizer, likewise")
+    export.add_argument("--out", required=True, help="file to write, or for ddray a folder")
+    export.add_argument(
+        "--layout", choices=["upstream", "ddray"], default="upstream", help="default: upstream"
+    )
     return parser
 
 
@@ -240,7 +244,15 @@ def _models(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from ddray.models.published import export
 
-    _print_json(export(arguments.student, arguments.out))
+    _print_json(
+        export(
+            arguments.student,
+            arguments.out,
+            arguments.layout,
+            arguments.checkpoint,
+            arguments.tokenizer,
+        )
+    )
 
 
 def _print_json(values: dict[str, Any]) -> None:

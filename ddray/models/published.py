@@ -6,14 +6,20 @@ Shapes: B batch, L tokens, E code width.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ddray.checkpoint import CONFIG_FILE, load_folder, read_weights, write_container
+from ddray.checkpoint import (
+    CONFIG_FILE,
+    load_folder,
+    read_weights,
+    save_folder,
+    write_container,
+)
 from ddray.errors import CheckpointError, ConfigError
-from ddray.generate import Student
+from ddray.generate import Student, Teacher
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
 from ddray.models.zoo import FAMILIES, load_student, load_teacher, resolve
 from ddray.seeding import noise
@@ -72,19 +78,14 @@ def verify(name: str, checkpoint: str | None, tokenizer: str | None) -> dict[str
         ConfigError: for an unknown name or a missing file argument.
         CheckpointError: for files that do not fit, or weights that give no finite numbers.
     """
-    config = resolve(name)
-    if not isinstance(config, dict):
-        config = load_folder(str(config))[0]
-    student = FAMILIES[config["family"]].kind == "student"
-    load = load_student if student else load_teacher
-    model = load(name, checkpoint=checkpoint, tokenizer=tokenizer)
+    model = _load(name, checkpoint, tokenizer)
     output = _forward(model)
     if not bool(output.isfinite().all()):
         raise CheckpointError(f"{name}: a forward pass gives numbers that are not finite")
     parameters = [*model.model.parameters()]
     return {
         "name": name,
-        "family": config["family"],
+        "family": model.config["family"],
         "parameters": sum(p.numel() for p in parameters),
         "tensors": len(model.model.state_dict()),
         "dtypes_of_the_file": _dtypes(name, checkpoint),
@@ -95,6 +96,18 @@ def verify(name: str, checkpoint: str | None, tokenizer: str | None) -> dict[str
         "codebook": [*model.codebook.shape],
         "forward": {"shape": [*output.shape], "largest": round(float(output.abs().max()), 3)},
     }
+
+
+def _load(
+    name: str, checkpoint: str | None, tokenizer: str | None, device: str = "auto"
+) -> Teacher | Student:
+    """A model of either kind by its name."""
+    config = resolve(name)
+    if not isinstance(config, dict):
+        config = load_folder(str(config))[0]
+    student = config["family"] in FAMILIES and FAMILIES[config["family"]].kind == "student"
+    load = load_student if student else load_teacher
+    return load(name, checkpoint=checkpoint, tokenizer=tokenizer, device=device)
 
 
 def _dtypes(name: str, checkpoint: str | None) -> list[str]:
@@ -117,32 +130,45 @@ def _forward(model: Any) -> Tensor:
     return logits
 
 
-def export(name: str, out: str | Path) -> dict[str, Any]:
-    """Write a model's weights into the container of its family's published files.
+def export(
+    name: str,
+    out: str,
+    layout: Literal["upstream", "ddray"] = "upstream",
+    checkpoint: str | None = None,
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """Write a model's weights into another container.
 
     Args:
-        name: a bundled name or a model folder.
-        out: file to write, `.pt` or `.pth`.
+        name: a name or a model folder.
+        out: for "upstream" a file, `.pt` or `.pth`; for "ddray" a folder, local or s3.
+        layout: the container of the family's published files, or a model folder, which every job
+            takes by its path.
+        checkpoint: file of the network, where the name brings none.
+        tokenizer: file of the tokenizer, likewise.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: if the name has no weights here, or the file is of another kind.
-        StorageError: if the file cannot be written.
+        ConfigError: if the name has no weights here, or `out` is of another kind.
+        CheckpointError: for files that do not fit.
+        StorageError: if it cannot be written.
     """
-    where = resolve(name)
-    if isinstance(where, dict):
-        raise ConfigError(f"{name} is a set of sizes without weights; export a model folder")
-    if Path(out).suffix not in (".pt", ".pth"):
-        raise ConfigError(f"out={str(out)!r} must end in .pt or .pth, as published files do")
-    config = load_folder(str(where))[0]
-    family = FAMILIES[config["family"]]
-    model = (load_student if family.kind == "student" else load_teacher)(name, device="cpu")
-    write_container(out, model.model.state_dict(), family.container)
+    if layout == "upstream" and Path(out).suffix not in (".pt", ".pth"):
+        raise ConfigError(f"out={out!r} must end in .pt or .pth, as published files do")
+    model = _load(name, checkpoint, tokenizer, device="cpu")
+    family = FAMILIES[model.config["family"]]
+    container = "".join(f'["{key}"]' for key in family.container) or "bare state dict"
+    if layout == "upstream":
+        write_container(out, model.model.state_dict(), family.container)
+    else:
+        container = "model folder"
+        state = {"model": model.model.state_dict(), "tokenizer": model.tokenizer.state_dict()}
+        save_folder(out, model.config, **state)
     return {
-        "file": str(out),
-        "container": "".join(f'["{key}"]' for key in family.container) or "bare state dict",
-        "family": config["family"],
+        "out": out,
+        "container": container,
+        "family": model.config["family"],
         "fingerprint": model.fingerprint,
     }

@@ -239,9 +239,11 @@ class VARTrunk(nn.Module):
 
     def constants(self) -> dict[str, Tensor]:
         """State-dict entries that follow from the sizes, for files that lack them or differ."""
-        zeros = torch.zeros(self.config.embed_dim)
-        keys = {f"blocks.{i}.attn.zero_k_bias": zeros for i in range(len(self.blocks))}
-        return self._level_buffers(torch.device("cpu")) | keys
+        biases = {
+            f"blocks.{i}.attn.zero_k_bias": torch.zeros(self.config.embed_dim)
+            for i in range(len(self.blocks))
+        }
+        return self._level_buffers(torch.device("cpu")) | biases
 
     def init_weights(self, gate: float = 1e-5, head: float = 0.02) -> None:
         """Truncated normal weights of deviation sqrt(1 / 3C), residual layers scaled by depth.

@@ -51,7 +51,7 @@ def load(path, **options):
 
 def test_an_exported_file_gives_the_same_model(folder, tmp_path):
     exported = tmp_path / "exported.pth"
-    written = export(str(folder), exported)
+    written = export(str(folder), str(exported))
     container = torch.load(exported, weights_only=True)
     for key in LAYOUTS[folder.name]:
         assert [*container] == [key]
@@ -133,9 +133,9 @@ def test_a_published_name_without_files_says_which(name):
 
 def test_wrong_exports_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="must end in .pt or .pth"):
-        export("digits-llamagen-dd", tmp_path / "x.safetensors")
+        export("digits-llamagen-dd", str(tmp_path / "x.safetensors"))
     with pytest.raises(ConfigError, match="a set of sizes without weights"):
-        export("var-d16", tmp_path / "x.pth")
+        export("var-d16", str(tmp_path / "x.pth"))
     assert not [*tmp_path.iterdir()]
 
 
@@ -213,3 +213,13 @@ def test_a_callers_own_network_stays_trainable():
 def test_what_holds_no_weights_is_refused(source):
     with pytest.raises(CheckpointError):
         read_weights(source)
+
+
+def test_published_files_become_a_folder_that_every_job_takes(folder, tmp_path):
+    file, made = str(tmp_path / "published.pth"), tmp_path / "made" / folder.name
+    export(str(folder), file)
+    written = export(str(folder), str(made), "ddray", checkpoint=file)
+    assert written["container"] == "model folder"
+    assert load(made).fingerprint == load(folder).fingerprint
+    assert load(made).tokenizer.fingerprint == load(folder).tokenizer.fingerprint
+    assert {p.name for p in made.iterdir()} == {p.name for p in folder.iterdir()}
