@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import ddray
-from ddray.checkpoint import load_folder
+from ddray.checkpoint import load_folder, save_folder
 from ddray.config import DistillConfig
 from ddray.distill import MovingAverage, TrajectoryBatches, batch_loss, learning_rate
 from ddray.errors import ConfigError, ShardError, TrainingError
-from ddray.models.zoo import new_student
+from ddray.models.zoo import empty_network, empty_tokenizer, new_student
 from ddray.runtime.sampling import make_plan, sample_rows
 from ddray.runtime.training import distill, read_history
 from ddray.shards import TrajectorySet, shard_name
+from tests.core.tiny import VAR_SIZES, random_state
 from tests.runtime.tiny import command, contents, distilling, environment, sampling, write_teacher
 
 pytestmark = pytest.mark.ray
@@ -261,3 +262,24 @@ def test_the_digits_are_needed_for_no_distillation(data: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3
     assert "Traceback" not in done.stderr
+
+
+def test_a_teacher_of_scales_is_distilled_like_one_of_tokens(
+    ray_local: None, tmp_path: Path
+) -> None:
+    config = {"family": "var", **VAR_SIZES}
+    save_folder(
+        tmp_path / "teacher",
+        config,
+        model=random_state(empty_network(config)),
+        tokenizer=random_state(empty_tokenizer(config), 1),
+    )
+    data = _write_set(str(tmp_path / "teacher"), tmp_path / "set")
+    run = distilling(data, tmp_path / "run", schedule=None, steps=4, checkpoint_every=4)
+    summary = distill(run)
+    assert summary["loss"] < 10
+    student = ddray.load_student(summary["student"], device="cpu")
+    assert student.config["family"] == "var-dd"
+    assert student.config["schedule"] == [0, 1]
+    assert student.stages == (1, 4, 9)
+    assert student.decode(student.generate([0, 1], schedule="0,1")).isfinite().all()
