@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ddray import __version__
@@ -217,8 +217,7 @@ def _fit(config: DistillConfig, identity: dict[str, Any]) -> None:
     )
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     try:
-        with _watch(board, config.steps):
-            trainer.fit()
+        _run_beside(trainer.fit, board, config.steps)
     except TrainingFailedError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         ours = [
@@ -231,25 +230,27 @@ def _fit(config: DistillConfig, identity: dict[str, Any]) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _watch(board: Any, steps: int) -> Iterator[None]:
-    """Show the board's step while the training blocks this thread."""
+def _run_beside(fit: Callable[[], object], board: Any, steps: int) -> None:
+    """Train in a thread, and show the board's step meanwhile.
+
+    In the main thread Ray Train would take Ctrl-C for itself, and end the process with status 1.
+    """
     import ray
 
-    over = threading.Event()
+    failure: list[BaseException] = []
 
-    def show() -> None:
-        with Progress("distillation", steps, "steps") as bar:
-            last = False
-            while not last:
-                last = over.wait(_POLL_S)
-                with contextlib.suppress(ray.exceptions.RayError):
-                    bar.advance_to(*ray.get(board.get.remote(), timeout=5))
+    def train() -> None:
+        try:
+            fit()
+        except BaseException as error:  # to be raised where it is waited for
+            failure.append(error)
 
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(timeout=10)
+    thread = threading.Thread(target=train, daemon=True)
+    with Progress("distillation", steps, "steps") as bar:
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            with contextlib.suppress(ray.exceptions.RayError):
+                bar.advance_to(*ray.get(board.get.remote(), timeout=5))
+    if failure:
+        raise failure[0]

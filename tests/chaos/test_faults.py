@@ -329,3 +329,16 @@ def test_killed_training_workers_and_drivers_change_nothing_about_the_run(
 
     # Wherever they went on, both went through the same steps.
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_an_interrupted_training_ends_with_130_too(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    job = start(*_distill(data, tmp_path / "run"))
+    job.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    os.killpg(job.process.pid, signal.SIGINT)
+    status, stdout, stderr = job.end()
+    assert status == 130, stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == "ddray: interrupted; a rerun goes on from what is written"
