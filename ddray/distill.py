@@ -9,6 +9,7 @@ Shapes: B rows of this worker, L tokens, E code width.
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,33 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: floa
     rise = min((step + 1) / max(1.0, warmup * steps), 1.0)
     fall = max(0.0, (step - (1 - decay) * steps) / (decay * steps))
     return peak * rise * (0.5 + 0.5 * math.cos(math.pi * fall))
+
+
+def parameter_groups(
+    network: nn.Module, codebook_VE: Tensor, weight_decay: float
+) -> list[dict[str, Any]]:
+    """A student's parameters as an optimizer takes them: the layer that reads codes by itself.
+
+    Its inputs are as small as the codes are (numbers of size 1 / sqrt(E) on the unit sphere), so
+    its weights have to be large; at the common rate they would move too slowly. Adam with inputs
+    scaled to size one is the same as a rate, and a reciprocal decay, that carry the factor.
+
+    Returns:
+        Groups with "lr_factor", for `set_learning_rate`.
+    """
+    reads_codes: nn.Parameter = network.code_layer.weight  # type: ignore[union-attr, assignment]
+    factor = 1 / float(codebook_VE.square().mean().sqrt())
+    others = [parameter for parameter in network.parameters() if parameter is not reads_codes]
+    return [
+        {"params": others, "lr_factor": 1.0, "weight_decay": weight_decay},
+        {"params": [reads_codes], "lr_factor": factor, "weight_decay": weight_decay / factor},
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of every group of `parameter_groups`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
 
 
 class MovingAverage:

@@ -43,6 +43,11 @@ class LlamaGenStudent(LlamaGenTrunk):
         self.n_d_embed = nn.Embedding(2, config.dim)
         self.final_layer_conti = CodeHead(config.dim, config.codebook_dim)
 
+    @property
+    def code_layer(self) -> nn.Linear:
+        """The layer that reads codes."""
+        return self.tok_embeddings
+
     def forward(self, x_BLE: Tensor, cond: Condition, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """Predict every token of X_t.
 

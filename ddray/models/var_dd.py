@@ -59,6 +59,11 @@ class VARStudent(VARTrunk):
                 self.layerwise_n_d_embed = nn.ModuleList(layers)
         self.final_layer_conti = CodeHead(width, config.codebook_dim)
 
+    @property
+    def code_layer(self) -> nn.Linear:
+        """The layer that reads codes."""
+        return self.word_embed
+
     def forward(self, x_BLE: Tensor, cond_B: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """Predict every token of X_t.
 

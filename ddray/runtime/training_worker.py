@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from ddray import __version__
 from ddray.checkpoint import save_folder
 from ddray.config import DistillConfig
-from ddray.distill import MovingAverage, TrajectoryBatches, batch_loss, learning_rate
+from ddray.distill import (
+    MovingAverage,
+    TrajectoryBatches,
+    batch_loss,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 from ddray.errors import ShardError, TrainingError
 from ddray.models.zoo import load_teacher, new_student
 from ddray.run_folder import METRICS_FILE
@@ -73,10 +80,9 @@ class _Run:
 
         config = self.config
         optimizer = torch.optim.AdamW(
-            network.parameters(),
+            parameter_groups(network, self.codebook, config.weight_decay),
             config.lr,
             betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
             # Measured: as fast as DeepSpeed's own, and nothing to compile.
             fused=True,
         )
@@ -140,10 +146,8 @@ class _Run:
         sums = torch.zeros(4, device=self.codebook.device)
         logged, since = self.step, time.monotonic()
         while self.step < config.steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    self.step, config.steps, config.lr, config.warmup, config.decay
-                )
+            rate = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
+            set_learning_rate(self.optimizer, rate)
             with self._precision():
                 losses = batch_loss(
                     self.engine,

@@ -13,6 +13,8 @@ from ddray.distill import (
     batch_loss,
     jump_stages,
     learning_rate,
+    parameter_groups,
+    set_learning_rate,
 )
 from ddray.errors import ConfigError
 from ddray.models.zoo import new_student
@@ -157,3 +159,36 @@ def test_the_losses_of_two_workers_average_to_that_of_one() -> None:
         ).total
 
     torch.testing.assert_close((loss(8, 4) + loss(12, 4)) / 2, loss(8, 8))
+
+
+def test_the_layer_that_reads_codes_moves_as_if_its_inputs_had_size_one():
+    torch.manual_seed(0)
+    codes = torch.nn.functional.normalize(torch.randn(64, 4), dim=-1)
+    targets, noise = torch.randn(64, 3), torch.randn(64, 4)
+
+    class Plain(torch.nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.code_layer, self.factor = torch.nn.Linear(4, 3), factor
+
+    def trained(factor, groups):
+        torch.manual_seed(1)
+        model = Plain(factor)
+        with torch.no_grad():
+            model.code_layer.weight.div_(factor)
+        optimizer = torch.optim.AdamW(groups(model), 1e-2, betas=(0.9, 0.95), eps=1e-12)
+        for _ in range(20):
+            set_learning_rate(optimizer, 1e-2)
+            for inputs in (codes, noise):
+                loss = (model.code_layer(inputs * factor) - targets).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return model.code_layer.weight.detach() * factor
+
+    def common(model):
+        return [{"params": [*model.parameters()], "lr_factor": 1.0, "weight_decay": 0.1}]
+
+    scaled = trained(2.0, common)  # sqrt(E)
+    plain = trained(1.0, lambda model: parameter_groups(model, codes, 0.1))
+    torch.testing.assert_close(plain, scaled, atol=1e-4, rtol=1e-4)

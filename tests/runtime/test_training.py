@@ -12,7 +12,14 @@ import torch
 import ddray
 from ddray.checkpoint import load_folder, save_folder
 from ddray.config import DistillConfig
-from ddray.distill import MovingAverage, TrajectoryBatches, batch_loss, learning_rate
+from ddray.distill import (
+    MovingAverage,
+    TrajectoryBatches,
+    batch_loss,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 from ddray.errors import ConfigError, ShardError, TrainingError
 from ddray.models.zoo import empty_network, empty_tokenizer, new_student
 from ddray.runtime.sampling import make_plan, sample_rows
@@ -115,14 +122,13 @@ def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> 
     batches = TrajectoryBatches(*trajectories.rows(0, plan.count), plan.seed, single.seed)
     torch.manual_seed(single.seed)
     network, _ = new_student(model)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), single.lr, betas=(0.9, 0.95), weight_decay=single.weight_decay
-    )
+    groups = parameter_groups(network, model.codebook, single.weight_decay)
+    optimizer = torch.optim.AdamW(groups, single.lr, betas=(0.9, 0.95))
     average = MovingAverage(network.parameters(), single.ema_decay)
     losses = []
     for step in range(single.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, single.steps, single.lr, single.warmup, single.decay)
+        rate = learning_rate(step, single.steps, single.lr, single.warmup, single.decay)
+        set_learning_rate(optimizer, rate)
         loss = batch_loss(
             network,
             batches,
