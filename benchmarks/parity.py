@@ -368,6 +368,12 @@ def _data_as_logits(student: Student, x: Tensor, logits: Tensor, given: Tensor) 
     return torch.where(given[..., None], sure, logits)
 
 
+def _with_teacher(start: int, last: int) -> str:
+    """The schedule in which a teacher writes stages start, ..., last - 1."""
+    part = f"teacher:{start}-{last},{last}"
+    return f"0,{part}" if start else part
+
+
 def _continue(teacher: Teacher, t: Tensors, prefix: Tensor, last: int, **settings: Any) -> Tensor:
     label = t["in/label"]
     index = torch.arange(len(label))
@@ -396,11 +402,10 @@ def lg_teacher(config: dict[str, Any], t: Tensors) -> Pairs:
     for name, s in config["pipelines"].items():
         student = _llamagen_student({**config["dd"], "vq": config["vq"]}, s["split_t"])
         last, start = s["t_list"][1], s["teacher_start_t"]
-        schedule = f"teacher:{start}-{last},{last}"
         codes = student.generate(
             t["in/label"],
             noise=t["in/noise"],
-            schedule=f"0,{schedule}" if start else schedule,
+            schedule=_with_teacher(start, last),
             teacher=teacher,
             cfg=s["cfg_scale"],
             top_k=1,
@@ -444,11 +449,10 @@ def var_teacher(config: dict[str, Any], t: Tensors) -> Pairs:
     student = _var_student(config["dd"], config["vae"])
     for name, s in config["pipelines"].items():
         last, start = s["t_list"][1], s["t_teacher_start"]
-        schedule = f"teacher:{start}-{last},{last}"
         codes = student.generate(
             t["in/label"],
             noise=t["in/noise"],
-            schedule=f"0,{schedule}" if start else schedule,
+            schedule=_with_teacher(start, last),
             split=s["split_t"],
             teacher=teacher,
             cfg=s["cfg"],

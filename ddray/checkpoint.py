@@ -11,13 +11,13 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from safetensors.torch import load as parse_safetensors
 from safetensors.torch import load_file as map_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
@@ -101,19 +101,21 @@ def load_folder(uri: str | Path) -> tuple[dict[str, Any], StateDict, StateDict |
         raise CheckpointError(f"{storage.join(CONFIG_FILE)} names no model family")
     if not storage.exists(MODEL_FILE):
         raise CheckpointError(f"{uri} is incomplete: it has no {MODEL_FILE}")
-    model = _parse(storage.read(MODEL_FILE), storage.join(MODEL_FILE))
+    model = _safetensors(parse_safetensors, storage.read(MODEL_FILE), storage.join(MODEL_FILE))
     tokenizer = None
     if storage.exists(TOKENIZER_FILE):
-        tokenizer = _parse(storage.read(TOKENIZER_FILE), storage.join(TOKENIZER_FILE))
+        tokenizer = _safetensors(
+            parse_safetensors, storage.read(TOKENIZER_FILE), storage.join(TOKENIZER_FILE)
+        )
     return config, model, tokenizer
 
 
-def _parse(data: bytes, name: str) -> StateDict:
+def _safetensors(load: Callable[[Any], StateDict], source: bytes | Path, name: str) -> StateDict:
+    """What a file holds: parsed from its bytes, or mapped from its path."""
     try:
-        state: StateDict = load_safetensors(data)
+        return load(source)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{name} is truncated or no safetensors file: {error}") from error
-    return state
 
 
 def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = False) -> StateDict:
@@ -144,7 +146,7 @@ def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = Fa
     if path.name.endswith(".index.json"):
         return _unwrap(_read_shards(path), str(path), tokenizer)
     if path.suffix == ".safetensors":
-        return _unwrap(_map_safetensors(path), str(path), tokenizer)
+        return _unwrap(_safetensors(map_safetensors, path, str(path)), str(path), tokenizer)
     try:
         # Only the zip format of PyTorch >= 1.6 can be mapped.
         # Training code keeps its Namespace of arguments.
@@ -177,14 +179,6 @@ def write_container(path: str | Path, state: StateDict, keys: Sequence[str]) -> 
     open_storage(str(target.parent)).write(target.name, buffer.getvalue())
 
 
-def _map_safetensors(path: Path) -> StateDict:
-    try:
-        state: StateDict = map_safetensors(path)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
-    return state
-
-
 def _read_shards(index: Path) -> StateDict:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
@@ -197,7 +191,8 @@ def _read_shards(index: Path) -> StateDict:
             raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is not there")
-        state.update(_map_safetensors(index.parent / name))
+        path = index.parent / name
+        state.update(_safetensors(map_safetensors, path, str(path)))
     lost = [name for name in weight_map if name not in state]
     if lost:
         raise CheckpointError(f"{index} promises weights that its shards lack: {_some(lost)}")

@@ -395,8 +395,8 @@ class VARDecoder:
     Args:
         model: the transformer.
         cond_B: int64 class ids [B].
-        prefix_BP: int64 tokens of the first scales; B may be a divisor of the number of classes:
-            rows then repeat, as guidance needs it.
+        prefix_BP: int64 tokens of the first scales, or None; fewer rows than conditions repeat, as
+            guidance needs it.
         unmasked_prefix: let the prefix and the first new scale's inputs see all of one another, as
             the code of the published 3- and 4-step students did. The default is the mask of
             training.

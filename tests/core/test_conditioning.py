@@ -7,7 +7,7 @@ from ddray.conditioning import left_padded
 from ddray.errors import ConfigError
 from ddray.generate import Student
 from ddray.models.zoo import empty_network, load_teacher, new_student
-from tests.core.tiny import random_state, tiny_teacher, tokenizer_state
+from tests.core.tiny import VQ_SIZES, random_state, tiny_teacher, tokenizer_state
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -20,14 +20,7 @@ CONFIG = {
     "multiple_of": 16,
     "cls_token_num": 5,
     "caption_dim": 3,
-    "tokenizer": {
-        "codebook_size": 8,
-        "codebook_embed_dim": 4,
-        "z_channels": 4,
-        "ch": 32,
-        "ch_mult": [1, 1],
-        "num_res_blocks": 1,
-    },
+    "tokenizer": VQ_SIZES,
 }
 
 
