@@ -105,6 +105,9 @@ class DistillConfig(Job):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     logits_weight: Annotated[float, Field(ge=0)] = 1.0
     code_weight: Annotated[float, Field(ge=0)] = 0.1
+    code_precision: Annotated[float, Field(ge=0)] = Field(
+        8.0, description="say of the code head when the student reads a token; 0 = none"
+    )
     seed: SeedT = 0
     checkpoint_every: CountT = 500
     keep_checkpoints: CountT = 2

@@ -320,7 +320,7 @@ class Evaluator:
             f"{config.count} images of every generator, classes in turn, seed {config.seed}, "
             f"indices 0 to {config.count - 1}; teacher {self.teacher.name} at guidance "
             f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its "
-            "logits head.",
+            f"logits head, weighed with the code head at precision {self.student.code_precision:g}.",
             "fd_digits: Frechet distance between 64 features of the bundled digit classifier "
             f"(weights {self.metric.fingerprint[:12]}, {card['held_out_accuracy']:.1%} right on "
             "held-out digits) for the generated images and for 1000 held-out MNIST digits in 5 "

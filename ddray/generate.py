@@ -12,6 +12,7 @@ width, K stages.
 import difflib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -254,7 +255,18 @@ class Student(Model):
 
     Attributes:
         config: what `config.json` holds; "schedule" lists the stages at which it learnt to jump.
+        code_precision: how much the code head has to say when a token is read: the token maximises
+            the product of the logits head's distribution and of a normal distribution around the
+            regressed code, whose precision this is, in units of 1 / (mean square norm of a code).
+            0, the default, is the logits head alone, as published.
     """
+
+    @cached_property
+    def code_precision(self) -> float:
+        value = self.config.get("code_precision", 0.0)
+        if not is_finite(value) or value < 0:
+            raise ConfigError(f"{self.name}: code_precision={value!r} must be a number >= 0")
+        return float(value)
 
     @torch.no_grad()
     def predict(self, x_BLE: Tensor, cond_B: AskedFor, t_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,8 +309,8 @@ class Student(Model):
             index: sample indices [B]; None = 0..B-1.
             seed: run seed.
             schedule: stages at which to jump, such as (0,), "0,16" or "0,teacher:8-16,16".
-            split: leading stages read from the logits head (argmax), the rest from the code head;
-                None = the value of the config, or all.
+            split: leading stages whose tokens are read (argmax of the logits head, see
+                `code_precision`), the rest from the code head; None = the config's value, or all.
             teacher: needed for the teacher's parts of a schedule.
             **teacher_sampling: cfg, top_k, ... of those parts, as in `Teacher.sample`; for VAR also
                 unmasked_prefix, see `VARDecoder`.
@@ -344,12 +356,21 @@ class Student(Model):
         given_BL = given_tokens(self.stages, t_B)
         x_BLE = keep_data(x_BLE, noise_BLE, given_BL)
         logits_BLV, codes_BLE = self.model(x_BLE, cond, t_B)
-        from_logits = logits_BLV[:, :cut].argmax(-1)
+        tokens = self._read(logits_BLV[:, :cut], codes_BLE[:, :cut])
         if t:
             nearest = self.tokenizer.module.nearest(x_BLE[:, :cut])
-            from_logits = torch.where(given_BL[:, :cut], nearest, from_logits)
+            tokens = torch.where(given_BL[:, :cut], nearest, tokens)
         behind = keep_data(x_BLE, codes_BLE, given_BL)[:, cut:]
-        return torch.cat((self.codebook[from_logits], behind), 1)
+        return torch.cat((self.codebook[tokens], behind), 1)
+
+    def _read(self, logits_BlV: Tensor, codes_BlE: Tensor) -> Tensor:
+        """Most likely tokens int64 [B, l] under both heads, as `code_precision` weighs them."""
+        if self.code_precision == 0:
+            return logits_BlV.argmax(-1)
+        squared_V = self.codebook.square().sum(1)
+        # -|c - x|^2 / 2, without the term that is the same for every code c.
+        closeness = codes_BlE @ self.codebook.T - squared_V / 2
+        return (logits_BlV + self.code_precision / squared_V.mean() * closeness).argmax(-1)
 
     def _let_teacher_continue(
         self, teacher: Teacher, part: TeacherStages, x_BLE: Tensor, cond: Condition, **sampling: Any

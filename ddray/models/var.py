@@ -222,19 +222,20 @@ class VARTrunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(width, config.vocab_size)
-        for name, value in self._level_buffers(self.word_embed.weight.device).items():
-            self.register_buffer(name, value)
+        for name, value in self._level_buffers().items():
+            self.register_buffer(name, value.to(self.word_embed.weight.device))
 
-    def _level_buffers(self, device: torch.device) -> dict[str, Tensor]:
-        sizes = torch.tensor(self.levels, device=device)
-        ids = torch.arange(len(self.levels), device=device)
-        level = ids.repeat_interleave(sizes, output_size=sum(self.levels))[None]
+    def _level_buffers(self) -> dict[str, Tensor]:
+        # On the CPU: as meta tensors they would import half of torch's Python.
+        cpu = torch.device("cpu")
+        sizes = torch.tensor(self.levels, device=cpu)
+        level = torch.arange(len(self.levels), device=cpu).repeat_interleave(sizes)[None]
         if self._sees_own_level:
             allowed = level <= level.T
         else:
-            itself = torch.eye(level.shape[1], dtype=torch.bool, device=device)
+            itself = torch.eye(level.shape[1], dtype=torch.bool, device=cpu)
             allowed = (level < level.T) | itself
-        bias = torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -math.inf)
+        bias = torch.zeros(allowed.shape, device=cpu).masked_fill_(~allowed, -math.inf)
         return {"lvl_1L": level, "attn_bias_for_masking": bias[None, None]}
 
     def constants(self) -> dict[str, Tensor]:
@@ -243,7 +244,7 @@ class VARTrunk(nn.Module):
             f"blocks.{i}.attn.zero_k_bias": torch.zeros(self.config.embed_dim)
             for i in range(len(self.blocks))
         }
-        return self._level_buffers(torch.device("cpu")) | biases
+        return self._level_buffers() | biases
 
     def init_weights(self, gate: float = 1e-5, head: float = 0.02) -> None:
         """Truncated normal weights of deviation sqrt(1 / 3C), residual layers scaled by depth.

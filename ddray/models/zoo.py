@@ -5,12 +5,13 @@ Imports the architectures, ddray.checkpoint, ddray.generate and ddray.errors.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ddray.checkpoint import CONFIG_FILE, StateDict, load_folder, load_into, read_weights
 from ddray.errors import CheckpointError, ConfigError
@@ -72,6 +73,27 @@ FAMILIES = {
 STUDENT_OF = {"llamagen": "llamagen-dd", "var": "var-dd"}
 """Which family is distilled into which."""
 
+
+class _NormalUndone(TorchFunctionMode):
+    """Skips `normal_`, which says nothing on the meta device.
+
+    Its meta kernel alone is written in Python: it would import sympy and 900 modules more, a second
+    at the start of every worker.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 # What a config.json says beside the sizes.
 _CARD_FIELDS = {
     "family",
@@ -81,6 +103,7 @@ _CARD_FIELDS = {
     "class_names",
     "schedule",
     "split",
+    "code_precision",
     "step",
     "teacher",
     "teacher_fingerprint",
@@ -227,7 +250,7 @@ def empty_network(config: Mapping[str, Any], name: str = "the given model") -> A
     """
     family = FAMILIES[config["family"]]
     sizes = _network_sizes(family, config, _tokenizer_sizes(family, config, name), name)
-    with torch.device("meta"):
+    with torch.device("meta"), _NormalUndone():
         return family.network(sizes)
 
 
@@ -241,7 +264,7 @@ def empty_tokenizer(config: Mapping[str, Any], name: str = "the given model") ->
     sizes = _tokenizer_sizes(family, config, name)
     if sizes is None:
         return None
-    with torch.device("meta"):
+    with torch.device("meta"), _NormalUndone():
         return family.tokenizer(sizes)
 
 

@@ -210,6 +210,7 @@ class _Run:
         card = {
             **self.card,
             "schedule": list(self.schedule),
+            "code_precision": config.code_precision,
             "step": self.step,
             "teacher": teacher.name,
             "teacher_fingerprint": teacher.fingerprint,

@@ -155,6 +155,27 @@ def test_split_counts_the_stages_of_the_logits_head(student):
     assert torch.equal(student.generate(COND, noise=noise), student.codebook[tokens])
 
 
+@pytest.mark.parametrize("precision", [0.0, 0.7, 20.0, 1e6])
+def test_tokens_are_the_mode_of_both_heads_product(precision):
+    student = tiny_student()
+    student.config["code_precision"] = precision
+    noise = torch.randn(len(COND), 4, 4)
+    logits, codes = student.predict(noise, COND, torch.zeros(len(COND)))
+    distance = (codes[..., None, :] - student.codebook).square().sum(-1)
+    unit = student.codebook.square().sum(1).mean()
+    density = logits.log_softmax(-1) - precision / 2 * distance / unit
+    expected = density.argmax(-1) if precision < 1e6 else distance.argmin(-1)
+    assert torch.equal(student.generate(COND, noise=noise), student.codebook[expected])
+
+
+@pytest.mark.parametrize("precision", [-1, float("nan"), "much"])
+def test_a_precision_that_is_none_is_refused(precision):
+    student = tiny_student()
+    student.config["code_precision"] = precision
+    with pytest.raises(ConfigError, match=r"code_precision=.* must be a number >= 0"):
+        student.generate(COND)
+
+
 def test_a_second_jump_keeps_the_given_tokens_and_restores_the_noise(student):
     noise = ddray.noise(0, INDEX, (4, 4))
     first = student.generate(COND, noise=noise)

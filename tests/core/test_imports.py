@@ -79,6 +79,20 @@ else:
     raise AssertionError("the digits came from nowhere")
 """
 
+# A second of every worker's start.
+LOADING = """
+import sys
+import ddray
+from ddray.models.zoo import empty_network, empty_tokenizer
+ddray.load_teacher("digits-llamagen", device="cpu")
+ddray.load_student("digits-llamagen-dd", device="cpu")
+sizes = dict(depth=2, embed_dim=16, num_heads=2, patch_nums=(1, 2), tokenizer=dict(ch=32))
+for family in ("var", "var-dd"):
+    empty_network({"family": family, **sizes})
+    empty_tokenizer({"family": family, **sizes})
+assert not {"sympy", "torch._dynamo"} & set(sys.modules)
+"""
+
 
 def run(code):
     done = subprocess.run(
@@ -97,6 +111,10 @@ def test_importing_the_package_loads_nothing_heavy_and_is_quick():
 
 def test_sample_train_and_generate_run_without_ray_deepspeed_and_mlxtend():
     run(TOY_RUN)
+
+
+def test_loading_a_model_does_not_import_torchs_compiler():
+    run(LOADING)
 
 
 def imports(path):
