@@ -32,6 +32,9 @@ from ddray.shards import TrajectorySet
 
 PICTURE_COLUMNS = 10
 
+# What a decoder makes of so many images fits into a CPU's caches.
+_DECODE = 64
+
 RECONSTRUCTION = "tokenizer reconstruction"
 AUTOREGRESSIVE = "teacher, autoregressive"
 TRANSPORTED = "teacher, by transport"
@@ -191,7 +194,7 @@ class Evaluator:
         rows: list[dict[str, Any]] = []
 
         def judge(name: str, steps: int | None, content: Tensor, labels: Tensor) -> None:
-            images = torch.cat([self.teacher.decode(part) for part in content.split(250)])
+            images = torch.cat([self.teacher.decode(part) for part in content.split(_DECODE)])
             row = {"generator": name, "steps": steps, "images": len(labels)}
             rows.append({**row, **self.metric(images.cpu(), labels)})
 
@@ -319,8 +322,8 @@ class Evaluator:
         return [
             f"{config.count} images of every generator, classes in turn, seed {config.seed}, "
             f"indices 0 to {config.count - 1}; teacher {self.teacher.name} at guidance "
-            f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its "
-            f"logits head, weighed with the code head at precision {self.student.code_precision:g}.",
+            f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its logits "
+            f"head, weighed with its code head at precision {self.student.code_precision:g}.",
             "fd_digits: Frechet distance between 64 features of the bundled digit classifier "
             f"(weights {self.metric.fingerprint[:12]}, {card['held_out_accuracy']:.1%} right on "
             "held-out digits) for the generated images and for 1000 held-out MNIST digits in 5 "

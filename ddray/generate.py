@@ -263,6 +263,7 @@ class Student(Model):
 
     @cached_property
     def code_precision(self) -> float:
+        """Weight of the code head in reading tokens."""
         value = self.config.get("code_precision", 0.0)
         if not is_finite(value) or value < 0:
             raise ConfigError(f"{self.name}: code_precision={value!r} must be a number >= 0")

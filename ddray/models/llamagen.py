@@ -19,6 +19,7 @@ from ddray.conditioning import Captions, Condition
 from ddray.errors import ConfigError, positive_integers
 from ddray.guidance import classifier_free_guidance, top_p_filter
 from ddray.models.kv_cache import KeyValueCache
+from ddray.models.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +141,8 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = Linear(config.dim, config.dim, bias=False)
 
     def forward(
         self,
@@ -171,9 +172,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w1 = Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Apply the gated layer to every position."""
@@ -220,8 +221,8 @@ class CaptionProjection(nn.Module):
 
     def __init__(self, caption_dim: int, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
-        self.fc2 = nn.Linear(dim, dim, bias=False)
+        self.fc1 = Linear(caption_dim, dim, bias=False)
+        self.fc2 = Linear(dim, dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Apply to every caption position."""
@@ -258,7 +259,7 @@ class LlamaGenTrunk(nn.Module):
         self.conditioning = "text" if config.reads_captions else "class"
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
         self._sizes = config
         self._rotation: Tensor | None = None
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddray.errors import ConfigError, positive_integers
 from ddray.guidance import top_p_filter_from_below
 from ddray.models.kv_cache import KeyValueCache
+from ddray.models.linear import Linear, linear
 from ddray.models.var_vq import (
     PATCH_NUMS_256,
     MultiScaleQuantizer,
@@ -93,16 +94,16 @@ class Attention(nn.Module):
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
         # A learnt temperature replaces the usual one; without it upstream's is 1/4 of the usual.
         self.scale = 1.0 if config.attn_l2_norm else 0.25 / math.sqrt(width // heads)
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BlC: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         """Attend to the positions that the mask allows, and to everything in the cache."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv = F.linear(x_BlC, self.mat_qkv.weight, bias)
+        qkv = linear(x_BlC, self.mat_qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if hasattr(self, "scale_mul_1H11"):
             sharpness = self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp()
@@ -120,8 +121,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_BlC: Tensor) -> Tensor:
         """Apply to every position."""
@@ -130,7 +131,7 @@ class FeedForward(nn.Module):
 
 
 def _modulation_layer(width: int, times: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, times * width))
+    return nn.Sequential(nn.SiLU(), Linear(width, times * width))
 
 
 class Block(nn.Module):
@@ -221,7 +222,7 @@ class VARTrunk(nn.Module):
             self.shared_ada_lin = _modulation_layer(width, 6)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
-        self.head = nn.Linear(width, config.vocab_size)
+        self.head = Linear(width, config.vocab_size)
         for name, value in self._level_buffers().items():
             self.register_buffer(name, value.to(self.word_embed.weight.device))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddray.errors import ConfigError
 from ddray.models.code_head import CodeHead
+from ddray.models.linear import Linear
 from ddray.models.var import VAR, VARConfig, VARTrunk
 
 
@@ -55,7 +56,7 @@ class VARStudent(VARTrunk):
         if config.n_d_embed_enable:
             self.n_d_embed = nn.Embedding(2, width)
             if config.layerwise_n_d_embed:
-                layers = (nn.Linear(width, width) for _ in range(config.depth + 1))
+                layers = (Linear(width, width) for _ in range(config.depth + 1))
                 self.layerwise_n_d_embed = nn.ModuleList(layers)
         self.final_layer_conti = CodeHead(width, config.codebook_dim)
 
