@@ -18,6 +18,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def matmul_floor(student: Student, batch: int, least: float) -> float:
     # torch's own product or ddray's, whichever is faster here.
     with torch.no_grad():
         seconds = min(
-            median_seconds(lambda: product(x, weight, None), weight.device, least)
+            median_seconds(partial(product, x, weight, None), weight.device, least)
             for product in (F.linear, linear)
         )
     return flops * seconds / (2 * rows * weight.numel())
