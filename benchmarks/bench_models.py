@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import ddray
 from ddray.generate import Student, Teacher
-from ddray.models.linear import linear
+from ddray.models.linear import Linear, linear
 from ddray.models.zoo import empty_network, empty_tokenizer, load_teacher, new_student, resolve
 from ddray.report import Column, markdown_table
 from ddray.schedule import default_schedule
@@ -242,6 +242,9 @@ def main() -> None:
         )
     student = student_of(teacher, getattr(torch, args.dtype))
     device = teacher.device
+    # What the libraries allocate once, at their first product, is no memory of a row.
+    for weight in (layer.weight for layer in student.model.modules() if type(layer) is Linear):
+        linear(weight.new_zeros(2, weight.shape[1]), weight, None)
     machine = (
         torch.cuda.get_device_name()
         if device.type == "cuda"

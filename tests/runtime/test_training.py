@@ -100,6 +100,7 @@ def test_a_run_leaves_a_student_that_loads_and_generates(
     assert student.config["step"] == 12
     assert student.config["teacher"] == teacher
     assert student.config["teacher_fingerprint"] == model.fingerprint
+    assert student.code_precision == 8.0
     assert student.tokenizer.fingerprint == model.tokenizer.fingerprint
     images = student.decode(student.generate([0, 1, 2], seed=1, schedule="0,8"))
     assert images.shape == (3, 1, 8, 8)
