@@ -194,5 +194,7 @@ PUBLISHED = {**_llamagen_teachers(), **_var_teachers(), **_students()}
 BUNDLED_MODELS = {
     "digits-llamagen": "LlamaGen of 49 tokens on real digits, the teacher of the quickstart",
     "digits-llamagen-dd": "its student, distilled for one and two steps",
+    "digits-var": "VAR of 88 tokens in five scales on the same digits",
+    "digits-var-dd": "its student, distilled for one and two steps",
 }
 """What comes inside the package."""
