@@ -10,8 +10,12 @@ from ddray.config import EvaluateConfig
 from ddray.errors import ConfigError
 from ddray.evaluate import evaluate, independent_tokens
 from ddray.evaluation_report import bars, build_report, tables_as_text, write_evaluation
+from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import BUNDLED, METRIC_FOLDER, load_student, load_teacher
+from ddray.schedule import default_schedule
 from tests.core.tiny import chi_square_p_value
+
+BUNDLED_TEACHERS = ("digits-llamagen", "digits-var")
 
 
 def test_independent_tokens_follow_the_marginals_of_their_class_and_position():
@@ -39,9 +43,10 @@ def size_of(name):
 
 
 def test_bundled_models_are_small_and_say_where_they_come_from():
-    assert size_of("digits-llamagen") + size_of("digits-classifier") <= 8e6
-    assert size_of("digits-llamagen-dd") <= 5e6
-    for name in ("digits-llamagen", "digits-llamagen-dd", "digits-classifier"):
+    for teacher in BUNDLED_TEACHERS:
+        assert size_of(teacher) + size_of("digits-classifier") <= 8e6
+        assert size_of(f"{teacher}-dd") <= 5e6
+    for name in (*BUNDLED_MODELS, "digits-classifier"):
         card = (BUNDLED / name / "card.md").read_text()
         for word in ("Data", "Recipe", "Command", "Measured"):
             assert word in card, f"{name}: the card lacks {word}"
@@ -52,18 +57,20 @@ def test_the_unit_of_the_metric_is_two_halves_of_the_held_out_digits():
     assert card["fd_digits_of_disjoint_halves"] == pytest.approx(1.0, abs=0.01)
 
 
-def test_the_bundled_student_belongs_to_the_bundled_teacher():
-    teacher = load_teacher("digits-llamagen", device="cpu")
-    student = load_student("digits-llamagen-dd", device="cpu")
-    assert student.config["teacher"] == "digits-llamagen"
+@pytest.mark.parametrize("name", BUNDLED_TEACHERS)
+def test_a_bundled_student_belongs_to_its_teacher(name):
+    teacher = load_teacher(name, device="cpu")
+    student = load_student(f"{name}-dd", device="cpu")
+    assert student.config["teacher"] == name
     assert student.config["teacher_fingerprint"] == teacher.fingerprint
     assert student.tokenizer.fingerprint == teacher.tokenizer.fingerprint
-    assert student.config["schedule"] == [0, 16]
+    assert student.config["schedule"] == [*default_schedule(teacher.stages)]
 
 
-def test_the_bundled_student_follows_the_noise_of_its_teacher():
-    teacher = ddray.load_teacher("digits-llamagen", device="cpu")
-    student = ddray.load_student("digits-llamagen-dd", device="cpu")
+@pytest.mark.parametrize("name", BUNDLED_TEACHERS)
+def test_a_bundled_student_follows_the_noise_of_its_teacher(name):
+    teacher = ddray.load_teacher(name, device="cpu")
+    student = ddray.load_student(f"{name}-dd", device="cpu")
     labels, index = torch.arange(40) % 10, torch.arange(40) + 10**6
     cfg = teacher.default_cfg
     target = teacher.decode(teacher.trajectories(labels, index, seed=1, cfg=cfg))
