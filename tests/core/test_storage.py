@@ -19,16 +19,11 @@ from pathlib import Path
 import pytest
 
 from ddray.errors import ConfigError, ShardError, StorageError
+from ddray.local_storage import LocalStorage, _local_errors
 from ddray.plan import Plan
+from ddray.s3_storage import S3Storage
 from ddray.shards import TrajectorySet
-from ddray.storage import (
-    LocalStorage,
-    NotFoundError,
-    S3Storage,
-    Storage,
-    _local_errors,
-    open_storage,
-)
+from ddray.storage import NotFoundError, Storage, open_storage
 
 BUCKET = "trajectories"
 
