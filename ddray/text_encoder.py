@@ -75,7 +75,7 @@ class T5TextEncoder:
         self.length = length
         self.device = torch.device(device)
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="right")
             model: Any = T5EncoderModel.from_pretrained(source, dtype=dtype)
         except Exception as error:  # those of the hub, of the network, of the files
             reason = " ".join(str(error).split())[:300] or type(error).__name__
