@@ -105,8 +105,9 @@ class DistillConfig(Job):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     logits_weight: Annotated[float, Field(ge=0)] = 1.0
     code_weight: Annotated[float, Field(ge=0)] = 0.1
-    code_precision: Annotated[float, Field(ge=0)] = Field(
-        8.0, description="say of the code head when the student reads a token; 0 = none"
+    code_precision: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="say of the code head when a token is read; absent = 8, or 0 for tokens in scales",
     )
     seed: SeedT = 0
     checkpoint_every: CountT = 500

@@ -75,6 +75,15 @@ def jump_stages(schedule: Sequence[int], first: int, count: int, device: torch.d
     return torch.tensor(schedule, device=device)[positions % len(schedule)]
 
 
+def default_code_precision(stages: Sequence[int]) -> float:
+    """Weight of a student's code head in reading tokens: what served the bundled models best.
+
+    Where a stage is one token, 8. Codes of a coarse scale stand for much of the image and lie far
+    apart, so a regressed mean between them says little: 0 where a stage is a scale.
+    """
+    return 0.0 if max(stages) > 1 else 8.0
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: float = 1.0) -> float:
     """Linear warm-up over a share of the steps, the peak, a cosine to zero over the last share.
 

@@ -24,6 +24,7 @@ from ddray.distill import (
     MovingAverage,
     TrajectoryBatches,
     batch_loss,
+    default_code_precision,
     learning_rate,
     parameter_groups,
     set_learning_rate,
@@ -210,7 +211,9 @@ class _Run:
         card = {
             **self.card,
             "schedule": list(self.schedule),
-            "code_precision": config.code_precision,
+            "code_precision": default_code_precision(teacher.stages)
+            if config.code_precision is None
+            else config.code_precision,
             "step": self.step,
             "teacher": teacher.name,
             "teacher_fingerprint": teacher.fingerprint,

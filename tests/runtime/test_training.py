@@ -287,6 +287,7 @@ def test_a_teacher_of_scales_is_distilled_like_one_of_tokens(
     assert summary["loss"] < 10
     student = ddray.load_student(summary["student"], device="cpu")
     assert student.config["family"] == "var-dd"
+    assert student.code_precision == 0.0
     assert student.config["schedule"] == [0, 1]
     assert student.stages == (1, 4, 9)
     assert student.decode(student.generate([0, 1], schedule="0,1")).isfinite().all()
