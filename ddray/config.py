@@ -107,7 +107,7 @@ class DistillConfig(Job):
     code_weight: Annotated[float, Field(ge=0)] = 0.1
     code_precision: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="say of the code head when a token is read; absent = 8, or 0 for tokens in scales",
+        description="say of the code head in reading tokens; absent = 8, 0 for scales",
     )
     seed: SeedT = 0
     checkpoint_every: CountT = 500

@@ -38,10 +38,9 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 # Small batches and a late descent of the rate: what a run of minutes learns most by.
 _QUICKSTART_DEFAULT: Mapping[str, Any] = {
     "sample": {"count": 10000},
-    # Two workers of a thread each: a small network's steps do not keep two threads busy.
-    "distill": {"steps": 3800, "checkpoint_every": 1900, "workers": 2, "threads": 1},
+    "distill": {"steps": 3300, "checkpoint_every": 1650},
     "generate": {"count": 500, "shard_rows": 250},
-    "evaluate": {"speed_seconds": 0.5, "transport_count": 200},
+    "evaluate": {"speed_seconds": 0.5, "transport_count": 100},
 }
 
 
