@@ -22,7 +22,7 @@ from safetensors.torch import load_file as map_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from ddray.errors import CheckpointError
+from ddray.errors import CheckpointError, one_line
 from ddray.storage import open_storage
 
 StateDict = Mapping[str, Tensor]
@@ -214,9 +214,8 @@ def _fetch(uri: str) -> Path:
     try:
         return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
     except Exception as error:  # its errors are those of requests, of the hub, and of the disk
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
-            f"cannot fetch {uri}: {reason}; download the file elsewhere and give its path"
+            f"cannot fetch {uri}: {one_line(error)}; download the file elsewhere and give its path"
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, one_line
 
 CountT = Annotated[int, Field(gt=0)]
 SeedT = Annotated[int, Field(ge=0, lt=2**63)]
@@ -259,8 +259,7 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {file} is not YAML: {reason}") from error
+        raise ConfigError(f"--config {file} is not YAML: {one_line(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -41,6 +41,11 @@ class TrainingError(DDRayError):
     """A distillation that could not go on."""
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line and not too long; its type if it is silent."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def positive_integers(sizes: object, *names: str) -> None:
     """Refuse sizes that are not positive integers.
 

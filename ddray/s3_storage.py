@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ddray.errors import ConfigError, StorageError
+from ddray.errors import ConfigError, StorageError, one_line
 from ddray.storage import PROBE, TEMPORARY, NotFoundError, Storage, checked_name, temporary_name
 
 
@@ -177,5 +177,5 @@ def _s3_errors(action: str, uri: str) -> Iterator[None]:
         code = _s3_code(exc)
         if code in ("NoSuchKey", "404"):
             raise NotFoundError(f"cannot {action} {uri}: no such object") from exc
-        reason = _S3_REASONS.get(code) or " ".join(str(exc).split())
+        reason = _S3_REASONS.get(code) or one_line(exc)
         raise StorageError(f"cannot {action} {uri}: {reason}") from exc

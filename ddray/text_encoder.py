@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ddray.errors import CheckpointError, ConfigError
+from ddray.errors import CheckpointError, ConfigError, one_line
 
 FLAN_T5_XL = "google/flan-t5-xl"
 _TAG = re.compile(r"<[^<>]*>")
@@ -78,9 +78,9 @@ class T5TextEncoder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="right")
             model: Any = T5EncoderModel.from_pretrained(source, dtype=dtype)
         except Exception as error:  # those of the hub, of the network, of the files
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
-                f"cannot load the text encoder {source}: {reason}; give a folder that holds it"
+                f"cannot load the text encoder {source}: {one_line(error)}; give a "
+                "folder that holds it"
             ) from error
         self._model = model.to(self.device).eval()
 

@@ -1,9 +1,9 @@
 """nn.Linear with the faster of torch's two matrix products on a CPU.
 
 torch gives float32 products to MKL, which does poorly by a few rows on processors other than
-Intel's. oneDNN, which comes with torch too and has the bfloat16 products, is faster there: by half
-to double for a few rows of a large weight, by a tenth for thousands (benchmarks/bench_models.py
-times the whole). By small weights its longer way to the call costs more than it saves.
+Intel's. oneDNN, which comes with torch too and has the bfloat16 products, is faster there for a few
+rows of a large weight, and as fast for thousands. By small weights its longer way to the call costs
+more than it saves.
 """
 
 import torch

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-from ddray.errors import ClusterError
+from ddray.errors import ClusterError, one_line
 
 # Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core
 # still leaves room for Ray's own light tasks; without them its reads would wait for ever.
@@ -83,10 +83,9 @@ def _start(address: str | None, temp: str | None) -> None:
                 **quiet,
             )
     except Exception as error:  # Ray raises the bare Exception when a node does not come up
-        reason = " ".join(str(error).split())[:300]
         where = f"connect to Ray at RAY_ADDRESS={address}" if address else "start a local Ray"
         advice = "is it running?" if address else "free memory or disk in /tmp, then rerun"
-        raise ClusterError(f"cannot {where}: {reason}; {advice}") from error
+        raise ClusterError(f"cannot {where}: {one_line(error)}; {advice}") from error
 
 
 def require(num_cpus: float, num_gpus: float, what: str) -> None:
