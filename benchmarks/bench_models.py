@@ -5,8 +5,10 @@
 
 Any name of `ddray models` goes; official sizes need no files with --random-weights. Each figure is
 the median of at least two runs after a warm-up. `memory` is what resident memory (CPU) or allocated
-memory (CUDA) grows by at its peak while a row runs. The student's floor is the time of its matrix
-products alone, at the rate of its own largest product measured in the same run.
+memory (CUDA) grows by at its peak while a row runs. Two kinds of rows have a floor, measured in the
+same run. The student's is the time of its matrix products alone, at the rate of its own largest one.
+That of a LlamaGen's sampling is the time to read from memory what every token needs: the weights, and
+the keys and values of the tokens before.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 import ddray
 from ddray.generate import Student, Teacher
 from ddray.models.linear import Linear, linear
+from ddray.models.llamagen import LlamaGen
 from ddray.models.zoo import empty_network, empty_tokenizer, load_teacher, new_student, resolve
 from ddray.report import Column, markdown_table
 from ddray.schedule import default_schedule
@@ -152,6 +155,29 @@ def matmul_floor(student: Student, batch: int, least: float) -> float:
     return flops * seconds / (2 * rows * weight.numel())
 
 
+def read_floor(teacher: Teacher, rows: int, least: float) -> float:
+    """Seconds to read what sampling token by token must read, from memory.
+
+    At every token each weight of the blocks and of the head once, and the keys and values of all
+    positions so far.
+
+    Args:
+        teacher: a LlamaGen.
+        rows: sequences, the null ones of guidance included.
+        least: least time of the measurement, s.
+    """
+    sizes = teacher.model.config
+    read = (*teacher.model.layers.modules(), teacher.model.output)
+    weights = [layer.weight for layer in read if isinstance(layer, nn.Linear)]
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    half_cache = rows * sizes.n_layer * sizes.dim * teacher.num_tokens * weights[0].element_size()
+    # Far more than any cache holds.
+    block = torch.ones(2**27, device=teacher.device)
+    seconds = median_seconds(block.sum, teacher.device, least)
+    rate = block.numel() * block.element_size() / seconds
+    return (weight_bytes + half_cache) * teacher.num_tokens / rate
+
+
 def bench(
     teacher: Teacher, student: Student, batch: int, only: set[str], least: float
 ) -> list[dict[str, Any]]:
@@ -193,6 +219,9 @@ def bench(
         }
         if what == "student, 1 step":
             row["floor_ratio"] = seconds / matmul_floor(student, batch, least)
+        if what.startswith("AR") and isinstance(teacher.model, LlamaGen):
+            rows_of_network = batch * (2 if "guided" in what else 1)
+            row["floor_ratio"] = seconds / read_floor(teacher, rows_of_network, least)
         rows.append(row)
     plain = next((row["seconds"] for row in rows if row["what"] == "AR, guided"), None)
     for row in rows:

@@ -55,6 +55,9 @@ class PoolConfig(Job):
     num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of an actor")
     max_retries: Annotated[int, Field(ge=0)] = Field(3, description="of a shard, after a crash")
     stall_timeout_s: CountT = Field(600, description="no shard for so long is an error")
+    wait_s: Annotated[float, Field(ge=0)] = Field(
+        0, description="how long to wait for nodes that a growing cluster lacks"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -39,6 +39,8 @@ _SAMPLING = {
 }
 """Settings of a teacher's part of a schedule, with their defaults: all of them off."""
 
+_READ_ELEMENTS = 2**22
+
 
 class Decoder(Protocol):
     """One batch on its way through the stages of a teacher."""
@@ -286,8 +288,8 @@ class Student(Model):
         t_B = torch.as_tensor(t_B, device=self.device)
         if t_B.shape != (len(cond),) or bool(((t_B < 0) | (t_B > len(self.stages))).any()):
             raise ConfigError(f"t must hold {len(cond)} numbers from 0 to {len(self.stages)}")
-        heads: tuple[Tensor, Tensor] = self.model(x_BLE, cond, t_B)
-        return heads
+        logits_BLV, codes_BLE = self.model(x_BLE, cond, t_B)
+        return logits_BLV.float(), codes_BLE
 
     @torch.no_grad()
     def generate(
@@ -366,6 +368,13 @@ class Student(Model):
 
     def _read(self, logits_BlV: Tensor, codes_BlE: Tensor) -> Tensor:
         """Most likely tokens int64 [B, l] under both heads, as `code_precision` weighs them."""
+        # A few images at once: float32 logits of a whole batch would be its largest tensor by far.
+        rows = max(1, _READ_ELEMENTS // max(1, logits_BlV[0].numel()))
+        parts = zip(logits_BlV.split(rows), codes_BlE.split(rows), strict=True)
+        return torch.cat([self._most_likely(*part) for part in parts])
+
+    def _most_likely(self, logits_BlV: Tensor, codes_BlE: Tensor) -> Tensor:
+        logits_BlV = logits_BlV.float()
         if self.code_precision == 0:
             return logits_BlV.argmax(-1)
         squared_V = self.codebook.square().sum(1)

@@ -1,18 +1,22 @@
-"""The files that every run leaves: `config.json`, `summary.json`, `metrics.jsonl`.
+"""The files that runs leave: `config.json`, `summary.json`, `metrics.jsonl`, `events.jsonl`.
 
 A folder belongs to the run that its `config.json` describes. Imports ddray.errors and storage.
 """
 
+import contextlib
 import json
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from ddray.errors import ConfigError
-from ddray.storage import Storage
+from ddray.errors import ConfigError, StorageError, one_line
+from ddray.storage import NotFoundError, Storage
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+_FLUSH_EVERY_S = 10.0
 
 _IDENTITY = "identity"
 
@@ -48,6 +52,52 @@ def claim(
 def write_json(storage: Storage, name: str, values: Mapping[str, Any]) -> None:
     """Write a file of JSON that people read too."""
     storage.write(name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+class EventLog:
+    """`events.jsonl`: what happened when, a line of JSON each, over all runs of a folder.
+
+    As a context it ends with "finished", or with "failed" and the reason. The file is written anew
+    every ten seconds at most: an object store cannot append.
+
+    Args:
+        storage: the folder.
+        **values: of the first event, "started".
+    """
+
+    def __init__(self, storage: Storage, **values: Any):
+        self._storage = storage
+        try:
+            self._text = storage.read(EVENTS_FILE)
+        except NotFoundError:
+            self._text = b""
+        self._written_at = -_FLUSH_EVERY_S
+        self.add("started", **values)
+
+    def add(self, event: str, **values: Any) -> None:
+        """Note an event with the time, Unix seconds."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
+        self._text += line.encode() + b"\n"
+        if time.monotonic() - self._written_at >= _FLUSH_EVERY_S:
+            self._write()
+
+    def _write(self) -> None:
+        self._storage.write(EVENTS_FILE, self._text)
+        self._written_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._written_at = time.monotonic()
+        if error is None:
+            self.add("finished")
+            self._write()
+            return
+        self.add("failed", reason=one_line(error))
+        # What went wrong may be the storage itself, and is the error to tell.
+        with contextlib.suppress(StorageError):
+            self._write()
 
 
 def _earlier_identity(storage: Storage) -> dict[str, Any]:

@@ -307,9 +307,9 @@ class LlamaGenTrunk(nn.Module):
         return x_BSC
 
     def logits(self, x_BSC: Tensor) -> Tensor:
-        """Final norm and output matrix; float32 [B, S, V]."""
+        """Final norm and output matrix; [B, S, V] in the network's dtype."""
         out: Tensor = self.output(self.norm(x_BSC))
-        return out.float()
+        return out
 
 
 class LlamaGen(LlamaGenTrunk):
@@ -341,7 +341,7 @@ class LlamaGen(LlamaGenTrunk):
         known = self.tok_embeddings(tokens_BL[:, :-1])
         x_BSC = torch.cat((self.cls_embedding(cond), known), 1)
         hidden = self.hidden(x_BSC, self.attention_mask(cond, x_BSC.shape[1]))
-        return self.logits(hidden[:, -tokens_BL.shape[1] :])
+        return self.logits(hidden[:, -tokens_BL.shape[1] :]).float()
 
     @staticmethod
     def guides(cfg: float | None) -> bool:
@@ -393,7 +393,7 @@ class LlamaGenDecoder:
         mask = None if self._mask is None else self._mask[:, :, start:end, :end]
         for layer, cache in zip(self._model.layers, self._caches, strict=True):
             x_BlC = layer(x_BlC, rotation, cache, mask)
-        return self._model.logits(x_BlC[:, -1:])
+        return self._model.logits(x_BlC[:, -1:]).float()
 
     def append(self, tokens_Bl: Tensor) -> None:
         """Give the tokens of the stage whose logits were read, int64 [B, 1]."""

@@ -57,8 +57,8 @@ class LlamaGenStudent(LlamaGenTrunk):
             t_B: number of leading tokens that are data, any dtype [B].
 
         Returns:
-            float32 logits [B, L, V] and float32 codes [B, L, E], both at the position they
-            describe.
+            Logits [B, L, V] in the network's dtype and float32 codes [B, L, E], both at the
+            position they describe.
         """
         condition = self.cls_embedding(cond)
         codes = self.tok_embeddings(x_BLE.to(condition.dtype))

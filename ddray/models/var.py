@@ -294,9 +294,9 @@ class VARTrunk(nn.Module):
         return modulations
 
     def logits(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
-        """Head norm and output matrix; float32 [B, l, V]."""
+        """Head norm and output matrix; [B, l, V] in the network's dtype."""
         out: Tensor = self.head(self.head_nm(x_BlC, condition_BC))
-        return out.float()
+        return out
 
 
 class VAR(VARTrunk):
@@ -358,7 +358,7 @@ class VAR(VARTrunk):
         mask = self.attn_bias_for_masking.to(x_BLC.dtype)
         for block, modulation in zip(self.blocks, self.modulations(condition), strict=True):
             x_BLC = block(x_BLC, modulation, mask)
-        return self.logits(x_BLC, condition)
+        return self.logits(x_BLC, condition).float()
 
     def null(self, cond_B: Tensor) -> Tensor:
         """The null class of guidance."""
@@ -444,7 +444,7 @@ class VARDecoder:
             x_BlC = block(x_BlC, modulation, self._mask, cache)
         self._mask = None
         asked = self._model.stages[self._stage]
-        return self._model.logits(x_BlC[:, -asked:], self._condition)
+        return self._model.logits(x_BlC[:, -asked:], self._condition).float()
 
     def append(self, tokens_Bl: Tensor) -> None:
         """Give the tokens of the stage whose logits were read, int64 [B, l]."""

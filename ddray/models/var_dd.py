@@ -74,8 +74,8 @@ class VARStudent(VARTrunk):
             t_B: number of leading scales that are data, any dtype [B].
 
         Returns:
-            float32 logits [B, L, V] and float32 codes [B, L, E], both at the position they
-            describe.
+            Logits [B, L, V] in the network's dtype and float32 codes [B, L, E], both at the
+            position they describe.
         """
         condition = self.class_emb(cond_B)
         codes = self.word_embed(x_BLE.to(condition.dtype))

@@ -28,6 +28,7 @@ class ImageWorker:
 
     def __init__(self, uri: str, device: str):
         self._set = ImageSet.open(uri)
+        torch.set_num_threads(self._set.plan.threads)
         self._student = load_student(self._set.plan.student, device=device)
 
     def do(self, shard: int) -> int:

@@ -8,8 +8,9 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ddray.errors import ClusterError, one_line
 
@@ -26,6 +27,7 @@ _KEEP_FREED_MEMORY = {
 }
 # Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
 _SHORT_TEMP = "/tmp"
+_LOOK_EVERY_S = 2.0
 
 
 @contextlib.contextmanager
@@ -88,18 +90,46 @@ def _start(address: str | None, temp: str | None) -> None:
         raise ClusterError(f"cannot {where}: {one_line(error)}; {advice}") from error
 
 
-def require(num_cpus: float, num_gpus: float, what: str) -> None:
-    """Refuse a job that the cluster cannot run.
+def require(what: str, workers: int, num_cpus: float, num_gpus: float, wait_s: float = 0.0) -> None:
+    """Refuse a job that the cluster cannot run, at once or after a wait for nodes.
+
+    Args:
+        what: the job, for people.
+        workers: how many must fit at the same time.
+        num_cpus: of a worker.
+        num_gpus: of a worker.
+        wait_s: how long a cluster that grows by itself is given; it is told what is wanted.
 
     Raises:
         ClusterError: with what is asked for and what there is.
     """
     import ray
 
+    asked = {"CPU": num_cpus, "GPU": num_gpus}
+    bundle = {name: number for name, number in asked.items() if number}
+    deadline = time.monotonic() + wait_s
+    try:
+        while lacking := _lacking(workers, asked):
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"{what} asks for {lacking}; ask for fewer workers or a larger cluster"
+                )
+            ray.autoscaler.sdk.request_resources(bundles=[bundle] * workers)
+            time.sleep(min(_LOOK_EVERY_S, wait_s))
+    finally:
+        if wait_s:
+            # From here on it is the job itself that holds the nodes.
+            ray.autoscaler.sdk.request_resources(bundles=[])
+
+
+def _lacking(workers: int, asked: Mapping[str, float]) -> str:
+    """What the cluster has too little of, in words; empty if nothing."""
+    import ray
+
     total = ray.cluster_resources()
-    for name, asked in (("CPU", num_cpus), ("GPU", num_gpus)):
-        if asked > total.get(name, 0):
-            raise ClusterError(
-                f"{what} asks for {asked:g} {name}s, but the cluster has {total.get(name, 0):g}; "
-                "ask for fewer workers or a larger cluster"
-            )
+    return " and ".join(
+        f"{workers * each:g} {name}s ({workers} workers of {each:g}), but the cluster has "
+        f"{total.get(name, 0):g}"
+        for name, each in asked.items()
+        if workers * each > total.get(name, 0)
+    )

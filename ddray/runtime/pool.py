@@ -5,7 +5,9 @@ listing its storage, not by what actors returned. Imports ddray.config, errors, 
 cluster.
 """
 
+import dataclasses
 import logging
+import os
 import re
 import time
 import warnings
@@ -17,12 +19,20 @@ from ddray import errors
 from ddray.config import PoolConfig
 from ddray.errors import ClusterError, DDRayError, ShardError
 from ddray.progress import Progress
+from ddray.run_folder import EventLog
 from ddray.runtime.cluster import connect, require
+from ddray.runtime.tally import Done, Tally
 from ddray.storage import Storage
+
+_SHARD_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
+"""Bounds of the histogram of shard times, s."""
 
 
 class ShardWorker(Protocol):
-    """Holds a model and writes shards; built in the actor, from a URI and a device."""
+    """Holds a model and writes shards; built in the actor, from a URI and a device.
+
+    It limits its own threads, as its plan says: Ray sets OMP_NUM_THREADS by whole CPUs alone.
+    """
 
     def __init__(self, uri: str, device: str): ...
 
@@ -34,6 +44,10 @@ class ShardPlan(Protocol):
     """What of a plan the pool needs."""
 
     count: int
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole set."""
 
     def shard_range(self, k: int) -> range:
         """Indices of shard k."""
@@ -63,21 +77,35 @@ class Filled:
         rows: rows made.
         seconds: from before Ray was there to the proof that nothing is missing.
         first_shard_s: to the first shard.
+        rows_per_s: once running: rows behind the first shard by the time from it to the last.
+        actor_s: actor-seconds spent on shards.
+        busy_share: part of the actors' lives that was.
+        gpu_s: GPU-seconds spent on shards.
+        retries: shards and actors that had to be begun again.
     """
 
     shards: int = 0
     rows: int = 0
     seconds: float = 0.0
     first_shard_s: float | None = None
+    rows_per_s: float | None = None
+    actor_s: float = 0.0
+    busy_share: float | None = None
+    gpu_s: float = 0.0
+    retries: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """As JSON values, with the rate."""
+        """As JSON values."""
         return {
             "shards_made": self.shards,
             "rows_made": self.rows,
             "seconds": round(self.seconds, 3),
             "first_shard_s": self.first_shard_s and round(self.first_shard_s, 3),
-            "rows_per_s": round(self.rows / self.seconds, 2) if self.rows else None,
+            "rows_per_s": self.rows_per_s and round(self.rows_per_s, 2),
+            "actor_seconds": round(self.actor_s, 2),
+            "gpu_seconds": round(self.gpu_s, 2),
+            "busy_share": self.busy_share and round(self.busy_share, 4),
+            "retries": self.retries,
         }
 
 
@@ -98,47 +126,92 @@ def fill(label: str, shards: ShardedSet, worker: type, config: PoolConfig) -> Fi
     missing, plan = shards.missing(), shards.plan
     if not missing:
         return Filled()
-    uri = shards.storage.uri
-    started, first_shard_s = time.monotonic(), None
-    made = {k: len(plan.shard_range(k)) for k in missing}
-    done = plan.count - sum(made.values())
-    arguments = {"uri": uri, "device": "cuda" if config.num_gpus else "cpu"}
-    with connect(), Progress(label, plan.count, "rows", done) as bar:
-        require(config.threads, config.num_gpus, f"an actor for {label}")
-        waiting = set(missing)
-        for shard in _run(config, worker, arguments, missing):
-            first_shard_s = first_shard_s or time.monotonic() - started
-            if shard in waiting:
-                waiting.remove(shard)
-                bar.advance_to(bar.done + made[shard])
-    still = shards.missing()
-    if still:
-        raise ShardError(
-            f"{len(still)} shards are missing in {uri} although every actor finished; rerun to "
-            "fill them"
-        )
-    return Filled(len(missing), sum(made.values()), time.monotonic() - started, first_shard_s)
+    storage = shards.storage
+    started, tally, finished_at = time.monotonic(), Tally(), []
+    rows = {k: len(plan.shard_range(k)) for k in missing}
+    total, found = sum(rows.values()), plan.num_shards - len(missing)
+    with (
+        EventLog(storage, found=found, missing=len(missing), workers=config.workers) as events,
+        connect(),
+        Progress(label, plan.count, "rows", plan.count - total) as bar,
+    ):
+        least = min(config.workers[0], len(missing))
+        require(label, least, config.threads, config.num_gpus, config.wait_s)
+        first = 0
+        for done in _run(config, label, worker, storage.uri, missing):
+            if not tally.add(done):
+                events.add("retry", **dataclasses.asdict(done))
+                continue
+            first = first or done.rows
+            finished_at.append(time.monotonic())
+            events.add("shard", **dataclasses.asdict(done))
+            bar.advance_to(bar.done + done.rows, tally.note(config.num_gpus))
+        still = shards.missing()
+        if still:
+            raise ShardError(
+                f"{len(still)} shards are missing in {storage.uri} although every actor finished; "
+                "rerun to fill them"
+            )
+    running = finished_at[-1] - finished_at[0]
+    return Filled(
+        shards=len(missing),
+        rows=total,
+        seconds=time.monotonic() - started,
+        first_shard_s=finished_at[0] - started,
+        rows_per_s=(total - first) / running if running else None,
+        actor_s=tally.busy_s,
+        busy_share=tally.busy_share,
+        gpu_s=tally.busy_s * config.num_gpus,
+        retries=tally.retries,
+    )
 
 
 class _Actor:
-    """One actor of the pool: limits the threads before anything computes, builds the worker."""
+    """One actor of the pool: builds the worker, and says what became of every shard."""
 
-    def __init__(self, worker: type, arguments: Mapping[str, Any], threads: int):
-        import torch
+    def __init__(self, label: str, worker: type, arguments: Mapping[str, Any]):
+        import ray
+        from ray.util.metrics import Counter, Histogram
 
-        torch.set_num_threads(threads)
         self._worker: ShardWorker = worker(**arguments)
+        context = ray.get_runtime_context()
+        self._who = {
+            "node": ray.util.get_node_ip_address(),
+            "actor": context.get_actor_id(),
+            "pid": os.getpid(),
+        }
+        self._since, self._busy_s = time.monotonic(), 0.0
+        tags = {"tag_keys": ("what",)}
+        self._rows = Counter("ddray_rows_total", "Rows written by this actor.", **tags)
+        self._seconds = Histogram(
+            "ddray_shard_seconds", "Time of a shard.", boundaries=_SHARD_SECONDS, **tags
+        )
+        for metric in (self._rows, self._seconds):
+            metric.set_default_tags({"what": label})
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        begin = time.monotonic()
         shard = int(batch["shard"][0])
-        self._worker.do(shard)
-        return {"shard": [shard]}
+        rows = self._worker.do(shard)
+        end = time.monotonic()
+        self._busy_s += end - begin
+        self._rows.inc(rows)
+        self._seconds.observe(end - begin)
+        done = Done(
+            shard=shard,
+            rows=rows,
+            seconds=end - begin,
+            busy_s=self._busy_s,
+            alive_s=end - self._since,
+            **self._who,
+        )
+        return {name: [value] for name, value in dataclasses.asdict(done).items()}
 
 
 def _run(
-    config: PoolConfig, worker: type, arguments: Mapping[str, Any], shards: Sequence[int]
-) -> Iterator[int]:
-    """Numbers of shards as they are done, in any order, some perhaps twice."""
+    config: PoolConfig, label: str, worker: type, uri: str, shards: Sequence[int]
+) -> Iterator[Done]:
+    """Shards as they are done, in any order, some perhaps twice."""
     import ray.data
     from ray.exceptions import RayError
 
@@ -162,17 +235,18 @@ def _run(
         compute=ray.data.ActorPoolStrategy(
             min_size=least, max_size=most, max_tasks_in_flight_per_actor=2
         ),
-        max_restarts=config.max_retries,
+        # Machines may be taken away for days on end; a shard that kills its actor is another thing.
+        max_restarts=-1,
         max_task_retries=config.max_retries,
         fn_constructor_kwargs={
+            "label": label,
             "worker": worker,
-            "arguments": dict(arguments),
-            "threads": config.threads,
+            "arguments": {"uri": uri, "device": "cuda" if config.num_gpus else "cpu"},
         },
     )
     try:
         for row in done.iter_rows():
-            yield int(row["shard"])
+            yield Done.from_row(row)
     except (RayError, ray.data.exceptions.RayDataUserCodeException, TimeoutError) as error:
         raise _explain(error, config) from error
 

@@ -76,6 +76,7 @@ class TrajectoryWorker:
     def __init__(self, uri: str, device: str):
         self._set = TrajectorySet.open(uri)
         plan = self._set.plan
+        torch.set_num_threads(plan.threads)
         self._teacher = load_teacher(plan.teacher, device=device, dtype=plan.dtype)
         for what, here, there in (
             ("network", self._teacher.fingerprint, plan.teacher_fingerprint),

@@ -281,7 +281,7 @@ def run(config: "ServeConfig") -> str:
         num_replicas=config.replicas,
         request_timeout_s=config.request_timeout_s,
     )
-    require(config.replicas * config.threads, 0, f"serving {config.student}")
+    require(f"serving {config.student}", config.replicas, config.threads, 0)
     # Serve tells each step of its start on the terminal of who starts it.
     log.setLevel(logging.WARNING)
     running = bool(serve.status().proxies)

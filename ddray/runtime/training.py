@@ -158,8 +158,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         return earlier
     started = time.monotonic()
     with connect():
-        gpus = config.workers if config.use_gpu else 0
-        require(config.workers * config.threads, gpus, "distillation")
+        require("distillation", config.workers, config.threads, int(config.use_gpu))
         _fit(config, identity)
     storage = open_storage(config.out)
     history = read_history(config.out)

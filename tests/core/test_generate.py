@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ddray
+from ddray import generate
 from ddray.errors import ConfigError
 from ddray.guidance import draw
 from tests.core.tiny import chi_square_p_value, tiny_student, tiny_teacher
@@ -166,6 +167,12 @@ def test_tokens_are_the_mode_of_both_heads_product(precision):
     density = logits.log_softmax(-1) - precision / 2 * distance / unit
     expected = density.argmax(-1) if precision < 1e6 else distance.argmin(-1)
     assert torch.equal(student.generate(COND, noise=noise), student.codebook[expected])
+
+
+def test_tokens_are_read_alike_in_parts_of_a_batch(student, monkeypatch):
+    whole = student.generate(COND)
+    monkeypatch.setattr(generate, "_READ_ELEMENTS", 1)
+    assert torch.equal(student.generate(COND), whole)
 
 
 @pytest.mark.parametrize("precision", [-1, float("nan"), "much"])

@@ -1,5 +1,7 @@
 """Trajectory sets made by a pool of actors on a real Ray, from a tiny teacher."""
 
+import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,21 @@ def test_a_finished_set_is_complete_and_verifies(whole: tuple[Path, dict]) -> No
     assert len({row.tobytes() for row in tokens}) > 40  # the noise decides, not the class alone
     assert (summary["rows"], summary["rows_made"], summary["shards_made"]) == (50, 50, 3)
     assert summary["plan_hash"] == trajectories.plan.hash
+
+
+def test_events_and_summary_say_who_did_what_and_how_busy_they_were(
+    whole: tuple[Path, dict],
+) -> None:
+    out, summary = whole
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", *3 * ["shard"], "finished"]
+    assert (events[0]["found"], events[0]["missing"], events[0]["workers"]) == (0, 3, [2, 2])
+    made = events[1:-1]
+    assert sorted(event["shard"] for event in made) == [0, 1, 2]
+    assert {event["rows"] for event in made} == {20, 10}
+    assert summary["actor_seconds"] == pytest.approx(sum(e["seconds"] for e in made), abs=0.02)
+    assert 0 < summary["busy_share"] <= 1
+    assert (summary["gpu_seconds"], summary["retries"]) == (0, 0)
 
 
 def test_tokens_are_those_of_a_plain_loop_in_one_process(
@@ -152,8 +169,12 @@ def test_an_out_that_cannot_be_written_is_refused_before_ray_starts(
 def test_more_than_the_cluster_has_is_refused_in_one_line(
     ray_local: None, teacher: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ClusterError, match="asks for 1 GPUs, but the cluster has 0") as refusal:
-        sample(sampling(teacher, tmp_path / "a", num_gpus=1))
+    with pytest.raises(ClusterError, match="2 GPUs .* but the cluster has 0") as refusal:
+        sample(sampling(teacher, tmp_path / "a", num_gpus=1, workers=(2, 3)))
     assert "\n" not in str(refusal.value)
     with pytest.raises(ClusterError, match="asks for 64 CPUs"):
         sample(sampling(teacher, tmp_path / "b", threads=64))
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match="1 GPUs .* but the cluster has 0"):
+        sample(sampling(teacher, tmp_path / "c", num_gpus=1, wait_s=3))
+    assert time.monotonic() - started >= 3
