@@ -6,9 +6,9 @@
 Any name of `ddray models` goes; official sizes need no files with --random-weights. Each figure is
 the median of at least two runs after a warm-up. `memory` is what resident memory (CPU) or allocated
 memory (CUDA) grows by at its peak while a row runs. Two kinds of rows have a floor, measured in the
-same run. The student's is the time of its matrix products alone, at the rate of its own largest one.
-That of a LlamaGen's sampling is the time to read from memory what every token needs: the weights, and
-the keys and values of the tokens before.
+same run. The student's is the time of its matrix products alone, at the rate of its own largest
+one. That of a LlamaGen's sampling is the time to read from memory what every token needs: the
+weights, and the keys and values of the tokens before.
 """
 
 import argparse
