@@ -16,18 +16,22 @@ from ddray.plan import Plan
 from ddray.progress import Progress
 from ddray.shards import TrajectorySet, VerifyReport, shard_name
 
+_SETTINGS = (
+    *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
+    *("solver", "num_evals", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
+)
 # Missing shards that are named.
 _NAMED = 10
-# Shards are read for statistics until they hold so many rows.
-_ROWS_LOOKED_AT = 20_000
+# Shards are read for statistics until they hold so many rows, or are so many.
+_ROWS_LOOKED_AT, _SHARDS_LOOKED_AT = 20_000, 64
 
 
 def describe(uri: str) -> dict[str, Any]:
     """Plan, progress, size, label balance and token statistics of a set, as JSON values.
 
-    Lists the storage and reads shards of 20,000 rows or a little more, chosen at random by the plan
-    hash. Where these are all, labels are counted in them; else by the plan, whose function of the
-    index they are.
+    Lists the storage and reads some shards, at most 64, chosen at random by the plan hash. Where
+    these are all, labels are counted in them; else by the plan, whose function of the index they
+    are.
 
     Raises:
         ShardError: if there is no set.
@@ -56,11 +60,9 @@ def describe(uri: str) -> dict[str, Any]:
 
 def _settings(plan: Plan) -> dict[str, Any]:
     """What decides the rows, but for the fingerprints, which the plan hash stands for."""
-    names = "teacher conditioning num_classes seed cfg top_k top_p temperature solver num_evals"
-    names += " dtype threads batch_size shard_rows vocab_size"
     return {
         "plan_hash": plan.hash,
-        **{name: getattr(plan, name) for name in names.split()},
+        **{name: getattr(plan, name) for name in _SETTINGS},
         "stages": len(plan.stages),
         "tokens_per_row": plan.num_tokens,
     }
@@ -72,7 +74,7 @@ def _contents(trajectories: TrajectorySet, shards: list[int]) -> dict[str, Any]:
     codes_V = np.zeros(plan.vocab_size, np.int64)
     classes = np.zeros(plan.num_classes, np.int64)
     damaged: dict[int, str] = {}
-    for k in plan.random_choice().permutation(shards).tolist():
+    for k in plan.random_choice().permutation(shards)[:_SHARDS_LOOKED_AT].tolist():
         if num_rows >= _ROWS_LOOKED_AT:
             break
         try:
