@@ -38,6 +38,8 @@ _JOBS = {
     "serve": ("ServeConfig", "ddray.cli:_serve", "a student behind HTTP (Ray Serve)"),
 }
 
+_ROWS_RECOMPUTED = 100
+
 
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage as everything else is reported: in one line."""
@@ -57,13 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     for verb, (_, _, line) in _JOBS.items():
         # Filled in when the verb is chosen: its flags come from its config class.
         verbs.add_parser(verb, help=line, add_help=False)
-    inspect = verbs.add_parser(
-        "inspect", help="what a trajectory set holds, and whether it is whole"
-    )
-    inspect.add_argument("uri", help="URI of the set")
-    inspect.add_argument("--verify", action="store_true", help="read every shard and check it")
-    inspect.add_argument(
-        "--repair", action="store_true", help="move bad shards aside; `ddray sample` refills them"
+    _add_inspect(
+        verbs.add_parser("inspect", help="what a trajectory set holds, and whether it is whole")
     )
     _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
     export = verbs.add_parser(
@@ -77,6 +74,28 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", choices=["upstream", "ddray"], default="upstream", help="default: upstream"
     )
     return parser
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("uri", help="URI of the set")
+    parser.add_argument("--picture", metavar="FILE.png", help="decode random rows into a picture")
+    parser.add_argument("--verify", action="store_true", help="read every shard and check it")
+    parser.add_argument(
+        "--recompute",
+        metavar="N",
+        type=int,
+        help="with --verify: compare at least N random rows with what the teacher makes of them "
+        "now (default: 100, or none where the teacher is not at hand; 0 = none)",
+    )
+    parser.add_argument(
+        "--repair", action="store_true", help="move bad shards to quarantine/ and refill the gaps"
+    )
+    parser.add_argument(
+        "--workers", metavar="MIN:MAX", help="with --repair: actors that refill (default: 1:1)"
+    )
+    parser.add_argument(
+        "--num-gpus", metavar="X", help="with --repair: GPUs of an actor (default: 0)"
+    )
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -207,18 +226,50 @@ def _serve(config: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from ddray.inspect_set import describe, repair, verify
+    from ddray.config import PoolConfig, load_config
+    from ddray.inspect_set import describe
 
+    needs = {"recompute": "verify", "workers": "repair", "num_gpus": "repair"}
+    for name, needed in needs.items():
+        if getattr(arguments, name) is not None and not getattr(arguments, needed):
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --{needed}")
+    if arguments.recompute is not None and arguments.recompute < 0:
+        raise ConfigError(f"--recompute {arguments.recompute}: a number of rows is 0 or more")
+    flags = {"workers": arguments.workers or "1:1", "num_gpus": arguments.num_gpus or 0}
+    pool = load_config(PoolConfig, flags=flags)
+    if arguments.picture:
+        from ddray.set_picture import write_picture
+
+        write_picture(arguments.uri, arguments.picture)
     _print_json(describe(arguments.uri))
     if arguments.repair:
-        for line in repair(arguments.uri):
-            print(line)
-        return 0
-    if arguments.verify:
-        problems = verify(arguments.uri)
-        print("\n".join(problems) or "verified: every index once, every hash right")
+        from ddray.runtime.sampling import repair
+
+        with contextlib.redirect_stdout(sys.stderr):
+            lines = repair(arguments.uri, pool)
+        print("\n".join(lines), flush=True)
+    return _verify(arguments) if arguments.verify else 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from ddray.inspect_set import verify
+
+    problems = verify(arguments.uri)
+    print("\n".join(problems) or "verified: every index once, every hash right", flush=True)
+    if arguments.recompute == 0:
         return 1 if problems else 0
-    return 0
+    from ddray.recompute import recompute
+
+    try:
+        outcome = recompute(arguments.uri, arguments.recompute or _ROWS_RECOMPUTED)
+    except ConfigError as error:
+        if arguments.recompute:
+            raise
+        # Nobody asked for it, and shards can be checked where there is no teacher.
+        print(f"not recomputed: {error}")
+        return 1 if problems else 0
+    print("\n".join(outcome.lines()))
+    return 0 if outcome.ok and not problems else 1
 
 
 def _models(arguments: argparse.Namespace) -> None:

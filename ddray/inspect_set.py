@@ -1,43 +1,147 @@
-"""Looking at a trajectory set: what it holds, whether it is whole, mending it.
+"""Looking at a trajectory set: what it holds, whether it is whole, moving aside what is not.
 
-Imports ddray.shards.
+Imports ddray.errors, plan, progress and shards, so that looking takes no torch.
+
+Shapes: N rows, V codes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
-from ddray.shards import TrajectorySet, shard_name
+import numpy as np
+import numpy.typing as npt
+
+from ddray.errors import ShardError
+from ddray.plan import Plan
+from ddray.progress import Progress
+from ddray.shards import TrajectorySet, VerifyReport, shard_name
+
+_SETTINGS = (
+    *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
+    *("solver", "num_evals", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
+)
+# Missing shards that are named.
+_NAMED = 10
+# Shards are read for statistics until they hold so many rows, or are so many.
+_ROWS_LOOKED_AT, _SHARDS_LOOKED_AT = 20_000, 64
 
 
 def describe(uri: str) -> dict[str, Any]:
-    """Plan, progress and size of a set, as JSON values.
+    """Plan, progress, size, label balance and token statistics of a set, as JSON values.
+
+    Lists the storage and reads some shards, at most 64, chosen at random by the plan hash. Where
+    these are all, labels are counted in them; else by the plan, whose function of the index they
+    are.
 
     Raises:
         ShardError: if there is no set.
+        StorageError: if it cannot be read.
     """
     trajectories = TrajectorySet.open(uri)
-    plan, missing = trajectories.plan, trajectories.missing()
-    sizes = trajectories.storage.list("shards")
-    rows = sum(len(plan.shard_range(k)) for k in range(plan.num_shards) if k not in set(missing))
+    plan, found = trajectories.plan, trajectories.listing()
+    rows = sum(len(plan.shard_range(k)) for k in found.sizes)
+    size = sum(found.sizes.values())
     return {
         "uri": trajectories.uri,
-        "teacher": plan.teacher,
-        "plan_hash": plan.hash,
-        "seed": plan.seed,
-        "cfg": plan.cfg,
-        "solver": plan.solver,
-        "num_evals": plan.num_evals,
+        **_settings(plan),
         "rows": rows,
         "rows_planned": plan.count,
-        "shards": plan.num_shards - len(missing),
+        "shards": len(found.sizes),
         "shards_planned": plan.num_shards,
-        "bytes": sum(sizes.values()),
-        "bytes_per_row": round(sum(sizes.values()) / rows, 1) if rows else None,
+        "shards_missing": len(found.missing),
+        "first_missing": found.missing[:_NAMED],
+        "unexpected_files": len(found.unexpected),
+        "bytes": size,
+        "bytes_per_row": round(size / rows, 1) if rows else None,
+        "ratio_to_2_bytes_per_token": round(size / rows / plan.num_tokens / 2, 4) if rows else None,
+        **_contents(trajectories, list(found.sizes)),
+    }
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What decides the rows, but for the fingerprints, which the plan hash stands for."""
+    return {
+        "plan_hash": plan.hash,
+        **{name: getattr(plan, name) for name in _SETTINGS},
+        "stages": len(plan.stages),
+        "tokens_per_row": plan.num_tokens,
+    }
+
+
+def _contents(trajectories: TrajectorySet, shards: list[int]) -> dict[str, Any]:
+    """Statistics of the rows of some of the shards that are there."""
+    plan, num_rows, num_sound = trajectories.plan, 0, 0
+    codes_V = np.zeros(plan.vocab_size, np.int64)
+    classes = np.zeros(plan.num_classes, np.int64)
+    damaged: dict[int, str] = {}
+    for k in plan.random_choice().permutation(shards)[:_SHARDS_LOOKED_AT].tolist():
+        if num_rows >= _ROWS_LOOKED_AT:
+            break
+        try:
+            index, label, tokens = trajectories.read_shard(k)
+        except ShardError as error:
+            damaged[k] = str(error)
+            continue
+        num_rows, num_sound = num_rows + len(index), num_sound + 1
+        codes_V += np.bincount(tokens.ravel(), minlength=plan.vocab_size)
+        if plan.conditioning == "class":
+            classes += np.bincount(label, minlength=plan.num_classes)
+    counted = "in the shards"
+    if num_sound + len(damaged) < len(shards):
+        counted = "by the plan"
+        if plan.conditioning == "class":
+            classes = _planned_classes(plan, (k for k in shards if k not in damaged))
+    return {
+        "damaged": {shard_name(k): reason for k, reason in damaged.items()},
+        "labels": _balance(classes, counted) if plan.conditioning == "class" else None,
+        "tokens": {"rows_looked_at": num_rows, **_usage(codes_V)} if num_rows else None,
+    }
+
+
+def _planned_classes(plan: Plan, shards: Iterable[int]) -> npt.NDArray[np.int64]:
+    """Rows of each class in some shards, int64 [num_classes]."""
+    classes = np.zeros(plan.num_classes, np.int64)
+    for k in shards:
+        label_N = plan.label(np.asarray(plan.shard_range(k)))
+        classes += np.bincount(label_N, minlength=plan.num_classes)
+    return classes
+
+
+def _balance(classes: npt.NDArray[np.int64], counted: str) -> dict[str, Any] | None:
+    present = np.flatnonzero(classes)
+    if not len(present):
+        return None
+    least, most = present[classes[present].argmin()], present[classes[present].argmax()]
+    return {
+        "counted": counted,
+        "classes_present": len(present),
+        "least_frequent": {"class": int(least), "rows": int(classes[least])},
+        "most_frequent": {"class": int(most), "rows": int(classes[most])},
+    }
+
+
+def _usage(codes_V: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """How evenly the codes are used; the entropy is that of one token, log2(V) at most."""
+    share = codes_V[codes_V > 0] / codes_V.sum()
+    most = int(codes_V.argmax())
+    return {
+        "codes_used": len(share),
+        "codes": len(codes_V),
+        "entropy_bits": round(float(-(share * np.log2(share)).sum()) + 0.0, 3),
+        "entropy_bits_if_even": round(float(np.log2(len(codes_V))), 3),
+        "most_frequent_code": most,
+        "its_share": round(float(share.max()), 4),
     }
 
 
 def verify(uri: str) -> list[str]:
-    """Read every shard; what is wrong, a line each."""
-    report = TrajectorySet.open(uri).verify()
+    """Read every shard; what is wrong, a line each.
+
+    Raises:
+        ShardError: if there is no set.
+        StorageError: if it cannot be read.
+    """
+    report = verified(TrajectorySet.open(uri))
     return [
         *(f"missing: {shard_name(k)}" for k in report.missing),
         *(f"damaged: {shard_name(k)}: {reason}" for k, reason in report.damaged.items()),
@@ -45,13 +149,17 @@ def verify(uri: str) -> list[str]:
     ]
 
 
-def repair(uri: str) -> list[str]:
-    """Move damaged shards aside; what was done, a line each."""
-    trajectories = TrajectorySet.open(uri)
-    moved = [
-        f"{shard_name(k)} moved to {trajectories.quarantine(k)}"
-        for k in trajectories.verify().damaged
-    ]
-    missing = len(trajectories.missing())
-    end = f"{missing} shards to fill: run `ddray sample` with the same settings"
-    return [*moved, end if missing else "nothing to mend"]
+def verified(trajectories: TrajectorySet) -> VerifyReport:
+    """The report of `TrajectorySet.verify`, with its progress on stderr."""
+    with Progress("verify", trajectories.plan.num_shards, "shards") as bar:
+        return trajectories.verify(bar.advance_to)
+
+
+def quarantine(trajectories: TrajectorySet, report: VerifyReport) -> list[str]:
+    """Move what a report calls damaged or unexpected to quarantine/; what was moved, a line each.
+
+    Raises:
+        StorageError: if it cannot be moved.
+    """
+    names = [*map(shard_name, report.damaged), *report.unexpected]
+    return [f"{name} moved to {trajectories.quarantine(name)}" for name in names]

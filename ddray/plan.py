@@ -176,6 +176,10 @@ class Plan:
             raise ConfigError("plan: conditioning='text' has no class labels; give captions")
         return (np.asarray(index, dtype=np.int64) % self.num_classes).astype(np.int32)
 
+    def random_choice(self) -> np.random.Generator:
+        """Return random numbers for picking examples of the set: two looks at it agree."""
+        return np.random.default_rng(int(self.hash[:16], 16))
+
     def to_json(self) -> str:
         """Return the manifest: the fields, the format, the version of ddray, the plan hash."""
         head = {"format": SCHEMA_FORMAT, "ddray_version": __version__, "plan_hash": self.hash}

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, ShardError
 from ddray.plan import NOT_HASHED, Plan
-from ddray.storage import NotFoundError, Storage, open_storage
+from ddray.storage import NotFoundError, Storage, open_storage, read_ahead
 
 _MANIFEST = "manifest.json"
 _SHARDS = "shards/"
@@ -33,6 +34,21 @@ _HASH_KEY, _SHARD_KEY, _ROWS_KEY = b"ddray.plan_hash", b"ddray.shard", b"ddray.r
 
 # Columns of a shard: index [N], label [N] (captions if the teacher takes text), tokens [N, L].
 Rows = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What one listing of a set's storage shows, without reading a shard.
+
+    Attributes:
+        sizes: Shard -> bytes, of the shards that are there.
+        missing: Shards that are still to be written.
+        unexpected: Names below shards/ that the plan does not have.
+    """
+
+    sizes: dict[int, int]
+    missing: list[int]
+    unexpected: list[str]
 
 
 @dataclass(frozen=True)
@@ -123,8 +139,8 @@ class TrajectorySet:
             )
         return cls(storage, plan)
 
-    def missing(self) -> list[int]:
-        """Return the shards that are still to be written, by listing the storage.
+    def listing(self) -> Listing:
+        """Return what is there and what is not, by listing the storage once.
 
         Shards appear whole or not at all, so a name in the listing is enough, with one
         exception: a shard that was the last one of an earlier count may still be short.
@@ -134,15 +150,25 @@ class TrajectorySet:
         Raises:
             StorageError: If the storage cannot be listed.
         """
-        sizes = self.storage.list(_SHARDS)
+        there = self.storage.list(_SHARDS)
         rows = self.plan.shard_rows
         maybe_short = {count // rows for count in self.plan.earlier_counts if count % rows}
-        return [
-            k
-            for k in range(self.plan.num_shards)
-            if sizes.get(shard_name(k), 0) < _LEAST_PARQUET_BYTES
-            or (k in maybe_short and not self._has_all_rows(k))
-        ]
+        sizes, missing = {}, []
+        for k in range(self.plan.num_shards):
+            size = there.pop(shard_name(k), 0)
+            if size < _LEAST_PARQUET_BYTES or (k in maybe_short and not self._has_all_rows(k)):
+                missing.append(k)
+            else:
+                sizes[k] = size
+        return Listing(sizes, missing, list(there))
+
+    def missing(self) -> list[int]:
+        """Return the shards that are still to be written; see `listing`.
+
+        Raises:
+            StorageError: If the storage cannot be listed.
+        """
+        return self.listing().missing
 
     def write_shard(
         self, k: int, index: npt.ArrayLike, label: npt.ArrayLike, tokens: npt.ArrayLike
@@ -209,33 +235,52 @@ class TrajectorySet:
         index, label, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
         return index, label, tokens
 
-    def verify(self) -> VerifyReport:
+    def verify(self, advance: Callable[[int], None] | None = None) -> VerifyReport:
         """Read every shard and report what is missing, damaged or does not belong.
+
+        Args:
+            advance: Told after each shard how many are done, missing ones included.
 
         Raises:
             StorageError: If the storage cannot be listed or read.
         """
-        missing = self.missing()
-        damaged, sound_rows = {}, 0
-        for k in sorted(set(range(self.plan.num_shards)) - set(missing)):
-            try:
-                sound_rows += len(self._load(k)[0])
-            except ShardError as exc:
-                damaged[k] = str(exc)
-        expected = {shard_name(k) for k in range(self.plan.num_shards)}
-        unexpected = [name for name in self.storage.list(_SHARDS) if name not in expected]
-        return VerifyReport(self.plan.num_shards, missing, damaged, sound_rows, unexpected)
+        found = self.listing()
+        missing, damaged, sound_rows = list(found.missing), {}, 0
+        contents = read_ahead(self.storage, map(shard_name, found.sizes))
+        for done, (k, data) in enumerate(zip(found.sizes, contents, strict=True), 1 + len(missing)):
+            if data is None:
+                # Deleted since the listing.
+                missing.append(k)
+            else:
+                try:
+                    sound_rows += len(_decode(self.plan, k, data)[0])
+                except ShardError as exc:
+                    damaged[k] = str(exc)
+            if advance is not None:
+                advance(done)
+        return VerifyReport(
+            self.plan.num_shards, sorted(missing), damaged, sound_rows, found.unexpected
+        )
 
-    def quarantine(self, k: int) -> str:
-        """Move shard `k` to quarantine/, so that a rerun fills the gap; return its new name.
+    def quarantine(self, name: str) -> str:
+        """Move a file from shards/ to quarantine/ and return its new name.
+
+        Of a shard, a gap is left, which a rerun fills.
+
+        Args:
+            name: `shard_name(k)`, or one of `VerifyReport.unexpected`.
 
         Raises:
-            StorageError: If the shard is not there or cannot be moved.
+            StorageError: If it is not there or cannot be moved.
         """
-        name = shard_name(k)
-        moved = f"quarantine/{name.removeprefix(_SHARDS)}.bad"
-        # The copy comes first: a crash in between leaves two files, never none.
-        self.storage.write(moved, self.storage.read(name))
+        content = self.storage.read(name)
+        # An earlier quarantine's file of that name stays: it may hold somebody's only copy.
+        for number in itertools.count():
+            suffix = f"-{number}.bad" if number else ".bad"
+            moved = f"quarantine/{name.removeprefix(_SHARDS)}{suffix}"
+            # The copy comes first: a crash in between leaves two files, never none.
+            if self.storage.write(moved, content, if_absent=True):
+                break
         self.storage.delete(name)
         return moved
 

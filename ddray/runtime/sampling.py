@@ -1,68 +1,24 @@
 """Trajectories at scale: a plan, a pool of teachers, shards.
 
-Imports ddray.config, generate (through the zoo), shards, storage and the pool.
+Imports ddray.config, errors, inspect_set, shards, storage, trajectories, the zoo and the pool.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 
 from ddray import __version__
-from ddray.config import SampleConfig
-from ddray.errors import ConfigError, ShardError
-from ddray.generate import Teacher
+from ddray.config import PoolConfig, SampleConfig
+from ddray.errors import ConfigError
+from ddray.inspect_set import quarantine, verified
 from ddray.models.zoo import load_teacher
-from ddray.plan import Plan
 from ddray.run_folder import SUMMARY_FILE, write_json
 from ddray.runtime.pool import fill
-from ddray.seeding import SCHEME
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
-
-
-def make_plan(config: SampleConfig, teacher: Teacher) -> Plan:
-    """Everything that decides the bytes of a trajectory set."""
-    vocab_size = len(teacher.codebook)
-    return Plan(
-        teacher=teacher.name,
-        teacher_fingerprint=teacher.fingerprint,
-        tokenizer_fingerprint=teacher.tokenizer.fingerprint,
-        conditioning=teacher.conditioning,
-        num_classes=teacher.num_classes,
-        seed=config.seed,
-        noise_scheme=SCHEME,
-        cfg=teacher.default_cfg if config.cfg is None else config.cfg,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        temperature=config.temperature,
-        solver=config.solver,
-        num_evals=teacher.transport(config.solver, config.num_evals).num_evals,
-        dtype=config.dtype,
-        threads=config.threads,
-        count=config.count,
-        shard_rows=config.shard_rows,
-        batch_size=config.batch_size,
-        stages=teacher.stages,
-        vocab_size=vocab_size,
-    )
-
-
-def sample_rows(teacher: Teacher, plan: Plan, rows: range) -> np.ndarray:
-    """Tokens [rows, L] of consecutive indices, as the plan's settings give them, int64."""
-    index = np.arange(rows.start, rows.stop)
-    tokens = teacher.trajectories(
-        torch.from_numpy(plan.label(index)),
-        torch.from_numpy(index),
-        seed=plan.seed,
-        cfg=plan.cfg,
-        top_k=plan.top_k,
-        top_p=plan.top_p,
-        temperature=plan.temperature,
-        solver=plan.solver,
-        num_evals=plan.num_evals,
-    )
-    return tokens.cpu().numpy()
+from ddray.trajectories import made_on, make_plan, planned_teacher, sample_rows
 
 
 class TrajectoryWorker:
@@ -75,15 +31,8 @@ class TrajectoryWorker:
 
     def __init__(self, uri: str, device: str):
         self._set = TrajectorySet.open(uri)
-        plan = self._set.plan
-        torch.set_num_threads(plan.threads)
-        self._teacher = load_teacher(plan.teacher, device=device, dtype=plan.dtype)
-        for what, here, there in (
-            ("network", self._teacher.fingerprint, plan.teacher_fingerprint),
-            ("tokenizer", self._teacher.tokenizer.fingerprint, plan.tokenizer_fingerprint),
-        ):
-            if here != there:
-                raise ShardError(f"{plan.teacher} on this worker has another {what} than the plan")
+        torch.set_num_threads(self._set.plan.threads)
+        self._teacher = planned_teacher(self._set.plan, device)
 
     def do(self, shard: int) -> int:
         """Sample and write one shard."""
@@ -128,15 +77,88 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
     if teacher.conditioning != "class":
         raise ConfigError(f"{config.teacher} is conditioned on {teacher.conditioning}, not classes")
-    trajectories = TrajectorySet.create(config.out, make_plan(config, teacher))
-    plan = trajectories.plan
-    filled = fill("trajectories", trajectories, TrajectoryWorker, config)
+    return _fill(TrajectorySet.create(config.out, make_plan(config, teacher)), config)
+
+
+def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
+    """Sample what an existing set lacks, by its own plan.
+
+    Args:
+        uri: of the set.
+        pool: size of the pool; its `threads` give way to the plan's.
+
+    Returns:
+        The same summary as `sample`.
+
+    Raises:
+        ConfigError: the plan's teacher is not here.
+        ShardError: there is no set, the teacher has other weights, or shards stay missing.
+        StorageError: the URI cannot be written.
+        ClusterError: Ray cannot start, or the pool keeps failing.
+    """
+    trajectories = TrajectorySet.open(uri)
+    trajectories.storage.check_writable()
+    planned_teacher(trajectories.plan, "cpu")
+    return _fill(trajectories, pool.model_copy(update={"threads": trajectories.plan.threads}))
+
+
+def repair(uri: str, pool: PoolConfig) -> list[str]:
+    """Move what is damaged or does not belong to quarantine/, and refill the gaps.
+
+    Nothing is touched before it is sure that the plan's teacher is here.
+
+    Args:
+        uri: of the set. No other job may write to it meanwhile.
+        pool: as for `refill`.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        DDRayError: as `refill`.
+    """
+    trajectories = TrajectorySet.open(uri)
+    report = verified(trajectories)
+    if report.ok:
+        return ["nothing to mend"]
+    trajectories.storage.check_writable()
+    gaps = bool(report.missing or report.damaged)
+    if gaps:
+        planned_teacher(trajectories.plan, "cpu")
+    lines = quarantine(trajectories, report)
+    if gaps:
+        made = refill(uri, pool)
+        lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
+    return lines
+
+
+def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
+    """Say what is there, make the rest, and leave a summary."""
+    plan, storage = trajectories.plan, trajectories.storage
+    missing = trajectories.missing()
+    found = plan.num_shards - len(missing)
+    if found:
+        rows = plan.count - sum(len(plan.shard_range(k)) for k in missing)
+        print(
+            f"found {found} of {plan.num_shards} shards ({rows} of {plan.count} rows); "
+            f"{len(missing) or 'nothing'} to make",
+            file=sys.stderr,
+            flush=True,
+        )
+    devices = made_on(storage) if found else []
+    # Of shards that nobody took note of, nothing is known, and this run cannot mend that.
+    if missing and (devices or not found):
+        devices = sorted({*devices, "cuda" if pool.num_gpus else "cpu"})
+        # Before the first shard: a run that is killed has made some too.
+        write_json(storage, SUMMARY_FILE, {"devices": devices})
+    filled = fill("trajectories", trajectories, TrajectoryWorker, pool)
     summary = {
         "uri": trajectories.uri,
         "ddray_version": __version__,
         "plan_hash": plan.hash,
         "teacher": plan.teacher,
         "rows": plan.count,
+        "devices": devices,
         **filled.summary(),
     }
     write_json(storage, SUMMARY_FILE, summary)

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import ddray
-from ddray.runtime.sampling import make_plan, sample_rows
 from ddray.shards import TrajectorySet
+from ddray.trajectories import make_plan, sample_rows
 from tests.runtime.tiny import command, contents, environment, sampling, write_teacher
 
 pytestmark = pytest.mark.chaos

@@ -23,7 +23,9 @@ from ddray.config import (
     SampleConfig,
     ServeConfig,
 )
+from ddray.models.zoo import load_teacher
 from ddray.shards import Plan, TrajectorySet, shard_name
+from ddray.trajectories import make_plan, sample_rows
 from tests.core.tiny import student_config, student_state, tokenizer_state
 
 JOBS: dict[str, type[Job]] = {
@@ -188,6 +190,11 @@ def test_a_pair_of_workers_is_a_pair_from_everywhere(
         (("generate", "--student", "nowhere"), "no model 'nowhere': it is no folder with a config"),
         (("generate", "--student", "digits-llamagen"), "'llamagen', which is no student"),
         (("evaluate", "--student", "nowhere"), "no model 'nowhere'"),
+        (("inspect", "x", "--recompute", "9"), "--recompute has no effect without --verify"),
+        (("inspect", "x", "--workers", "1:2"), "--workers has no effect without --repair"),
+        (("inspect", "x", "--verify", "--recompute", "-1"), "a number of rows is 0 or more"),
+        (("inspect", "x", "--picture", "x.jpg"), "only PNG is written; give a name that ends in"),
+        (("inspect", "x", "--repair", "--workers", "2:1"), "workers 2:1 must be MIN:MAX"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(
@@ -297,10 +304,11 @@ def _fill(uri: Path) -> list[int]:
 
 
 def _inspect(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> tuple[Any, str]:
-    """Exit status, the JSON part of the output and the lines behind it."""
+    """The JSON part of the output and the lines behind it."""
     assert main(["inspect", *arguments]) == status
     stdout, stderr = capsys.readouterr()
-    assert stderr == ""
+    # Nothing but progress.
+    assert all(line.startswith(("verify: ", "recompute: ")) for line in stderr.splitlines())
     values, end = json.JSONDecoder().raw_decode(stdout)
     return values, stdout[end:].strip()
 
@@ -313,35 +321,76 @@ def test_inspect_says_what_is_there_and_what_is_missing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     _fill(tmp_path)
-    values, lines = _inspect(capsys, 0, str(tmp_path), "--verify")
+    verify = (str(tmp_path), "--verify", "--recompute", "0")
+    values, lines = _inspect(capsys, 0, *verify)
     assert (values["rows"], values["rows_planned"], values["shards"]) == (25, 25, 3)
     assert lines == "verified: every index once, every hash right"
     (tmp_path / shard_name(0)).unlink()
     values, lines = _inspect(capsys, 0, str(tmp_path))
     assert (values["rows"], values["shards"], lines) == (15, 2, "")
-    _, lines = _inspect(capsys, 1, str(tmp_path), "--verify")
+    _, lines = _inspect(capsys, 1, *verify)
     assert lines == f"missing: {shard_name(0)}"
 
 
-def test_damage_is_found_and_after_repair_only_the_gap_is_filled(
+def test_without_the_teacher_nothing_is_recomputed_unless_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _fill(tmp_path)
+    _, lines = _inspect(capsys, 0, str(tmp_path), "--verify")
+    verified, note = lines.splitlines()
+    assert verified == "verified: every index once, every hash right"
+    assert note.startswith("not recomputed: no model 'tiny': ")
+    assert main(["inspect", str(tmp_path), "--verify", "--recompute", "9"]) == 2
+    assert capsys.readouterr().err.endswith("`ddray models` lists the names\n")
+
+
+def test_rows_of_the_bundled_teacher_are_recomputed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = SampleConfig(out=str(tmp_path), count=8, shard_rows=8, batch_size=4, num_evals=2)
+    teacher = load_teacher(config.teacher, device="cpu")
+    trajectories = TrajectorySet.create(str(tmp_path), make_plan(config, teacher))
+    plan, index = trajectories.plan, np.arange(8)
+    tokens = np.concatenate([sample_rows(teacher, plan, batch) for batch in plan.batches(0)])
+    trajectories.write_shard(0, index, plan.label(index), tokens)
+    picture = str(tmp_path / "p.png")
+    arguments = (str(tmp_path), "--verify", "--recompute", "3", "--picture", picture)
+    _, lines = _inspect(capsys, 0, *arguments)
+    assert lines.splitlines()[1].startswith("recomputed 4 rows (1 batches) on cpu: all as written")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    tokens[:, -1] ^= 1
+    trajectories.write_shard(0, index, plan.label(index), tokens)
+    _, lines = _inspect(capsys, 1, str(tmp_path), "--verify")
+    assert lines.splitlines()[0] == "verified: every index once, every hash right"
+    assert "on cpu: 8 rows and 8 of 392 tokens differ" in lines.splitlines()[1]
+    assert len(lines.splitlines()) == 2 + 5
+
+
+def test_damage_is_found_and_nothing_is_moved_where_it_cannot_be_refilled(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     _fill(tmp_path)
     shard = tmp_path / shard_name(1)
-    before = shard.read_bytes()
-    damaged = bytearray(before)
+    damaged = bytearray(shard.read_bytes())
     damaged[len(damaged) // 3] ^= 0xFF
     shard.write_bytes(damaged)
-    _, lines = _inspect(capsys, 1, str(tmp_path), "--verify")
+    _, lines = _inspect(capsys, 1, str(tmp_path), "--verify", "--recompute", "0")
     assert lines.startswith(f"damaged: {shard_name(1)}: ")
     assert "\n" not in lines
-    _, lines = _inspect(capsys, 0, str(tmp_path), "--repair")
-    assert lines.splitlines() == [
-        f"{shard_name(1)} moved to quarantine/shard-00001.parquet.bad",
-        "1 shards to fill: run `ddray sample` with the same settings",
-    ]
-    assert _fill(tmp_path) == [1]
-    assert shard.read_bytes() == before
-    _inspect(capsys, 0, str(tmp_path), "--verify")
+    assert main(["inspect", str(tmp_path), "--repair"]) == 2
+    assert "no model 'tiny': " in capsys.readouterr().err
+    assert shard.read_bytes() == damaged
+
+
+def test_repair_of_what_has_no_gaps_needs_no_teacher(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _fill(tmp_path)
     _, lines = _inspect(capsys, 0, str(tmp_path), "--repair")
     assert lines == "nothing to mend"
+    (tmp_path / "shards" / "stray.parquet").write_bytes(b"")
+    _, lines = _inspect(capsys, 0, str(tmp_path), "--repair", "--verify", "--recompute", "0")
+    assert lines.splitlines() == [
+        "shards/stray.parquet moved to quarantine/stray.parquet.bad",
+        "verified: every index once, every hash right",
+    ]

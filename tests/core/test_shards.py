@@ -467,11 +467,11 @@ def test_verify_finds_everything_and_quarantine_makes_room(full: TrajectorySet) 
     assert report.damaged[1].startswith("damaged or truncated (")
     assert report.unexpected == ["shards/copy of shard-00002.parquet"]
 
-    assert full.quarantine(1) == "quarantine/shard-00001.parquet.bad"
+    assert full.quarantine(shard_name(1)) == "quarantine/shard-00001.parquet.bad"
     assert full.storage.read("quarantine/shard-00001.parquet.bad") == damaged
     full.storage.delete(report.unexpected[0])
     assert fill(TrajectorySet.create(full.uri, plan_of())) == [0, 1]
     assert full.verify().ok
     full.storage.delete(shard_name(1))
     with pytest.raises(StorageError, match="no such file"):
-        full.quarantine(1)
+        full.quarantine(shard_name(1))

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from ddray.cli import main
 from ddray.errors import ConfigError, ShardError, StorageError
+from ddray.inspect_set import describe, verify
 from ddray.local_storage import LocalStorage, _local_errors
 from ddray.plan import Plan
 from ddray.s3_storage import S3Storage
-from ddray.shards import TrajectorySet
-from ddray.storage import NotFoundError, Storage, open_storage
+from ddray.shards import TrajectorySet, shard_name
+from ddray.storage import NotFoundError, Storage, open_storage, read_ahead
 
 BUCKET = "trajectories"
 
@@ -78,6 +80,8 @@ def test_what_is_written_is_read_and_listed(storage: Storage) -> None:
     assert list(storage.list("shards/")) == ["shards/a.parquet", "shards/b.parquet"]
     assert list(storage.list("shards/b")) == ["shards/b.parquet"]
     assert storage.list("other/") == {}
+    names = ["shards/a.parquet", "shards/gone.parquet", *["shards/b.parquet"] * 40]
+    assert list(read_ahead(storage, names)) == [b"", None, *[b"12345"] * 40]
 
 
 def test_a_write_replaces_and_a_conditional_write_does_not(storage: Storage) -> None:
@@ -386,9 +390,28 @@ def test_a_trajectory_set_lives_on_s3_and_pyarrow_reads_it(s3_endpoint: str) -> 
     table = pyarrow.dataset.dataset(f"{uri}/shards").to_table()
     assert table["index"].to_pylist() == [0, 1, 2, 3, 4]
 
+    told = describe(uri)
+    assert (told["rows"], told["tokens"]["codes_used"]) == (5, 5)
+    assert told["labels"]["least_frequent"] == {"class": 0, "rows": 1}
+
     larger = TrajectorySet.create(uri, dataclasses.replace(plan, count=6))
     assert larger.missing() == [2]
-    assert larger.quarantine(1) == "quarantine/shard-00001.parquet.bad"
+    assert larger.quarantine(shard_name(1)) == "quarantine/shard-00001.parquet.bad"
     assert larger.missing() == [1, 2]
     with pytest.raises(ShardError, match=f"{uri}/shards/shard-00001.parquet is missing; rerun"):
         larger.read_shard(1)
+    assert verify(uri) == [f"missing: {shard_name(1)}", f"missing: {shard_name(2)}"]
+
+
+def test_looking_at_a_bucket_that_is_not_there_is_one_line(
+    s3_endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for uri, message in (
+        ("s3://no-such-bucket/set", "no such bucket; create it, or correct the URI"),
+        (f"s3://{BUCKET}/nothing", f"no trajectory set at s3://{BUCKET}/nothing: it has no mani"),
+    ):
+        for flag in ("--verify", "--repair"):
+            assert main(["inspect", uri, flag]) == 1
+            stdout, stderr = capsys.readouterr()
+            assert (stdout, stderr.count("\n")) == ("", 1)
+            assert message in stderr

@@ -11,9 +11,12 @@ import torch
 
 import ddray
 from ddray.checkpoint import load_folder, save_folder
+from ddray.config import PoolConfig
 from ddray.errors import ClusterError, ConfigError, ShardError, StorageError
-from ddray.runtime.sampling import sample, sample_rows
+from ddray.recompute import recompute
+from ddray.runtime.sampling import repair, sample
 from ddray.shards import TrajectorySet, shard_name
+from ddray.trajectories import sample_rows
 from tests.runtime.tiny import contents, sampling, write_teacher
 
 pytestmark = pytest.mark.ray
@@ -86,20 +89,53 @@ def test_tokens_are_those_of_a_plain_loop_in_one_process(
         torch.set_num_threads(threads)
 
 
-def test_a_rerun_makes_nothing(whole: tuple[Path, dict], teacher: str) -> None:
+def test_a_rerun_makes_nothing(
+    whole: tuple[Path, dict], teacher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(whole[0], "shards")
     summary = sample(sampling(teacher, whole[0], count=50, workers=(2, 2)))
     assert (summary["shards_made"], summary["rows_made"]) == (0, 0)
+    assert summary["devices"] == ["cpu"]
+    found = "found 3 of 3 shards (50 of 50 rows); nothing to make\n"
+    assert capsys.readouterr().err == found
     assert contents(whole[0], "shards") == before
 
 
 def test_two_deleted_shards_come_back_byte_for_byte(
-    whole: tuple[Path, dict], copy: Path, teacher: str
+    whole: tuple[Path, dict], copy: Path, teacher: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for k in (0, 2):
         (copy / shard_name(k)).unlink()
     assert sample(sampling(teacher, copy, count=50))["shards_made"] == 2
     assert contents(copy, "shards") == contents(whole[0], "shards")
+    found = capsys.readouterr().err.splitlines()[0]
+    assert found == "found 1 of 3 shards (20 of 50 rows); 2 to make"
+
+
+def test_repair_moves_what_is_bad_aside_and_refills_byte_for_byte(
+    whole: tuple[Path, dict], copy: Path
+) -> None:
+    whole_shard = (copy / shard_name(1)).read_bytes()
+    (copy / shard_name(0)).unlink()
+    (copy / shard_name(1)).write_bytes(whole_shard[:-9])
+    (copy / "shards" / "copy.parquet").write_bytes(whole_shard)
+    assert repair(str(copy), PoolConfig(workers=(1, 1), threads=7)) == [
+        "shards/shard-00001.parquet moved to quarantine/shard-00001.parquet.bad",
+        "shards/copy.parquet moved to quarantine/copy.parquet.bad",
+        "refilled 2 shards (40 rows)",
+    ]
+    assert contents(copy, "shards") == contents(whole[0], "shards")
+    assert (copy / "quarantine" / "copy.parquet.bad").read_bytes() == whole_shard
+    assert repair(str(copy), PoolConfig()) == ["nothing to mend"]
+
+
+def test_a_recomputation_finds_the_rows_as_the_actors_wrote_them(
+    whole: tuple[Path, dict],
+) -> None:
+    outcome = recompute(str(whole[0]), 50)
+    assert outcome.lines() == [
+        "recomputed 50 rows (8 batches) on cpu: all as written (made on cpu)"
+    ]
 
 
 def test_an_extension_leaves_full_shards_alone(
@@ -146,13 +182,14 @@ def test_a_teacher_of_the_same_name_and_other_weights_is_refused(
 def test_a_worker_whose_teacher_has_other_weights_fails_the_run(
     ray_local: None, tmp_path: Path
 ) -> None:
-    from ddray.runtime.sampling import TrajectoryWorker, make_plan
+    from ddray.runtime.sampling import TrajectoryWorker
+    from ddray.trajectories import make_plan
 
     folder = write_teacher(tmp_path / "teacher")
     plan = make_plan(sampling(folder, tmp_path / "set"), ddray.load_teacher(folder, device="cpu"))
     TrajectorySet.create(str(tmp_path / "set"), plan)
     write_teacher(tmp_path / "teacher", seed=5)
-    with pytest.raises(ShardError, match="other weights|another"):
+    with pytest.raises(ShardError, match="has another network here"):
         TrajectoryWorker(str(tmp_path / "set"), "cpu")
 
 

@@ -22,9 +22,9 @@ from ddray.distill import (
 )
 from ddray.errors import ConfigError, ShardError, TrainingError
 from ddray.models.zoo import empty_network, empty_tokenizer, new_student
-from ddray.runtime.sampling import make_plan, sample_rows
 from ddray.runtime.training import distill, read_history
 from ddray.shards import TrajectorySet, shard_name
+from ddray.trajectories import make_plan, sample_rows
 from tests.core.tiny import VAR_SIZES, random_state
 from tests.runtime.tiny import command, contents, distilling, environment, sampling, write_teacher
 
