@@ -107,7 +107,8 @@ class CaptionFile:
             StorageError: if the file cannot be read to the end.
         """
         number = -1
-        for number, row in enumerate(islice(self._read(features and self.has_features), count)):
+        read = self._read(count, features and self.has_features)
+        for number, row in enumerate(islice(read, count)):
             problem = _misplaced(row.index, number) or self._unfit(row)
             if problem:
                 raise ConfigError(f"captions {self.uri}: {problem}")
@@ -125,10 +126,10 @@ class CaptionFile:
         for _ in self.rows(count, features=False):
             pass
 
-    def _read(self, features: bool) -> Iterator[CaptionRow]:
+    def _read(self, count: int, features: bool) -> Iterator[CaptionRow]:
         with _errors(self.uri), _open(self.uri) as file:
             if self._is_parquet:
-                yield from _parquet_rows(_parquet(file), features)
+                yield from _parquet_rows(_parquet(file), count, features)
                 return
             for row in _json_lines(file):
                 if ("features" in row) != self.has_features:
@@ -142,6 +143,8 @@ class CaptionFile:
         if row.features_TD is None:
             empty = not self.has_features and not clean_caption(row.caption)
             return f"the caption of index {row.index} is empty" if empty else None
+        if row.features_TD.ndim != 2:
+            return f"the features of index {row.index} are no T lists of D numbers"
         length, width = row.features_TD.shape
         if not 1 <= length <= self._length or width != self._width:
             return (
@@ -217,10 +220,11 @@ def _is_matrix(kind: Any) -> bool:
     return inner is not None and is_list(inner) and pa.types.is_floating(inner.value_type)
 
 
-def _parquet_rows(file: Any, features: bool) -> Iterator[CaptionRow]:
+def _parquet_rows(file: Any, count: int, features: bool) -> Iterator[CaptionRow]:
     columns = ["index", "caption"] + ["features"] * features
     number = 0
-    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
+    for whole in file.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
+        batch = whole.slice(0, count - number)
         for name in columns:
             nulls = np.flatnonzero(batch.column(name).is_null())
             if len(nulls):
@@ -229,19 +233,23 @@ def _parquet_rows(file: Any, features: bool) -> Iterator[CaptionRow]:
         given = matrices(batch.column("features")) if features else [None] * len(texts)
         yield from map(CaptionRow, batch.column("index").to_pylist(), texts, given)
         number += len(texts)
+        if number == count:
+            return
 
 
 def matrices(rows: Any) -> list[npt.NDArray[np.float32]]:
-    """Features float32 [T, D] of each row of a column of lists of lists.
+    """Features of each row of a column of lists of lists.
 
-    Raises:
-        ConfigError: if the lists of positions differ in their length, or hold nulls.
+    Returns:
+        Arrays float32 [T, D]; an empty one [0] for a row that is no matrix.
     """
     positions = rows.flatten()
     values = positions.flatten()
     widths = np.unique(pc.list_value_length(positions.drop_null()))
     if positions.null_count or values.null_count or len(widths) > 1:
-        raise ConfigError("features must be lists of positions of one width, without nulls")
+        if len(rows) == 1:
+            return [np.empty(0, np.float32)]
+        return [matrix for i in range(len(rows)) for matrix in matrices(rows.slice(i, 1))]
     width = int(widths[0]) if len(widths) else 0
     matrix = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     ends = np.cumsum(pc.list_value_length(rows).to_numpy(zero_copy_only=False))
@@ -277,10 +285,10 @@ def _json_caption(row: dict[str, Any]) -> str:
 
 
 def _json_features(row: dict[str, Any]) -> npt.NDArray[np.float32]:
+    """An array float32 [T, D]; an empty one [0] for what is no matrix."""
     try:
         features_TD = np.asarray(row["features"])
     except ValueError:
-        features_TD = np.empty(0)
-    if features_TD.ndim != 2 or features_TD.dtype.kind not in "iuf":
-        raise ConfigError(f"the features of index {row['index']} are no T lists of D numbers")
-    return features_TD.astype(np.float32)
+        return np.empty(0, np.float32)
+    is_matrix = features_TD.ndim == 2 and features_TD.dtype.kind in "iuf"
+    return features_TD.astype(np.float32) if is_matrix else np.empty(0, np.float32)
