@@ -53,9 +53,9 @@ def encoder_width(source: str) -> int:
         CheckpointError: for a source that holds no T5, or cannot be reached.
     """
     with _loading(source):
-        from transformers import T5Config
+        from transformers import AutoConfig
 
-        return int(T5Config.from_pretrained(source).d_model)
+        return int(AutoConfig.from_pretrained(source).d_model)
 
 
 class T5TextEncoder:
