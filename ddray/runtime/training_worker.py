@@ -80,7 +80,7 @@ class _Run:
         plan = trajectories.plan
         self.teacher = load_teacher(config.teacher or plan.teacher, device=device)
         self.codebook = self.teacher.codebook
-        self.batches = _read_batches(trajectories, self.teacher, config)
+        self.batches = read_batches(trajectories, self.teacher, config)
         torch.manual_seed(config.seed)
         network, self.card = new_student(self.teacher)
         self.engine, self.optimizer = self._initialize(network)
@@ -251,7 +251,7 @@ class _Run:
         return gathered | _stored(network)
 
 
-def _read_batches(
+def read_batches(
     trajectories: TrajectorySet, teacher: Teacher, config: DistillConfig
 ) -> TrajectoryBatches:
     """All rows that are there, and the features of their captions where they have any."""

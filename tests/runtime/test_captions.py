@@ -12,12 +12,16 @@ import ray
 import torch
 
 import ddray
-from ddray.captions import captions_name, padded
+from ddray.captions import captions_name, cut_captions, padded
+from ddray.conditions import open_captions
 from ddray.config import DistillConfig
-from ddray.errors import CheckpointError, ConfigError, ShardError, TrainingError
-from ddray.runtime.sampling import sample, sample_rows
+from ddray.errors import CheckpointError, ConfigError, ShardError
+from ddray.runtime.sampling import TrajectoryWorker, make_plan, sample, sample_rows
 from ddray.runtime.training import distill, read_history
+from ddray.runtime.training_worker import read_batches
 from ddray.shards import TrajectorySet
+from ddray.text_encoder import T5TextEncoder
+from tests.core.tiny import write_text_encoder
 from tests.runtime.tiny import contents, distilling, sampling, write_teacher
 
 pytestmark = pytest.mark.ray
@@ -152,6 +156,40 @@ def test_other_captions_of_a_shard_are_refused(
     assert contents(whole) == before
 
 
+def test_captions_without_features_are_encoded_by_the_worker(teacher: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = write_text_encoder(tmp_path / "t5", WIDTH)
+    words = ["a red cat", "the roof", "a cat on the roof", "on"]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"index": {i}, "caption": "{words[i % 4]}"}}\n' for i in range(20))
+    )
+    given = {"captions": str(tmp_path / "a.jsonl"), "text_encoder": source, "count": 20}
+    config = sampling(teacher, tmp_path / "set", **given)
+    model = ddray.load_teacher(teacher, device="cpu")
+    captions = open_captions(config, model)
+    assert captions is not None
+    plan = make_plan(config, model, captions)
+    assert plan.text_encoder == source
+    trajectories = TrajectorySet.create(config.out, plan)
+    cut_captions(captions, trajectories.storage, plan)
+    assert TrajectoryWorker(config.out, "cpu").do(0) == 20
+    encode = T5TextEncoder(source, length=LENGTH)
+    expected = [
+        sample_rows(model, plan, rows, encode([words[i % 4] for i in rows]))
+        for rows in plan.batches(0)
+    ]
+    np.testing.assert_array_equal(trajectories.read_shard(0)[2], np.concatenate(expected))
+    # A student is shown what its teacher was shown.
+    batches = read_batches(trajectories, model, distilling(tmp_path / "set", tmp_path / "run"))
+    first = batches.rows(0, 1)[0]
+    shown, asked = (
+        batches.batch(0, 1, 4, model.device)[2],
+        model.condition(encode([words[first % 4]])),
+    )
+    assert torch.equal(shown.features_BTD, asked.features_BTD)
+    assert torch.equal(shown.mask_BT, asked.mask_BT)
+
+
 @pytest.fixture(scope="module")
 def student(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
     config = distilling(whole, tmp_path_factory.mktemp("runs") / "one")
@@ -186,14 +224,13 @@ def test_two_workers_with_parted_weights_learn_what_one_learns(
 
 
 def test_captions_that_were_exchanged_are_noticed(
-    whole: Path, tmp_path: Path, ray_local: None
+    whole: Path, teacher: str, tmp_path: Path
 ) -> None:
     for name, data in contents(whole).items():
-        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "set" / name).write_bytes(data)
-    captions = tmp_path / "set" / "captions"
-    (captions / "captions-00000.parquet").write_bytes((whole / captions_name(1)).read_bytes())
-    with pytest.raises(
-        (ShardError, TrainingError), match="was sampled from other captions than it holds"
-    ):
-        distill(distilling(tmp_path / "set", tmp_path / "run", max_failures=0))
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / captions_name(0)).write_bytes((whole / captions_name(1)).read_bytes())
+    trajectories = TrajectorySet.open(str(tmp_path))
+    model = ddray.load_teacher(teacher, device="cpu")
+    with pytest.raises(ShardError, match="was sampled from other captions than it holds"):
+        read_batches(trajectories, model, distilling(tmp_path, tmp_path / "run"))
