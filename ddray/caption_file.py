@@ -133,7 +133,9 @@ class CaptionFile:
                 return
             for row in _json_lines(file):
                 if ("features" in row) != self.has_features:
-                    raise ConfigError("features must be in every line or in none")
+                    raise ConfigError(
+                        f"features must be in every line or in none; see index {row['index']}"
+                    )
                 yield CaptionRow(
                     _json_index(row), _json_caption(row), _json_features(row) if features else None
                 )

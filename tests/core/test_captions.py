@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -200,7 +202,10 @@ def test_other_columns_of_parquet_are_refused(columns: Any, message: str, tmp_pa
         ('{"index": "1", "caption": "a"}', "index '1' is no integer"),
         ('{"index": true, "caption": "a"}', "index True is no integer"),
         ('{"index": 1, "caption": 5}', "caption 5 of index 1 is no string"),
-        ('{"index": 1, "caption": "a", "features": [[1]]}', "in every line or in none"),
+        (
+            '{"index": 1, "caption": "a", "features": [[1]]}',
+            "in every line or in none; see index 1",
+        ),
     ],
 )
 def test_other_lines_of_json_are_refused(line: str, message: str, tmp_path: Path) -> None:
@@ -246,6 +251,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 4e6 < (tmp_path / "a.jsonl").stat().st_size / 3
     finally:
         tracemalloc.stop()
+
+
+def test_captions_need_no_torch() -> None:
+    code = "import sys, ddray.captions; assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 # The set.
