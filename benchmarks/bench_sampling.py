@@ -24,8 +24,9 @@ import torch
 import ddray
 from ddray.config import SampleConfig
 from ddray.report import Column, markdown_table
-from ddray.runtime.sampling import TrajectoryWorker, make_plan, sample
+from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.shards import TrajectorySet
+from ddray.trajectories import make_plan
 
 COLUMNS = (
     Column("what", "what"),

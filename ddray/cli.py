@@ -144,7 +144,7 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
             continue
         shown = ":".join(map(str, default)) if name == "workers" and verb != "distill" else default
         shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        suffix = "" if shown is None else f" (default: {shown})"
+        suffix = "" if shown in (None, "") else f" (default: {shown})"
         keys.add_argument(flag, metavar="X", dest=f"key_{name}", help=f"{text}{suffix}".strip())
     return parser
 

@@ -31,7 +31,9 @@ def _parse_workers(value: Any) -> Any:
 
 
 def _parse_list(value: Any) -> Any:
-    """A list from "0,16"."""
+    """A list from "0,16", or from a single number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -39,6 +41,7 @@ Workers = Annotated[tuple[CountT, CountT], BeforeValidator(_parse_workers)]
 JumpStages = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_parse_list)
 ]
+Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_parse_list)]
 
 
 class Job(BaseModel):
@@ -72,6 +75,13 @@ class SampleConfig(PoolConfig):
     teacher: str = Field("digits-llamagen", description="bundled name or model folder")
     out: str = Field("runs/sample/trajectories", description="URI of the set")
     count: CountT = Field(2000, description="number of trajectories")
+    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
+    captions: str | None = Field(
+        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
+    )
+    text_encoder: str | None = Field(
+        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+    )
     seed: SeedT = 0
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     top_k: Annotated[int, Field(ge=0)] = 0

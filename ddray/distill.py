@@ -8,13 +8,14 @@ Shapes: B rows of this worker, L tokens, E code width.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddray.conditioning import Condition
 from ddray.errors import ConfigError
 from ddray.losses import Losses, distillation_loss
 from ddray.seeding import noise
@@ -31,15 +32,23 @@ class TrajectoryBatches:
         tokens: unsigned int [N, L].
         noise_seed: seed of the set.
         seed: of the order.
+        condition: what the network takes for rows, given their numbers; None = their classes.
     """
 
     def __init__(
-        self, index: np.ndarray, label: np.ndarray, tokens: np.ndarray, noise_seed: int, seed: int
+        self,
+        index: np.ndarray,
+        label: np.ndarray,
+        tokens: np.ndarray,
+        noise_seed: int,
+        seed: int,
+        condition: Callable[[np.ndarray], Condition] | None = None,
     ):
         if not len(index):
             raise ConfigError("the trajectory set has no rows to train on")
         self._index, self._label, self._tokens = index, label, tokens
         self._noise_seed, self._seed = noise_seed, seed
+        self._condition = condition
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -60,13 +69,16 @@ class TrajectoryBatches:
 
     def batch(
         self, first: int, count: int, code_width: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise float32 [B, L, E], tokens int64 [B, L], classes int64 [B] of stream positions."""
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """Noise float32 [B, L, E], tokens int64 [B, L], conditions [B] of stream positions."""
         rows = self.rows(first, count)
         tokens = torch.from_numpy(self._tokens[rows].astype(np.int64)).to(device)
-        label = torch.from_numpy(self._label[rows].astype(np.int64)).to(device)
         index = torch.from_numpy(self._index[rows]).to(device)
-        return noise(self._noise_seed, index, (tokens.shape[1], code_width)), tokens, label
+        noise_BLE = noise(self._noise_seed, index, (tokens.shape[1], code_width))
+        if self._condition is not None:
+            return noise_BLE, tokens, self._condition(rows)
+        label = torch.from_numpy(self._label[rows].astype(np.int64)).to(device)
+        return noise_BLE, tokens, label
 
 
 def jump_stages(schedule: Sequence[int], first: int, count: int, device: torch.device) -> Tensor:

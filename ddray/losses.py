@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddray.conditioning import Condition
 from ddray.errors import ConfigError
 from ddray.generate import given_tokens, keep_data
 
@@ -37,7 +38,7 @@ def distillation_loss(
     codebook_VE: Tensor,
     noise_BLE: Tensor,
     tokens_BL: Tensor,
-    cond_B: Tensor,
+    cond_B: Condition,
     t_B: Tensor,
     *,
     logits_weight: float = 1.0,
@@ -51,7 +52,7 @@ def distillation_loss(
         codebook_VE: float32 [V, E].
         noise_BLE: float32 [B, L, E], where the trajectories start.
         tokens_BL: int64 [B, L], where they end.
-        cond_B: int64 class ids [B].
+        cond_B: int64 class ids [B] or captions.
         t_B: int64 [B], stages that are data.
         logits_weight: weight of the cross entropy.
         code_weight: weight of the squared error, which is divided by the codes' mean square so that

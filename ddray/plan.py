@@ -42,6 +42,9 @@ _TEXTS = (
 )
 # What may change while the set stays the same set.
 NOT_HASHED = frozenset({"count", "earlier_counts"})
+# Fields that joined format 1 later. At its default such a field stands neither in the manifest nor
+# in the hash, so sets that were made before it open as they did, and keep their hash.
+_JOINED_LATER = frozenset({"classes", "text_encoder"})
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class Plan:
         vocab_size: V; token ids are below it.
         earlier_counts: Counts that the set had before it was extended. Bookkeeping of
             `TrajectorySet.create`: leave it empty.
+        classes: Classes that are sampled, in turn; one that stands twice comes twice as
+            often. Empty is all, each once.
+        text_encoder: Name or folder of what turned captions into features; empty where
+            the features were given, and for classes.
     """
 
     teacher: str
@@ -94,6 +101,8 @@ class Plan:
     stages: tuple[int, ...]
     vocab_size: int
     earlier_counts: tuple[int, ...] = field(default=(), compare=False)
+    classes: tuple[int, ...] = ()
+    text_encoder: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, and make equal values hash equally (cfg 4 and 4.0).
@@ -106,11 +115,13 @@ class Plan:
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"plan: {name}={getattr(self, name)!r} must be a text")
-        for name in ("stages", "earlier_counts"):
+        if not isinstance(self.text_encoder, str):
+            raise ConfigError(f"plan: text_encoder={self.text_encoder!r} must be a text")
+        for name, least in (("stages", 1), ("earlier_counts", 1), ("classes", 0)):
             values = getattr(self, name)
             if not isinstance(values, (tuple, list)):
                 raise ConfigError(f"plan: {name}={values!r} must be a tuple of integers")
-            self._set(name, tuple(_integer(name, value, 1) for value in values))
+            self._set(name, tuple(_integer(name, value, least) for value in values))
         if self.cfg is not None:
             self._set("cfg", _real("cfg", self.cfg, -math.inf, math.inf))
         self._set("top_p", _real("top_p", self.top_p, 0.0, 1.0))
@@ -119,8 +130,24 @@ class Plan:
             raise ConfigError(f"plan: conditioning={self.conditioning!r} must be class or text")
         if self.conditioning == "class" and not self.num_classes:
             raise ConfigError("plan: num_classes=0 must be at least 1 for class conditioning")
+        self._check_conditions()
         if not self.stages:
             raise ConfigError("plan: stages=() must hold the token count of each AR step")
+
+    def _check_conditions(self) -> None:
+        if self.conditioning == "class" and self.text_encoder:
+            raise ConfigError(
+                f"plan: text_encoder={self.text_encoder!r} is for captions; the teacher takes "
+                "classes"
+            )
+        if self.conditioning == "text" and self.classes:
+            raise ConfigError(f"plan: classes={[*self.classes]}, but the teacher takes captions")
+        wrong = [number for number in self.classes if number >= self.num_classes]
+        if wrong:
+            raise ConfigError(
+                f"plan: classes={[*self.classes]} holds {wrong[0]}; the teacher's classes are 0 "
+                f"to {self.num_classes - 1}"
+            )
 
     @property
     def hash(self) -> str:
@@ -164,17 +191,21 @@ class Plan:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def label(self, index: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """Return the class of each index: index modulo num_classes.
+        """Return the class of each index: the classes in turn, classes[index mod their number].
 
-        Any run of num_classes indices holds each class once, so every shard and every
-        extension of the set is balanced.
+        Any run of that many indices holds the list once, so every shard and every extension
+        of the set is balanced, up to one turn that its end cuts. In a list that gives
+        weights, such as (0, 0, 1), class 0 comes twice as often as class 1.
 
         Raises:
             ConfigError: If the teacher takes text: captions come with the rows.
         """
         if self.conditioning != "class":
             raise ConfigError("plan: conditioning='text' has no class labels; give captions")
-        return (np.asarray(index, dtype=np.int64) % self.num_classes).astype(np.int32)
+        number = np.asarray(index, dtype=np.int64)
+        if not self.classes:
+            return (number % self.num_classes).astype(np.int32)
+        return np.array(self.classes, dtype=np.int32)[number % len(self.classes)]
 
     def random_choice(self) -> np.random.Generator:
         """Return random numbers for picking examples of the set: two looks at it agree."""
@@ -208,7 +239,8 @@ class Plan:
         values.pop("ddray_version", None)
         written_hash = values.pop("plan_hash", None)
         known = {item.name for item in fields(cls)}
-        unknown, absent = sorted(values.keys() - known), sorted(known - values.keys())
+        unknown = sorted(values.keys() - known)
+        absent = sorted(known - _JOINED_LATER - values.keys())
         if unknown or absent:
             raise ShardError(f"not a plan: unknown fields {unknown}, absent fields {absent}")
         try:
@@ -220,7 +252,12 @@ class Plan:
         return plan
 
     def _items(self) -> list[tuple[str, Any]]:
-        return [(item.name, getattr(self, item.name)) for item in fields(self)]
+        named = [(item, getattr(self, item.name)) for item in fields(self)]
+        return [
+            (item.name, value)
+            for item, value in named
+            if not (item.name in _JOINED_LATER and value == item.default)
+        ]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -1,8 +1,8 @@
 """Rows of a trajectory set once more through its teacher, compared with what is written.
 
 A float sum varies with the batch it is part of and with the threads that share it, so whole batches
-of the plan are recomputed, by the plan's number of threads. Imports ddray.progress, shards and
-trajectories.
+of the plan are recomputed, by the plan's number of threads. Imports ddray.conditions, progress,
+shards and trajectories.
 
 Shapes: B rows of a batch, L all tokens.
 """
@@ -10,11 +10,13 @@ Shapes: B rows of a batch, L all tokens.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddray.conditions import load_encoder, read_conditions
 from ddray.errors import ShardError
 from ddray.plan import Plan
 from ddray.progress import Progress
@@ -85,6 +87,7 @@ def recompute(uri: str, num_rows: int) -> Recomputation:
     trajectories = TrajectorySet.open(uri)
     plan, devices = trajectories.plan, made_on(trajectories.storage)
     teacher = planned_teacher(plan, "cpu" if devices == ["cpu"] else "auto")
+    encode = load_encoder(plan, teacher)
     outcome = Recomputation(teacher.device.type, devices)
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
@@ -93,12 +96,16 @@ def recompute(uri: str, num_rows: int) -> Recomputation:
             for batch in _batches_in_random_order(trajectories):
                 if outcome.rows >= num_rows:
                     break
+                shard = batch.start // plan.shard_rows
                 try:
                     _, label_B, there_BL = trajectories.rows(batch.start, batch.stop)
+                    conditions = read_conditions(trajectories, [shard], encode)
                 except ShardError:
                     continue
-                here_BL = sample_rows(teacher, plan, batch)
-                _compare(outcome, plan, batch, label_B, there_BL, here_BL)
+                rows_B = np.asarray(batch) - shard * plan.shard_rows
+                here_BL = sample_rows(teacher, plan, batch, conditions.of(rows_B))
+                asked_B = conditions.label[rows_B]
+                _compare(outcome, plan, batch, (label_B, there_BL), (asked_B, here_BL))
                 bar.advance_to(min(outcome.rows, num_rows))
     finally:
         torch.set_num_threads(threads)
@@ -116,14 +123,13 @@ def _compare(
     outcome: Recomputation,
     plan: Plan,
     batch: range,
-    label_B: npt.NDArray[np.int32],
-    there_BL: npt.NDArray[np.unsignedinteger],
-    here_BL: npt.NDArray[np.int64],
+    there: tuple[npt.NDArray[Any], npt.NDArray[np.unsignedinteger]],
+    here: tuple[npt.NDArray[Any], npt.NDArray[np.int64]],
 ) -> None:
-    """Add a batch to the outcome."""
+    """Add a batch to the outcome: labels [B] and tokens [B, L] of both."""
+    (label_B, there_BL), (asked_B, here_BL) = there, here
     differs_BL = there_BL != here_BL
-    planned_B = plan.label(np.asarray(batch))
-    wrong_B = label_B != planned_B
+    wrong_B = label_B != asked_B
     rows = np.flatnonzero(differs_BL.any(1) | wrong_B)
     outcome.rows += len(batch)
     outcome.batches += 1
@@ -133,7 +139,7 @@ def _compare(
     for row in rows[: _NAMED - len(outcome.named)]:
         what = []
         if wrong_B[row]:
-            what.append(f"label {label_B[row]} there, {planned_B[row]} in the plan")
+            what.append(f"label {label_B[row]} there, {asked_B[row]} in the plan")
         if differs_BL[row].any():
             what.append(_first_difference(plan, there_BL[row], here_BL[row]))
         outcome.named.append(f"differs: index {batch[row]}: {'; '.join(what)}")

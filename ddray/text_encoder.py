@@ -2,25 +2,23 @@
 
 LlamaGen's text models were trained on the last hidden state of flan-t5-xl over at most 120
 positions (its README and language/t5.py). Any callable of the same form stands in for it:
-features that were computed elsewhere are as good. Needs the extra `text`; imports ddray.errors.
+features that were computed elsewhere are as good. Needs the extra `text`; imports ddray.errors and
+caption_file.
 
 Shapes: B captions, T positions, D feature width.
 """
 
-import html
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ddray.caption_file import clean_caption
 from ddray.errors import CheckpointError, ConfigError, one_line
 
 FLAN_T5_XL = "google/flan-t5-xl"
-_TAG = re.compile(r"<[^<>]*>")
-_ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+")
-_QUOTES = str.maketrans({**dict.fromkeys("´«»“”¨", '"'), **dict.fromkeys("‘’", "'")})
 
 
 class TextEncoder(Protocol):
@@ -30,15 +28,34 @@ class TextEncoder(Protocol):
         """Features [B, T, D], padded on the right, and mask int64 [B, T], 1 = valid."""
 
 
-def clean_caption(caption: str) -> str:
-    """A caption as the encoder's training data had it: lower case, without markup or addresses.
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "captions as text need the package transformers; install ddray[text], or pass "
+            "features and mask"
+        ) from error
+    try:
+        yield
+    except Exception as error:  # those of the hub, of the network, of the files
+        raise CheckpointError(
+            f"cannot load the text encoder {source}: {one_line(error)}; give a folder that holds it"
+        ) from error
 
-    Published models saw captions from the web through a longer list of rules, for the debris of
-    product pages; they leave a sentence that somebody wrote as this does.
+
+def encoder_width(source: str) -> int:
+    """D of a T5, from its config alone, so that a job that cannot work ends before it starts.
+
+    Raises:
+        ConfigError: without the package transformers.
+        CheckpointError: for a source that holds no T5, or cannot be reached.
     """
-    text = html.unescape(html.unescape(caption)).lower()
-    text = _TAG.sub(" ", _ADDRESS.sub(" ", text)).translate(_QUOTES)
-    return " ".join(text.split())
+    with _loading(source):
+        from transformers import AutoConfig
+
+        return int(AutoConfig.from_pretrained(source).d_model)
 
 
 class T5TextEncoder:
@@ -65,23 +82,13 @@ class T5TextEncoder:
     ):
         if length < 1:
             raise ConfigError(f"length={length} must be at least 1 position")
-        try:
-            from transformers import AutoTokenizer, T5EncoderModel
-        except ImportError as error:
-            raise ConfigError(
-                "captions as text need the package transformers; install ddray[text], or pass "
-                "features and mask"
-            ) from error
         self.length = length
         self.device = torch.device(device)
-        try:
+        with _loading(source):
+            from transformers import AutoTokenizer, T5EncoderModel
+
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source, padding_side="right")
             model: Any = T5EncoderModel.from_pretrained(source, dtype=dtype)
-        except Exception as error:  # those of the hub, of the network, of the files
-            raise CheckpointError(
-                f"cannot load the text encoder {source}: {one_line(error)}; give a "
-                "folder that holds it"
-            ) from error
         self._model = model.to(self.device).eval()
 
     @property

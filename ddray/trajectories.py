@@ -1,8 +1,8 @@
 """What a plan asks of its teacher: a plan for a job, the teacher of a plan, tokens of its rows.
 
 The bare loop of trajectory sampling, without Ray: the pool runs it in its actors, a recomputation
-in this process. Imports ddray.config, errors, generate (through the zoo), plan, run_folder, seeding
-and storage.
+in this process. Imports ddray.conditions, config, errors, generate (through the zoo), plan,
+run_folder, seeding and storage.
 
 Shapes: B rows of a batch, L all tokens.
 """
@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddray.caption_file import CaptionFile
+from ddray.conditions import encoder_name
 from ddray.config import SampleConfig
 from ddray.errors import ShardError
-from ddray.generate import Teacher
+from ddray.generate import AskedFor, Teacher
 from ddray.models.zoo import load_teacher
 from ddray.plan import Plan
 from ddray.run_folder import SUMMARY_FILE
@@ -24,8 +26,8 @@ from ddray.seeding import SCHEME
 from ddray.storage import NotFoundError, Storage
 
 
-def make_plan(config: SampleConfig, teacher: Teacher) -> Plan:
-    """Everything that decides the bytes of a trajectory set."""
+def make_plan(config: SampleConfig, teacher: Teacher, captions: CaptionFile | None = None) -> Plan:
+    """Everything that decides the bytes of a trajectory set, but the captions themselves."""
     return Plan(
         teacher=teacher.name,
         teacher_fingerprint=teacher.fingerprint,
@@ -47,6 +49,8 @@ def make_plan(config: SampleConfig, teacher: Teacher) -> Plan:
         batch_size=config.batch_size,
         stages=teacher.stages,
         vocab_size=len(teacher.codebook),
+        classes=config.classes,
+        text_encoder=encoder_name(config, captions),
     )
 
 
@@ -70,11 +74,20 @@ def planned_teacher(plan: Plan, device: str | torch.device = "auto") -> Teacher:
     return teacher
 
 
-def sample_rows(teacher: Teacher, plan: Plan, rows: range) -> npt.NDArray[np.int64]:
-    """Tokens of consecutive indices as the plan's settings give them, int64 [B, L]."""
+def sample_rows(
+    teacher: Teacher, plan: Plan, rows: range, cond: AskedFor | None = None
+) -> npt.NDArray[np.int64]:
+    """Tokens of consecutive indices as the plan's settings give them, int64 [B, L].
+
+    Args:
+        teacher: the plan's.
+        plan: of the set.
+        rows: indices.
+        cond: what the rows are asked for by; None = the plan's classes.
+    """
     index = np.arange(rows.start, rows.stop)
     tokens = teacher.trajectories(
-        torch.from_numpy(plan.label(index)),
+        torch.from_numpy(plan.label(index)) if cond is None else cond,
         torch.from_numpy(index),
         seed=plan.seed,
         cfg=plan.cfg,

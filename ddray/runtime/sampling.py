@@ -1,6 +1,7 @@
 """Trajectories at scale: a plan, a pool of teachers, shards.
 
-Imports ddray.config, errors, inspect_set, shards, storage, trajectories, the zoo and the pool.
+Imports ddray.captions, conditions, config, inspect_set, shards, storage, trajectories, the zoo and
+the pool.
 """
 
 import sys
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 
 from ddray import __version__
+from ddray.captions import cut_captions
+from ddray.conditions import check_encoder, load_encoder, open_captions, read_conditions
 from ddray.config import PoolConfig, SampleConfig
-from ddray.errors import ConfigError
 from ddray.inspect_set import quarantine, verified
 from ddray.models.zoo import load_teacher
 from ddray.run_folder import SUMMARY_FILE, write_json
@@ -33,14 +35,19 @@ class TrajectoryWorker:
         self._set = TrajectorySet.open(uri)
         torch.set_num_threads(self._set.plan.threads)
         self._teacher = planned_teacher(self._set.plan, device)
+        self._encode = load_encoder(self._set.plan, self._teacher)
 
     def do(self, shard: int) -> int:
         """Sample and write one shard."""
         plan = self._set.plan
-        tokens = [sample_rows(self._teacher, plan, rows) for rows in plan.batches(shard)]
+        conditions = read_conditions(self._set, [shard], self._encode)
         index = np.asarray(plan.shard_range(shard))
+        tokens = [
+            sample_rows(self._teacher, plan, rows, conditions.of(np.asarray(rows) - index[0]))
+            for rows in plan.batches(shard)
+        ]
         self._set.write_shard(
-            shard, index, plan.label(index), np.concatenate(tokens).astype(plan.token_dtype)
+            shard, index, conditions.label, np.concatenate(tokens).astype(plan.token_dtype)
         )
         return len(index)
 
@@ -48,7 +55,7 @@ class TrajectoryWorker:
 def estimate(config: SampleConfig) -> dict[str, Any]:
     """What a run will write, for `--dry-run`."""
     teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
-    plan = make_plan(config, teacher)
+    plan = make_plan(config, teacher, open_captions(config, teacher))
     bytes_per_token = np.dtype(plan.token_dtype).itemsize
     return {
         "shards": plan.num_shards,
@@ -67,17 +74,23 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         Summary: what is there, what was made, and how fast.
 
     Raises:
-        ConfigError: another plan at the URI, or settings that do not fit.
-        StorageError: the URI cannot be written.
+        ConfigError: another plan at the URI, or settings or captions that do not fit.
+        StorageError: the URI cannot be written, or the captions not read.
         ClusterError: Ray cannot start, or the pool keeps failing.
         ShardError: shards are missing although the pool finished.
     """
     storage = open_storage(config.out)
     storage.check_writable()
     teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
-    if teacher.conditioning != "class":
-        raise ConfigError(f"{config.teacher} is conditioned on {teacher.conditioning}, not classes")
-    return _fill(TrajectorySet.create(config.out, make_plan(config, teacher)), config)
+    captions = open_captions(config, teacher)
+    plan = make_plan(config, teacher, captions)
+    if captions is not None:
+        check_encoder(plan, teacher)
+        captions.check(plan.count)
+    trajectories = TrajectorySet.create(config.out, plan)
+    if captions is not None:
+        cut_captions(captions, storage, trajectories.plan)
+    return _fill(trajectories, config)
 
 
 def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Distillation on Ray Train and DeepSpeed: workers, ZeRO, checkpoints, resume.
 
 The driver's side: what is refused, the run folder, progress. The step itself is plain torch in
-ddray.distill, the loop around it ddray.runtime.training_worker. Imports also ddray.config, shards
-and the zoo.
+ddray.distill, the loop around it ddray.runtime.training_worker. Imports also ddray.conditions,
+config, shards and the zoo.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddray import __version__
+from ddray.conditions import check_encoder
 from ddray.config import DistillConfig
 from ddray.errors import ConfigError, ShardError, TrainingError
 from ddray.generate import Teacher
@@ -85,6 +86,7 @@ def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -
                 f"{config.data} was sampled from another {what} ({there[:12]}) than "
                 f"{teacher.name}'s ({here[:12]}); give the teacher it names: {plan.teacher}"
             )
+    check_encoder(plan, teacher)
     return teacher
 
 

@@ -1,6 +1,6 @@
 """A worker's side of a distillation: the DeepSpeed engine around the plain step, checkpoints.
 
-Imports ddray.config, distill, shards, checkpoint and the zoo; the driver's side is
+Imports ddray.config, conditions, distill, shards, checkpoint and the zoo; the driver's side is
 ddray.runtime.training.
 """
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from ddray import __version__
 from ddray.checkpoint import save_folder
+from ddray.conditioning import Condition
+from ddray.conditions import load_encoder, read_conditions
 from ddray.config import DistillConfig
 from ddray.distill import (
     MovingAverage,
@@ -30,6 +32,7 @@ from ddray.distill import (
     set_learning_rate,
 )
 from ddray.errors import ShardError, TrainingError
+from ddray.generate import Teacher
 from ddray.models.zoo import load_teacher, new_student
 from ddray.run_folder import METRICS_FILE
 from ddray.shards import TrajectorySet
@@ -42,6 +45,17 @@ _CHECKPOINT_TAG = "deepspeed"
 def _local_tensors(network: nn.Module) -> list[Tensor]:
     """This worker's part of every weight: all of it, or its partition under ZeRO stage 3."""
     return [getattr(p, "ds_tensor", p).detach() for p in network.parameters()]
+
+
+def _stored(network: nn.Module) -> dict[str, Tensor]:
+    """What a network's file holds beside its weights: not trained, and not implied by its sizes."""
+    implied: dict[str, Tensor] = getattr(network, "constants", dict)()
+    weights = {name for name, _ in network.named_parameters()}
+    return {
+        name: value
+        for name, value in network.state_dict().items()
+        if name not in weights and name not in implied
+    }
 
 
 class _Run:
@@ -66,9 +80,7 @@ class _Run:
         plan = trajectories.plan
         self.teacher = load_teacher(config.teacher or plan.teacher, device=device)
         self.codebook = self.teacher.codebook
-        self.batches = TrajectoryBatches(
-            *_read_rows(trajectories, config.allow_partial), plan.seed, config.seed
-        )
+        self.batches = read_batches(trajectories, self.teacher, config)
         torch.manual_seed(config.seed)
         network, self.card = new_student(self.teacher)
         self.engine, self.optimizer = self._initialize(network)
@@ -230,24 +242,36 @@ class _Run:
         network = self.engine.module
         names = [name for name, _ in network.named_parameters()]
         if self.config.zero < 3:
-            return dict(zip(names, self.average.average, strict=True))
+            return dict(zip(names, self.average.average, strict=True)) | _stored(network)
         # Partitions hold the average for the length of the gathering; the run is over by then.
         for mine, average in zip(_local_tensors(network), self.average.average, strict=True):
             mine.copy_(average)
         with deepspeed.zero.GatheredParameters(list(network.parameters())):
-            return {name: p.detach().clone() for name, p in network.named_parameters()}
+            gathered = {name: p.detach().clone() for name, p in network.named_parameters()}
+        return gathered | _stored(network)
 
 
-def _read_rows(
-    trajectories: TrajectorySet, partial: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    missing = set(trajectories.missing()) if partial else set()
-    shards = [k for k in range(trajectories.plan.num_shards) if k not in missing]
+def read_batches(
+    trajectories: TrajectorySet, teacher: Teacher, config: DistillConfig
+) -> TrajectoryBatches:
+    """All rows that are there, and the features of their captions where they have any."""
+    plan = trajectories.plan
+    missing = set(trajectories.missing()) if config.allow_partial else set()
+    shards = [k for k in range(plan.num_shards) if k not in missing]
     if not shards:
         raise ShardError(f"{trajectories.uri} holds no shard to train on")
     parts = [trajectories.read_shard(k) for k in shards]
     index, label, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return index, label, tokens
+    condition = None
+    if plan.conditioning == "text":
+        captions = read_conditions(trajectories, shards, load_encoder(plan, teacher))
+        if not np.array_equal(captions.label, label):
+            raise ShardError(f"{trajectories.uri} was sampled from other captions than it holds")
+
+        def condition(rows: np.ndarray) -> Condition:
+            return teacher.condition(captions.of(rows))
+
+    return TrajectoryBatches(index, label, tokens, plan.seed, config.seed, condition)
 
 
 def work(arguments: dict[str, Any]) -> None:

@@ -167,6 +167,13 @@ def test_a_pair_of_workers_is_a_pair_from_everywhere(
     assert _resolved(capsys, "generate", "--workers", "3")["workers"] == [3, 3]
 
 
+@pytest.mark.parametrize("arguments", [("--classes", "0,0,1"), ("--set", "classes=[0,0,1]")])
+def test_classes_are_a_list_from_everywhere(
+    arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _resolved(capsys, "sample", *arguments)["classes"] == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -184,6 +191,9 @@ def test_a_pair_of_workers_is_a_pair_from_everywhere(
         (("sample", "--count", "0"), "count='0': input should be greater than 0"),
         (("sample", "--count", "many"), "count='many': input should be a valid integer"),
         (("sample", "--workers", "3:1"), "workers 3:1 must be MIN:MAX"),
+        (("sample", "--classes", "1,10"), "classes=[1, 10] holds 10; the teacher's classes are 0"),
+        (("sample", "--set", "classes=[0,x]"), "classes.1='x': input should be a valid integer"),
+        (("sample", "--captions", "a.jsonl"), "but digits-llamagen is conditioned on classes"),
         (("sample", "--config", "absent.yaml"), "--config absent.yaml: No such file or directory"),
         (("sample", "--out", "gs://bucket/x"), "uri 'gs://bucket/x' has the scheme 'gs'"),
         (("distill", "--schedule", "0,16,8"), "schedule=[0, 16, 8] must increase"),

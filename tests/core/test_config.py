@@ -103,6 +103,17 @@ def test_a_schedule_is_a_list_or_numbers_with_commas(given: str) -> None:
     assert load_config(DistillConfig, settings=[given]).schedule == (0, 8, 12)
 
 
+@pytest.mark.parametrize(
+    ("given", "classes"),
+    [("1,5,7", (1, 5, 7)), ("[0, 0, 1]", (0, 0, 1)), ("[0,0,1]", (0, 0, 1)), ("3", (3,))],
+)
+def test_classes_are_a_list_or_numbers_with_commas(given: str, classes: tuple[int, ...]) -> None:
+    assert load_config(SampleConfig, settings=[f"classes={given}"]).classes == classes
+    if "[" not in given:
+        assert load_config(SampleConfig, flags={"classes": given}).classes == classes
+    assert SampleConfig().classes == ()
+
+
 def test_absent_values_can_be_said() -> None:
     config = load_config(SampleConfig, preset={"cfg": 2.0}, settings=["cfg=null"])
     assert config.cfg is None
@@ -117,13 +128,16 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     [
         (SampleConfig, ["cuont=3"], "unknown key 'cuont'; did you mean 'count'?"),
         (QuickstartConfig, ["sample.cuont=3"], "unknown key 'sample.cuont'; did you mean 'count'?"),
-        (SampleConfig, ["qqq=3"], "unknown key 'qqq'; known are batch_size, cfg, count"),
+        (SampleConfig, ["qqq=3"], "unknown key 'qqq'; known are batch_size, captions, cfg"),
         (SampleConfig, ["count=0"], "count=0: input should be greater than 0"),
         (SampleConfig, ["count=1.5"], "count=1.5: input should be a valid integer"),
         (SampleConfig, ["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
         (SampleConfig, [f"seed={2**63}"], f"seed={2**63}: input should be less than"),
         (SampleConfig, ["solver=ab3"], "solver='ab3': input should be 'ab4', 'ab2', 'euler'"),
         (SampleConfig, ["top_p=0"], "top_p=0: input should be greater than 0"),
+        (SampleConfig, ["classes=1,-2"], "classes.1='-2': input should be greater than or equal"),
+        (SampleConfig, ["classes=1,x"], "classes.1='x': input should be a valid integer"),
+        (SampleConfig, ["classes=true"], "classes=True: input should be a valid tuple"),
         (SampleConfig, ["workers=3:1"], "workers 3:1 must be MIN:MAX"),
         (SampleConfig, ["workers=0"], "workers.0=0: input should be greater than 0"),
         (SampleConfig, ["workers=1:2:3"], "workers="),

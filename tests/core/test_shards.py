@@ -101,6 +101,39 @@ def test_labels_are_balanced_and_belong_to_the_index() -> None:
         plan_of(conditioning="text", num_classes=0).label([0])
 
 
+def test_classes_come_in_turn_and_as_often_as_they_stand_in_the_list() -> None:
+    plan = plan_of(classes=(5, 1, 5), count=1000)
+    assert plan.label(range(7)).tolist() == [5, 1, 5, 5, 1, 5, 5]
+    assert plan.label([998]).dtype == np.int32
+    # Any run of three indices has the list once: every shard, every extension is balanced.
+    for start in range(0, 990, 11):
+        counts = np.bincount(plan.label(range(start, start + 9)), minlength=10)
+        assert counts.tolist() == [0, 3, 0, 0, 0, 6, 0, 0, 0, 0]
+    assert np.array_equal(plan_of(classes=(*range(10),)).label(range(30)), np.arange(30) % 10)
+
+
+def test_fields_that_joined_later_leave_older_sets_as_they_are() -> None:
+    text = plan_of(conditioning="text", num_classes=0)
+    for older, newer in (
+        (plan_of(), {"classes": (0, 1)}),
+        (text, {"text_encoder": "google/flan-t5-xl"}),
+    ):
+        assert not newer.keys() & json.loads(older.to_json()).keys()
+        plan = dataclasses.replace(older, **newer)
+        assert plan.hash != older.hash
+        assert Plan.from_json(plan.to_json()) == plan
+        assert Plan.from_json(older.to_json()).classes == ()
+
+
+def test_a_set_of_some_classes_is_whole_and_no_set_of_all(tmp_path: Path) -> None:
+    some = TrajectorySet.create(str(tmp_path), plan_of(classes=[3, 8]))
+    assert fill(some) == [0, 1, 2]
+    assert TrajectorySet.open(str(tmp_path)).verify().ok
+    assert some.rows(0, 25)[1].tolist() == [3, 8] * 12 + [3]
+    with pytest.raises(ConfigError, match=r"classes is \(3, 8\) there and \(\) here"):
+        TrajectorySet.create(str(tmp_path), plan_of())
+
+
 def test_the_hash_leaves_out_the_count_and_nothing_else() -> None:
     changes = {
         **dict.fromkeys(("num_classes", "seed", "top_k", "num_evals", "threads"), 3),
@@ -134,6 +167,12 @@ def test_the_hash_of_format_1_never_changes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"classes": (1, 10)}, "plan: classes=[1, 10] holds 10; the teacher's classes are 0 to 9"),
+        ({"classes": (-1,)}, "plan: classes=-1 must be an integer of at least 0"),
+        ({"classes": 3}, "plan: classes=3 must be a tuple of integers"),
+        ({"classes": (0,), "conditioning": "text"}, "classes=[0], but the teacher takes captions"),
+        ({"text_encoder": "t5"}, "plan: text_encoder='t5' is for captions; the teacher takes"),
+        ({"text_encoder": None}, "plan: text_encoder=None must be a text"),
         ({"count": 0}, "plan: count=0 must be an integer of at least 1"),
         ({"count": -5}, "plan: count=-5 must be an integer of at least 1"),
         ({"shard_rows": 0}, "plan: shard_rows=0 must be an integer of at least 1"),

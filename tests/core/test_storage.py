@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import logging
 import os
 import pickle
 import re
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,35 +24,7 @@ from ddray.plan import Plan
 from ddray.s3_storage import S3Storage
 from ddray.shards import TrajectorySet, shard_name
 from ddray.storage import NotFoundError, Storage, open_storage, read_ahead
-
-BUCKET = "trajectories"
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint() -> Iterator[str]:
-    """Run moto's S3 on loopback, and point the AWS environment at it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_ENDPOINT_URL": endpoint,
-        }.items():
-            environment.setenv(name, value)
-        boto3.session.Session().client("s3").create_bucket(Bucket=BUCKET)
-        yield endpoint
-    server.stop()
+from tests.s3_server import BUCKET
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -1,36 +1,23 @@
 """Facts about the text encoder, on a T5 of a few thousand random weights made on the spot."""
 
+import shutil
+import sys
+
 import pytest
 import torch
 
+from ddray.caption_file import clean_caption
 from ddray.errors import CheckpointError, ConfigError
-from ddray.text_encoder import T5TextEncoder, clean_caption
-from tests.core.tiny import tiny_teacher
+from ddray.text_encoder import T5TextEncoder, encoder_width
+from tests.core.tiny import tiny_teacher, write_text_encoder
 
 TEXT = {"cls_token_num": 5, "caption_dim": 3}
-WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "cat", "on", "the", "roof")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    path = tmp_path_factory.mktemp("t5")
-    ids = {word: i for i, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", ids["</s>"])]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    sizes = {"d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": len(WORDS)}
-    config = transformers.T5Config(d_model=TEXT["caption_dim"], **sizes)
-    transformers.T5EncoderModel(config).save_pretrained(path)
-    return str(path)
+    pytest.importorskip("transformers")
+    return write_text_encoder(tmp_path_factory.mktemp("t5"), TEXT["caption_dim"])
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +70,23 @@ def test_other_captions_are_refused(encoder, captions, message):
         encoder(captions)
 
 
-def test_a_folder_without_an_encoder_is_refused(tmp_path):
+@pytest.mark.parametrize("load", [T5TextEncoder, encoder_width])
+def test_a_folder_without_an_encoder_is_refused(load, tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(CheckpointError, match=r"cannot load the text encoder .* give a folder"):
-        T5TextEncoder(str(tmp_path))
+        load(str(tmp_path))
+
+
+def test_the_width_is_known_without_the_weights(folder, tmp_path):
+    shutil.copy(f"{folder}/config.json", tmp_path)
+    assert encoder_width(str(tmp_path)) == TEXT["caption_dim"]
+
+
+@pytest.mark.parametrize("load", [T5TextEncoder, encoder_width])
+def test_without_transformers_the_extra_is_named(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"need the package transformers; install ddray\[text\]"):
+        load("t5")
 
 
 def test_a_length_below_one_is_refused(folder):

@@ -94,6 +94,28 @@ def tiny_student(seed: int = 2, **sizes: Any) -> Student:
     return load_student(config, checkpoint=student_state(seed, **sizes), tokenizer=codec)
 
 
+def write_text_encoder(folder: Path, width: int) -> str:
+    """Write a T5 of a few thousand random weights, which knows nine words, and return its name."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ("<pad>", "</s>", "<unk>", "a", "red", "cat", "on", "the", "roof")
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", names.index("</s>"))]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    sizes = {"d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": len(names)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.T5EncoderModel(transformers.T5Config(d_model=width, **sizes))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
     """Pearson's test: the chance of counts at least this far from the probabilities.
 

@@ -23,10 +23,11 @@ SIZES: Mapping[str, Any] = {
 VQ: Mapping[str, Any] = {"ch_mult": [1, 2], "z_channels": 32, "in_channels": 1}
 
 
-def write_teacher(folder: Path, seed: int = 0) -> str:
+def write_teacher(folder: Path, seed: int = 0, **sizes: Any) -> str:
     """Write a teacher's folder and return its name."""
-    config = {**teacher_config(VQ, **SIZES), "default_cfg": 1.5}
-    state = teacher_state(seed, **SIZES)
+    sizes = {**SIZES, **sizes}
+    config = {**teacher_config(VQ, **sizes), "default_cfg": 1.5}
+    state = teacher_state(seed, **sizes)
     # Fresh weights give nearly uniform tokens; larger ones make the tokens depend on the context.
     state = {
         name: w * 8 if name.endswith("weight") and w.dim() > 1 else w for name, w in state.items()
