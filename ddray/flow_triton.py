@@ -25,8 +25,8 @@ from ddray.errors import ConfigError
 
 _ROWS = 4  # and warps
 _LANES = 32
-# Sums that a thread keeps, E for each of its columns. Compiled for compute capability 9.0 that makes
-# 127 registers at E = 8, and none is spilled up to E = 64.
+# Sums that a thread keeps, E for each of its columns. Compiled for compute capability 9.0 it takes
+# 127 registers at E = 8, and spills none up to E = 64.
 _SUMS = 32
 _MOST_COLUMNS = 4
 
