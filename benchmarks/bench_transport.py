@@ -1,6 +1,6 @@
 """Accuracy and speed of the transport for every solver setting, and the cost of trajectories.
 
-    python benchmarks/bench_transport.py [--device cuda] [--json FILE]   (10 minutes on one core)
+    python benchmarks/bench_transport.py [--device cuda] [--json FILE]   (5 minutes on one core)
 
 Agreement is with the float64 map on the same noise. "digits" uses the bundled teacher's own
 distributions; the others are random codebooks and logits of the sizes of published tokenizers. The

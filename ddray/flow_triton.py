@@ -1,8 +1,8 @@
 """The transport on a GPU as one kernel: rows go through all evaluations without leaving it.
 
-A warp owns a row, whose state and latest velocities stay in registers from the noise to the token.
-An evaluation reads the row's logits once, and the codebook, which the L2 cache holds; it writes
-nothing. The softmax is online, as in FlashAttention (Dao et al., arXiv 2205.14135), with a running
+A program owns a few rows, a warp each, whose states and latest velocities stay on the chip from the
+noise to the token. An evaluation reads the rows' logits once, and the codebook, which the L2 cache
+holds; it writes nothing. The softmax is online, as in FlashAttention (Dao et al., arXiv 2205.14135), with a running
 maximum for each column of the chunk in place of one for each row: a chunk then needs no exchange
 between threads, and columns are merged once an evaluation. Products are float32 sums of
 multiply-adds: codes are too short for a tensor core to be worth its rounding.
