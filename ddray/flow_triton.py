@@ -2,10 +2,10 @@
 
 A program owns a few rows, a warp each, whose states and latest velocities stay on the chip from the
 noise to the token. An evaluation reads the rows' logits once, and the codebook, which the L2 cache
-holds; it writes nothing. The softmax is online, as in FlashAttention (Dao et al., arXiv 2205.14135), with a running
-maximum for each column of the chunk in place of one for each row: a chunk then needs no exchange
-between threads, and columns are merged once an evaluation. Products are float32 sums of
-multiply-adds: codes are too short for a tensor core to be worth its rounding.
+holds; it writes nothing. The softmax is online, as in FlashAttention (Dao et al., arXiv
+2205.14135), with a running maximum for each column of the chunk in place of one for each row: a
+chunk then needs no exchange between threads, and columns are merged once an evaluation. Products
+are float32 sums of multiply-adds: codes are too short for a tensor core to be worth its rounding.
 
 `ddray.flow` is the reference, and imports this file when codes lie on a GPU. It needs triton, which
 comes with torch for CUDA; TRITON_INTERPRET=1 runs it on a CPU.
