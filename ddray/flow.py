@@ -9,12 +9,13 @@ probability-flow ODE is free of singularities:
 
 and as lambda grows the softmax collapses on one code, the token. One evaluation is one attention of
 y over the codebook: two matrix products and a softmax. Scaling the codebook scales the grid;
-shifting it changes nothing. Imports only ddray.errors.
+shifting it changes nothing. Imports only ddray.errors, and ddray.flow_triton on a GPU.
 
 Shapes: N rows (any number of tokens), V codebook size, E code width.
 """
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -45,6 +46,9 @@ _NEGLIGIBLE = math.exp(-64)
 
 # Rows are solved in blocks whose [rows, V] logits stay in cache and are never larger than this.
 _BLOCK_ELEMENTS = 2**20
+
+# What the fused kernel can carry; wider codes do not fit its registers.
+_FUSED_SOLVERS, _FUSED_WIDTH = ("euler", "ab2", "ab4"), 64
 
 # Order of the multistep methods; RK4 takes four evaluations a step.
 _ORDERS = {"euler": 1, "ab2": 2, "ab4": 4, "exact": 4}
@@ -188,6 +192,9 @@ def full_float32() -> Iterator[None]:
 class Transport:
     """The map noise -> token of one codebook, with its grid and keys made once.
 
+    Where the codebook lies on a GPU, the multistep methods run as one kernel
+    (ddray/flow_triton.py; attribute `fused`). The torch operations here are its reference.
+
     Args:
         codebook_VE: float [V, E].
         solver: one of `SOLVERS`.
@@ -225,6 +232,14 @@ class Transport:
         order = _ORDERS.get(solver, 1)
         weights = multistep_weights(self.grid, self._steps, order)
         self._weights = weights.to(codes.device, self.dtype)
+        lambdas = [self.grid.at(i / self._steps) for i in range(self._steps + 1)]
+        self._lambdas = torch.tensor(lambdas, dtype=self.dtype, device=codes.device)
+        self.fused = (
+            codes.is_cuda
+            and solver in _FUSED_SOLVERS
+            and codes.shape[1] <= _FUSED_WIDTH
+            and importlib.util.find_spec("triton") is not None
+        )
         self.codes_EV = codes.to(self.dtype).T.contiguous()
         # [C, |c|^2 / 2]: with the query [y, -lambda] the exponent is lambda times one matrix
         # product, added to log p.
@@ -241,6 +256,12 @@ class Transport:
         Returns:
             int64 [N].
         """
+        if self.fused:
+            from ddray import flow_triton
+
+            return flow_triton.solve(
+                noise_NE, logits_NV, self.keys_FV, self._lambdas, self._weights
+            )
         rows = max(1, _BLOCK_ELEMENTS // self.codes_EV.shape[1])
         with full_float32(), torch.no_grad(), torch.autocast(noise_NE.device.type, enabled=False):
             tokens = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ddray
-from ddray.flow import transport
+from ddray.flow import Transport, transport
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
 
 pytestmark = [
@@ -32,6 +32,48 @@ def test_transport_gives_the_tokens_of_the_cpu_whatever_the_process_allows(tf32)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert (tokens.cpu() == expected).float().mean() >= 0.999
+
+
+def random_case(rows, vocab_size, width):
+    """Noise, logits and codes of unit length."""
+    torch.manual_seed(0)
+    codes = torch.nn.functional.normalize(torch.randn(vocab_size, width), dim=-1)
+    return torch.randn(rows, width), 2 * torch.randn(rows, vocab_size), codes
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(256, 8), (4096, 32), (16384, 8)])
+def test_the_fused_transport_agrees_with_the_float64_map_of_the_cpu(vocab_size, width):
+    pytest.importorskip("triton")
+    noise, logits, codes = random_case(2000, vocab_size, width)
+    exact = transport(noise, logits, codes, solver="exact")
+    solve = Transport(codes.cuda())
+    assert solve.fused
+    tokens = solve(noise.cuda(), logits.cuda()).cpu()
+    assert (tokens == exact).float().mean() >= 0.997
+    assert (tokens == transport(noise, logits, codes)).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2", "ab4"])
+@pytest.mark.parametrize("width", [1, 5, 8, 16, 64])
+def test_the_fused_transport_gives_the_tokens_of_the_torch_operations(solver, width):
+    pytest.importorskip("triton")
+    noise, logits, codes = random_case(4000, 300, width)
+    codes *= torch.linspace(0.5, 2, 300)[:, None]  # codes of width 1 would all be 1 or -1
+    logits[:, ::3] = -torch.inf
+    expected = transport(noise, logits, codes, solver=solver)
+    tokens = transport(noise.cuda(), logits.cuda(), codes.cuda(), solver=solver)
+    assert (tokens.cpu() == expected).float().mean() >= 0.999
+
+
+def test_the_fused_transport_keeps_no_array_of_rows_and_codes():
+    pytest.importorskip("triton")
+    noise, logits, codes = (x.cuda() for x in random_case(4000, 4096, 32))
+    solve = Transport(codes)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    solve(noise, logits)
+    # One array of the logits' size would be 62 MiB.
+    assert torch.cuda.max_memory_allocated() - held < 2**20
 
 
 @pytest.mark.parametrize("family", ["llamagen", "var"])
