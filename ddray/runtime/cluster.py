@@ -44,6 +44,9 @@ def connect() -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By default a task is tried again at once: all its retries are gone before a lost node is known
+    # to be lost.
+    os.environ.setdefault("RAY_task_retry_delay_ms", "3000")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")

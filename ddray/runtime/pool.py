@@ -6,6 +6,7 @@ cluster.
 """
 
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -26,6 +27,9 @@ from ddray.storage import Storage
 
 _SHARD_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
 """Bounds of the histogram of shard times, s."""
+
+_FRUITLESS_POOLS = 2
+"""Pools in a row that may break without a shard before the run is given up."""
 
 
 class ShardWorker(Protocol):
@@ -138,7 +142,7 @@ def fill(label: str, shards: ShardedSet, worker: type, config: PoolConfig) -> Fi
         least = min(config.workers[0], len(missing))
         require(label, least, config.threads, config.num_gpus, config.wait_s)
         first = 0
-        for done in _run(config, label, worker, storage.uri, missing):
+        for done in _persist(config, label, worker, shards, events):
             if not tally.add(done):
                 events.add("retry", **dataclasses.asdict(done))
                 continue
@@ -208,11 +212,41 @@ class _Actor:
         return {name: [value] for name, value in dataclasses.asdict(done).items()}
 
 
+class _PoolLostError(ClusterError):
+    """A pool that broke, though a new one may do better."""
+
+
+def _persist(
+    config: PoolConfig, label: str, worker: type, shards: ShardedSet, events: EventLog
+) -> Iterator[Done]:
+    """Shards as they are done; where a pool breaks, a new one makes what is missing then.
+
+    Ray gives a shard up after a few failures, and with it the pool: rightly for a shard that kills
+    its actor each time, too soon for a node that is lost and not known to be. So this goes on for
+    as long as pools get anywhere: what can be made is made before the error is told.
+    """
+    fruitless = 0
+    while fruitless < _FRUITLESS_POOLS:
+        fruitless += 1
+        try:
+            for done in _run(config, label, worker, shards.storage.uri, shards.missing()):
+                fruitless = 0
+                yield done
+            return
+        except _PoolLostError as error:
+            # Not the error itself: its traceback holds the pool, and that its actors and CPUs.
+            reason = str(error)
+        gc.collect()
+        events.add("pool lost", reason=reason)
+    raise ClusterError(reason)
+
+
 def _run(
     config: PoolConfig, label: str, worker: type, uri: str, shards: Sequence[int]
 ) -> Iterator[Done]:
     """Shards as they are done, in any order, some perhaps twice."""
     import ray.data
+    from ray.data.exceptions import ExecutionTimeoutError, RayDataUserCodeException
     from ray.exceptions import RayError
 
     context = ray.data.DataContext.get_current()
@@ -247,7 +281,12 @@ def _run(
     try:
         for row in done.iter_rows():
             yield Done.from_row(row)
-    except (RayError, ray.data.exceptions.RayDataUserCodeException, TimeoutError) as error:
+    except ExecutionTimeoutError as error:
+        raise ClusterError(
+            f"{label}: no shard was done for {config.stall_timeout_s} s (stall_timeout_s), so the "
+            f"pool was ended; what is written stays, and a rerun fills the gaps"
+        ) from error
+    except (RayError, RayDataUserCodeException) as error:
         raise _explain(error, config) from error
 
 
@@ -259,7 +298,7 @@ def _explain(error: BaseException, config: PoolConfig) -> DDRayError:
         name, message = ours[-1]
         return getattr(errors, name)(message)  # type: ignore[no-any-return]
     line = last_error(error)
-    return ClusterError(
+    return _PoolLostError(
         f"the pool of {config.workers[0]}:{config.workers[1]} actors failed "
         f"({type(error).__name__}): {line}; what is written stays, and a rerun fills "
         "the gaps"

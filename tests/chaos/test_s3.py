@@ -89,12 +89,8 @@ def test_a_set_made_through_faults_is_byte_identical_to_one_made_without(
     proxy.every = 0
     storage = open_storage(uri)
     there = {name: storage.read(name) for name in storage.list("shards/")}
-    assert there == contents_by_name(tmp_path / "set")
+    assert there == contents(tmp_path / "set", "shards")
     assert TrajectorySet.open(uri).verify().ok
-
-
-def contents_by_name(out: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(out).items() if name.startswith("shards/")}
 
 
 def test_a_bucket_that_vanishes_ends_the_run_in_one_line(
@@ -110,4 +106,4 @@ def test_a_bucket_that_vanishes_ends_the_run_in_one_line(
     assert job.returncode == 1
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].startswith("ddray: error: cannot write s3://")
-    assert stderr.splitlines()[-1].endswith("no such bucket; create it, or correct the uri")
+    assert stderr.splitlines()[-1].endswith("no such bucket; create it, or correct the URI")

@@ -1,0 +1,134 @@
+"""Trajectory sampling on a cluster of several nodes, some of which come late or are lost."""
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import ddray
+from ddray.errors import ClusterError
+from ddray.runtime.pool import fill
+from ddray.runtime.sampling import sample
+from ddray.shards import TrajectorySet
+from ddray.trajectories import make_plan
+from tests.runtime.tiny import contents, sampling, write_teacher
+
+pytestmark = pytest.mark.chaos
+
+# So many evaluations only to make a shard last: time to strike.
+SLOW: dict[str, Any] = {"count": 96, "shard_rows": 8, "batch_size": 8, "num_evals": 2400}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head of one CPU, to which this process is connected."""
+    # Not tmp_path: the names of Ray's sockets below it would be too long.
+    temp_dir = tempfile.mkdtemp(prefix="ddr", dir="/tmp")
+    # There Cluster notes its address, wherever its own folder is, and does not make the folder.
+    Path("/tmp/ray").mkdir(exist_ok=True)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "object_store_memory": 100 * 2**20,
+            "temp_dir": temp_dir,
+        },
+    )
+    ray.init(address=cluster.address, logging_level="fatal", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def _after_shards(out: Path, number: int, act: Any) -> threading.Thread:
+    """Do something once so many shards are there."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 200
+        while len(list(out.glob("shards/*.parquet"))) < number and time.monotonic() < deadline:
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_lost_node_changes_no_byte_of_the_set(
+    cluster: Cluster, teacher: str, tmp_path: Path
+) -> None:
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
+    cluster.wait_for_nodes()
+    out = tmp_path / "lost"
+    kill = _after_shards(out, 2, lambda: cluster.remove_node(nodes[0], allow_graceful=False))
+    summary = sample(sampling(teacher, out, **SLOW, workers=(3, 3)))
+    kill.join()
+    deadline = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) > 2:
+        assert time.monotonic() < deadline, "the node was never lost"
+        time.sleep(0.5)
+    assert summary["rows_made"] == SLOW["count"]
+    assert TrajectorySet.open(str(out)).verify().ok
+    undisturbed = tmp_path / "undisturbed"
+    sample(sampling(teacher, undisturbed, **SLOW, workers=(1, 1)))
+    assert contents(out, "shards") == contents(undisturbed, "shards")
+
+
+def test_a_job_waits_for_nodes_only_if_told_to(
+    cluster: Cluster, teacher: str, tmp_path: Path
+) -> None:
+    job = sampling(teacher, tmp_path / "set", workers=(3, 3))
+    with pytest.raises(ClusterError, match=r"3 CPUs \(3 workers of 1\), but the cluster has 1"):
+        sample(job)
+    summaries: list[dict[str, Any]] = []
+    patient = job.model_copy(update={"wait_s": 60})
+    waiting = threading.Thread(target=lambda: summaries.append(sample(patient)))
+    waiting.start()
+    time.sleep(2)
+    assert not summaries
+    cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+    waiting.join(timeout=120)
+    assert [summary["rows_made"] for summary in summaries] == [job.count]
+
+
+def _deadly(method: str) -> type:
+    """A worker that kills its own process in one of its methods."""
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return type("DeadlyWorker", (), {"__init__": lambda *_, **__: None, method: die})
+
+
+@pytest.mark.parametrize(
+    ("method", "stall_s", "message"),
+    [("do", 90, "the pool of 1:1 actors failed"), ("__init__", 20, "no shard was done for 20 s")],
+)
+def test_workers_that_die_each_time_end_the_run_in_one_line(
+    cluster: Cluster, teacher: str, tmp_path: Path, method: str, stall_s: int, message: str
+) -> None:
+    config = sampling(teacher, tmp_path, max_retries=2, stall_timeout_s=stall_s)
+    model = ddray.load_teacher(teacher, device="cpu")
+    trajectories = TrajectorySet.create(config.out, make_plan(config, model))
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match=message) as refusal:
+        fill("trajectories", trajectories, _deadly(method), config)
+    assert time.monotonic() - started < 150
+    assert "\n" not in str(refusal.value)
+    assert "a rerun fills the gaps" in str(refusal.value)
