@@ -5,7 +5,8 @@
 The pool, its driver, Ray and the storage are the real ones, and the shards are whole (random
 tokens of the sizes of a published model); only the teacher is a pause, so many more actors fit a
 machine than it has cores. `--kill-every` ends a random actor with SIGKILL now and then, as a
-preemption does. Prints what the driver and Ray's own processes cost a shard.
+preemption does. Prints what the driver and Ray's own processes cost a shard, and the rate while all
+actors work over the ideal one.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import ddray
 from ddray.config import PoolConfig
 from ddray.plan import Plan
 from ddray.report import Column, markdown_table
+from ddray.run_folder import EVENTS_FILE
 from ddray.runtime.pool import fill
 from ddray.shards import TrajectorySet
 
@@ -43,6 +45,7 @@ COLUMNS = (
     Column("killed", "actors killed"),
     Column("retries", "retries"),
     Column("first_shard_s", "first shard", "s", ".1f"),
+    Column("all_working_s", "all actors", "s", ".1f"),
     Column("shards_per_s", "rate", "shards/s", ".1f"),
     Column("efficiency", "x ideal rate", "", ".3f"),
     Column("driver_ms", "driver", "CPU ms/shard", ".1f"),
@@ -155,6 +158,22 @@ def driver_seconds() -> float:
     return times.user + times.system
 
 
+def steady_rate(shards: TrajectorySet, gpus: int) -> tuple[float, float]:
+    """Seconds until every actor had made a shard, and shards/s from then on.
+
+    The last shards are left out: while they are made, some actors have nothing left to do.
+    """
+    lines = shards.storage.read(EVENTS_FILE).splitlines()
+    events = [json.loads(line) for line in lines]
+    made = sorted((event["time"], event["actor"]) for event in events if event["event"] == "shard")[
+        :-gpus
+    ]
+    times, actors = zip(*made, strict=True)
+    first = max(actors.index(actor) for actor in set(actors))
+    rate = (len(times) - 1 - first) / (times[-1] - times[first])
+    return times[first] - events[0]["time"], rate
+
+
 def bench(args: argparse.Namespace, out: str) -> dict[str, Any]:
     """One run of the pool, as a row of the table."""
     shards = TrajectorySet.create(out, make_plan(args.model, args.shards, args.shard_rows))
@@ -167,7 +186,7 @@ def bench(args: argparse.Namespace, out: str) -> dict[str, Any]:
     watch.stop()
     report = shards.verify()
     assert report.ok and report.rows == shards.plan.count, report
-    rate = (filled.rows_per_s or 0.0) / args.shard_rows
+    all_working_s, rate = steady_rate(shards, args.gpus)
     return {
         "gpus": args.gpus,
         "seconds_a_shard": args.seconds,
@@ -175,6 +194,7 @@ def bench(args: argparse.Namespace, out: str) -> dict[str, Any]:
         "killed": watch.killed,
         "retries": filled.retries,
         "first_shard_s": filled.first_shard_s,
+        "all_working_s": all_working_s,
         "shards_per_s": rate,
         "efficiency": rate * args.seconds / args.gpus,
         "driver_ms": (driver_seconds() - before[0]) / args.shards * 1e3,

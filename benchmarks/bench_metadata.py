@@ -27,7 +27,8 @@ import ddray
 from ddray.inspect_set import describe
 from ddray.plan import Plan
 from ddray.report import Column, markdown_table
-from ddray.shards import TrajectorySet, _encode, shard_name
+from ddray.shard_file import encode
+from ddray.shards import TrajectorySet, shard_name
 
 MOST_SECONDS, MOST_MEGABYTES, MOST_OF_TWO_BYTES = 30, 500, 1.15
 # Shards that are committed with fsync and rename, to time that.
@@ -80,10 +81,10 @@ def rows_of(plan: Plan, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return index, plan.label(index), random_tokens(plan, k)
 
 
-def encode(folder: str, plan: Plan, shards: Iterable[int]) -> None:
+def write_unflushed(folder: str, plan: Plan, shards: Iterable[int]) -> None:
     """Write shards as they are committed, but flush none of them."""
     for k in shards:
-        Path(folder, shard_name(k)).write_bytes(_encode(plan, k, *rows_of(plan, k)))
+        Path(folder, shard_name(k)).write_bytes(encode(plan, k, *rows_of(plan, k)))
 
 
 def peak_megabytes() -> float:
@@ -114,12 +115,12 @@ def steps(folder: str, shards: int) -> list[dict[str, Any]]:
         trajectories.write_shard(k, *rows_of(plan, k))
     committed = (time.perf_counter() - before) / COMMITTED * 1e3
     gaps = list(range(COMMITTED, shards, 10))
-    encode(folder, plan, sorted({*range(COMMITTED, shards)} - {*gaps}))
+    write_unflushed(folder, plan, sorted({*range(COMMITTED, shards)} - {*gaps}))
     assert timed("resume: find every tenth shard missing", trajectories.missing) == gaps
-    encode(folder, plan, gaps)
+    write_unflushed(folder, plan, gaps)
     larger = TrajectorySet.create(folder, replace(plan, count=plan.count + 1))
     assert timed("resume of an extended set", larger.missing) == [shards]
-    encode(folder, larger.plan, [shards])
+    write_unflushed(folder, larger.plan, [shards])
     assert timed("verify", larger.verify).ok
     assert timed("describe", lambda: describe(folder))["rows"] == larger.plan.count
     print(f"{committed:.1f} ms to encode and commit a shard, flushed ({COMMITTED} shards)\n")

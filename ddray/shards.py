@@ -1,6 +1,6 @@
-"""Trajectory sets, format 1: shards in Parquet, what is missing, what is damaged.
+"""Trajectory sets, format 1: a plan and its shards, what is missing, what is damaged.
 
-Imports from ddray the plan, the errors and the storage; needs numpy and pyarrow, no torch.
+Imports from ddray the plan, the shard files, the errors and the storage; no torch.
 
 A set is `manifest.json`, which is its plan (ddray.plan), and `shards/shard-00000.parquet` and so
 on. Shard k holds the rows of indices [k * shard_rows, (k + 1) * shard_rows), the last one fewer.
@@ -9,31 +9,22 @@ Noise is not stored: it is a function of (seed, index). Legend: N rows of a shar
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
-import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, ShardError
 from ddray.plan import NOT_HASHED, Plan
+from ddray.shard_file import Rows, check_rows, decode, encode, num_rows
 from ddray.storage import NotFoundError, Storage, open_storage, read_ahead
 
 _MANIFEST = "manifest.json"
 _SHARDS = "shards/"
 # No Parquet file is shorter: two magic numbers and the length of the footer.
 _LEAST_PARQUET_BYTES = 12
-_HASH_KEY, _SHARD_KEY, _ROWS_KEY = b"ddray.plan_hash", b"ddray.shard", b"ddray.rows_sha256"
-
-# Columns of a shard: index [N], label [N] (captions if the teacher takes text), tokens [N, L].
-Rows = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -187,10 +178,10 @@ class TrajectorySet:
         """
         rows = np.asarray(index), np.asarray(label), np.asarray(tokens)
         try:
-            _check_rows(self.plan, k, *rows)
+            check_rows(self.plan, k, *rows)
         except ShardError as exc:
             raise ShardError(f"shard {k} not written: {exc}") from exc
-        self.storage.write(shard_name(k), _encode(self.plan, k, *rows))
+        self.storage.write(shard_name(k), encode(self.plan, k, *rows))
 
     def read_shard(self, k: int) -> Rows:
         """Return the verified rows of shard `k`: index [N], label [N], tokens [N, L].
@@ -253,7 +244,7 @@ class TrajectorySet:
                 missing.append(k)
             else:
                 try:
-                    sound_rows += len(_decode(self.plan, k, data)[0])
+                    sound_rows += len(decode(self.plan, k, data)[0])
                 except ShardError as exc:
                     damaged[k] = str(exc)
             if advance is not None:
@@ -286,24 +277,19 @@ class TrajectorySet:
 
     def _load(self, k: int) -> Rows:
         self.plan.shard_range(k)
-        return _decode(self.plan, k, self.storage.read(shard_name(k)))
+        return decode(self.plan, k, self.storage.read(shard_name(k)))
 
     def _has_all_rows(self, k: int) -> bool:
         try:
-            data = self.storage.read(shard_name(k))
-            num_rows: int = pq.read_metadata(pa.BufferReader(data)).num_rows
-        except (NotFoundError, *_UNREADABLE):
+            found = num_rows(self.storage.read(shard_name(k)))
+        except NotFoundError:
             return False
-        return num_rows == len(self.plan.shard_range(k))
+        return found == len(self.plan.shard_range(k))
 
 
 def shard_name(k: int) -> str:
     """Return the name of shard `k` below the set's URI."""
     return f"{_SHARDS}shard-{k:05d}.parquet"
-
-
-# What pyarrow raises on a truncated or damaged file; MemoryError: a length that is garbage.
-_UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 
 
 def _read_manifest(storage: Storage) -> Plan | None:
@@ -338,141 +324,3 @@ def _merged(existing: Plan, plan: Plan, uri: str) -> Plan:
         return existing
     earlier = (*existing.earlier_counts, existing.count)
     return replace(existing, count=plan.count, earlier_counts=earlier)
-
-
-def _check_rows(
-    plan: Plan,
-    k: int,
-    index: npt.NDArray[Any],
-    label: npt.NDArray[Any],
-    tokens: npt.NDArray[Any],
-) -> None:
-    expected = plan.shard_range(k)
-    shape = (len(expected), plan.num_tokens)
-    if tokens.shape != shape or index.shape != shape[:1] or label.shape != shape[:1]:
-        raise ShardError(
-            f"index, label, tokens have shapes {index.shape}, {label.shape}, {tokens.shape}; "
-            f"the plan has {shape[:1]}, {shape[:1]}, {shape}"
-        )
-    _check_range("index", index, expected.start, expected.stop)
-    if not np.array_equal(index, np.arange(expected.start, expected.stop)):
-        raise ShardError(f"index is not {expected.start} to {expected.stop - 1} in order")
-    _check_range("tokens", tokens, 0, plan.vocab_size)
-    if plan.conditioning == "class":
-        _check_range("label", label, 0, plan.num_classes)
-    elif not all(isinstance(caption, str) for caption in label.tolist()):
-        raise ShardError("captions must be strings")
-
-
-def _check_range(name: str, values: npt.NDArray[Any], start: int, stop: int) -> None:
-    if values.dtype.kind not in "iu":
-        raise ShardError(f"{name} has dtype {values.dtype}; integers are needed")
-    least, most = int(values.min()), int(values.max())
-    if least < start or most >= stop:
-        raise ShardError(f"{name} reaches from {least} to {most}; allowed is {start} to {stop - 1}")
-
-
-def _schema(plan: Plan) -> Any:
-    is_class = plan.conditioning == "class"
-    tokens = pa.list_(pa.from_numpy_dtype(plan.token_dtype), plan.num_tokens)
-    return pa.schema(
-        [
-            ("index", pa.int64()),
-            ("label", pa.int32()) if is_class else ("caption", pa.string()),
-            ("tokens", tokens),
-        ]
-    )
-
-
-def _rows_sha256(plan: Plan, rows: Rows) -> bytes:
-    """Hash the columns as little-endian bytes, captions as a JSON list."""
-    index, label, tokens = rows
-    digest = hashlib.sha256(index.astype("<i8").tobytes())
-    if plan.conditioning == "class":
-        digest.update(label.astype("<i4").tobytes())
-    else:
-        digest.update(json.dumps(label.tolist()).encode())
-    digest.update(tokens.astype(plan.token_dtype).tobytes())
-    return digest.hexdigest().encode()
-
-
-def _encode(
-    plan: Plan,
-    k: int,
-    index: npt.NDArray[Any],
-    label: npt.NDArray[Any],
-    tokens: npt.NDArray[Any],
-) -> bytes:
-    """Return the Parquet file of checked rows, the same bytes for the same rows."""
-    metadata = {
-        _HASH_KEY: plan.hash.encode(),
-        _SHARD_KEY: str(k).encode(),
-        _ROWS_KEY: _rows_sha256(plan, (index, label, tokens)),
-    }
-    schema = _schema(plan)
-    flat = pa.array(np.ascontiguousarray(tokens, dtype=plan.token_dtype).reshape(-1))
-    columns = [
-        pa.array(index, type=schema.field(0).type),
-        pa.array(label.tolist(), type=schema.field(1).type),
-        pa.FixedSizeListArray.from_arrays(flat, plan.num_tokens),
-    ]
-    table = pa.Table.from_arrays(columns, schema=schema.with_metadata(metadata))
-    sink = io.BytesIO()
-    # Parquet has no 16-bit integers. Delta packing stores just the bits in use, where plain
-    # values would take 32 each and a dictionary costs its own size in every small shard.
-    packed = ["index", "tokens.list.element"] + ["label"] * (plan.conditioning == "class")
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        use_dictionary=False,
-        column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
-        write_page_checksum=True,
-    )
-    return sink.getvalue()
-
-
-def _decode(plan: Plan, k: int, data: bytes) -> Rows:
-    """Return the rows of a Parquet file after checking that they are those of shard `k`."""
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        metadata = file.schema_arrow.metadata or {}
-        _check_metadata(plan, k, metadata, file.metadata.num_rows)
-        if not file.schema_arrow.equals(_schema(plan)):
-            raise ShardError(f"the columns are {_names(file.schema_arrow)}, not those of the plan")
-        rows = _columns(plan, file.read(use_threads=False))
-    except _UNREADABLE as exc:
-        reason = (str(exc).splitlines() or [type(exc).__name__])[0].rstrip(". ")
-        raise ShardError(f"damaged or truncated ({reason})") from exc
-    if _rows_sha256(plan, rows) != metadata[_ROWS_KEY]:
-        raise ShardError("the rows do not fit their sha256")
-    _check_rows(plan, k, *rows)
-    return rows
-
-
-def _check_metadata(plan: Plan, k: int, metadata: dict[bytes, bytes], num_rows: int) -> None:
-    if not metadata.keys() >= {_HASH_KEY, _SHARD_KEY, _ROWS_KEY}:
-        raise ShardError("not a shard that ddray wrote: its metadata names no plan")
-    found_hash = metadata[_HASH_KEY].decode()
-    if found_hash != plan.hash:
-        raise ShardError(f"it belongs to plan {found_hash[:12]}, the set to {plan.hash[:12]}")
-    if metadata[_SHARD_KEY] != str(k).encode():
-        raise ShardError(f"it is shard {metadata[_SHARD_KEY].decode()}, renamed")
-    expected = len(plan.shard_range(k))
-    if num_rows != expected:
-        raise ShardError(f"it has {num_rows} of {expected} rows")
-
-
-def _columns(plan: Plan, table: Any) -> Rows:
-    index, label, tokens = (column.combine_chunks() for column in table.columns)
-    matrix = tokens.flatten().to_numpy(zero_copy_only=False).reshape(-1, plan.num_tokens)
-    # Copies, because Arrow's memory is read-only and torch warns of such arrays.
-    return (
-        np.array(index.to_numpy(zero_copy_only=False)),
-        np.array(label.to_numpy(zero_copy_only=False)),
-        np.array(matrix),
-    )
-
-
-def _names(schema: Iterable[Any]) -> str:
-    return ", ".join(f"{item.name} {item.type}" for item in schema)

@@ -2,6 +2,7 @@
 
 import json
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,21 @@ def test_events_and_summary_say_who_did_what_and_how_busy_they_were(
     assert summary["actor_seconds"] == pytest.approx(sum(e["seconds"] for e in made), abs=0.02)
     assert 0 < summary["busy_share"] <= 1
     assert (summary["gpu_seconds"], summary["retries"]) == (0, 0)
+
+
+def test_prometheus_finds_the_actors_rows_and_shard_times(whole: tuple[Path, dict]) -> None:
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 40
+    while True:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if "ray_ddray" in line]
+        rows = [line for line in lines if line.startswith("ray_ddray_rows_total{")]
+        if sum(float(line.split()[-1]) for line in rows) >= 50:
+            break
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.5)
+    assert all('what="trajectories"' in line for line in rows)
+    assert any(line.startswith("ray_ddray_shard_seconds_count{") for line in lines)
 
 
 def test_tokens_are_those_of_a_plain_loop_in_one_process(
