@@ -99,15 +99,17 @@ def make_plan(model: str, shards: int, shard_rows: int) -> Plan:
 
 
 class Watch(threading.Thread):
-    """CPU time of Ray's control processes, the object store's peak, and preemptions.
+    """The object store's peak, and preemptions.
 
     Args:
-        kill_every: seconds between two SIGKILLs to random actors; 0 = none.
+        gpus: logical GPUs.
+        kill_every: seconds between two SIGKILLs to random actors, from when all are up until the
+            pool shrinks for lack of work; 0 = none.
     """
 
-    def __init__(self, kill_every: float):
+    def __init__(self, gpus: int, kill_every: float):
         super().__init__(daemon=True)
-        self._kill_every, self._over = kill_every, threading.Event()
+        self._gpus, self._kill_every, self._over = gpus, kill_every, threading.Event()
         self._next_kill = time.monotonic() + kill_every
         self.killed, self.store_bytes = 0, 0.0
 
@@ -121,7 +123,7 @@ class Watch(threading.Thread):
 
     def _kill(self) -> None:
         actors = [p for p in _children() if "_Actor" in _title(p)]
-        if actors:
+        if len(actors) >= self._gpus * (0.9 if self.killed else 1):
             random.choice(actors).kill()
             self.killed += 1
         self._next_kill = time.monotonic() + self._kill_every
@@ -178,7 +180,7 @@ def bench(args: argparse.Namespace, out: str) -> dict[str, Any]:
     """One run of the pool, as a row of the table."""
     shards = TrajectorySet.create(out, make_plan(args.model, args.shards, args.shard_rows))
     config = PoolConfig(workers=(args.gpus, args.gpus), num_gpus=1, max_retries=20)
-    watch = Watch(args.kill_every)
+    watch = Watch(args.gpus, args.kill_every)
     before = driver_seconds(), control_seconds(), psutil.Process().memory_info().rss
     watch.start()
     worker: Any = partial(SleepingWorker, seconds=args.seconds)

@@ -2,19 +2,22 @@
 
     python benchmarks/bench_sampling.py [--rows 2000] [--repeats 3] [--json FILE]
 
-All of it samples and writes the same shards with one thread each. The rates leave out what comes
-before the first shard (Ray's start, loading the model), which stands in its own column. What is
+All of it samples and writes the same shards with one thread each, in processes with the same
+settings of the allocator. The rates leave out what comes before the first shard (Ray's start,
+loading the model), which stands in its own column. What is
 compared runs in turns, as the speed of a machine drifts; the figures are medians.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import torch
 import ddray
 from ddray.config import SampleConfig
 from ddray.report import Column, markdown_table
+from ddray.runtime.cluster import KEEP_FREED_MEMORY
 from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.shards import TrajectorySet
 from ddray.trajectories import make_plan
@@ -39,8 +43,15 @@ COLUMNS = (
 
 
 def bare_loop(config: SampleConfig) -> dict[str, float]:
-    """Every shard in this process, one after the other."""
+    """Every shard in one process without Ray, one after the other."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(_bare_loop, config).result()
+
+
+def _bare_loop(config: SampleConfig) -> dict[str, float]:
     start = time.perf_counter()
+    torch.set_num_threads(1)
     teacher = ddray.load_teacher(config.teacher, device="cpu")
     shards = TrajectorySet.create(config.out, make_plan(config, teacher))
     worker = TrajectoryWorker(shards.uri, "cpu")
@@ -65,7 +76,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    # Read by a process when it starts: what `ddray sample` gives to its actors.
+    os.environ.update(KEEP_FREED_MEMORY)
     ways: dict[str, tuple[int, Callable[[SampleConfig], dict[str, Any]]]] = {
         "bare loop": (1, bare_loop),
         "one actor": (1, sample),

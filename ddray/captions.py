@@ -68,8 +68,9 @@ def captions_name(k: int) -> str:
 def cut_captions(file: CaptionFile, storage: Storage, plan: Plan) -> int:
     """Write the captions of every shard beside it, and say how many files were written.
 
-    A file that is there with the same content is kept. One that holds the first rows of it, as the
-    last shard of a set that has been extended does, is replaced.
+    A file that is there with the same content is kept, or with more rows, which an extension
+    left that did not come about. One that holds the first rows, as the last shard of a set that is
+    extended does, is replaced.
 
     Raises:
         ConfigError: as `CaptionFile.rows`; and if a shard has other captions already.
@@ -85,12 +86,13 @@ def cut_captions(file: CaptionFile, storage: Storage, plan: Plan) -> int:
         captions = ShardCaptions([row.caption for row in part], features or None)
         if captions_name(k) in there:
             existing = read_captions(storage, k)
-            if existing.sha256 != captions.first(len(existing)).sha256:
+            common = min(len(existing), len(captions))
+            if existing.first(common).sha256 != captions.first(common).sha256:
                 raise ConfigError(
                     f"captions of shard {k} differ from those that the set was made with; give the "
                     f"file that {storage.uri} was made with, or choose another URI"
                 )
-            if len(existing) == len(captions):
+            if len(existing) >= len(captions):
                 continue
         storage.write(captions_name(k), _encode(part[0].index, captions))
         written += 1
@@ -103,10 +105,10 @@ def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCa
     Args:
         storage: of the set.
         k: which shard.
-        count: its rows; None = as many as there are.
+        count: how many of its rows, from the first; None = as many as there are.
 
     Raises:
-        ShardError: if the file is missing, damaged, or has another number of rows.
+        ShardError: if the file is missing, damaged, or has too few rows.
         StorageError: if it cannot be read.
     """
     where = storage.join(captions_name(k))
@@ -126,9 +128,9 @@ def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCa
             raise ValueError("the rows do not fit their sha256")
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as exc:
         raise ShardError(f"{where} is damaged ({one_line(exc)}); delete it and {advice}") from exc
-    if count is not None and len(written) != count:
+    if count is not None and len(written) < count:
         raise ShardError(f"{where} has {len(written)} of {count} rows; {advice}")
-    return written
+    return written.first(len(written) if count is None else count)
 
 
 def padded(

@@ -66,6 +66,8 @@ class PoolConfig(Job):
     def _ordered(self) -> Self:
         if self.workers[0] > self.workers[1]:
             raise ValueError(f"workers {self.workers[0]}:{self.workers[1]} must be MIN:MAX")
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus={self.num_gpus:g} must be a part of one GPU, or whole ones")
         return self
 
 

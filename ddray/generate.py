@@ -156,17 +156,30 @@ class Teacher(Model):
 
         Returns:
             int64 tokens [B, L].
+
+        Raises:
+            ConfigError: if the network's logits are NaN or infinite, as an overflow makes them.
         """
         cond = self.condition(cond_B)
         index = self._index(index_B, len(cond))
         noise_BLE = noise(seed, index, (self.num_tokens, self.codebook.shape[1]))
         solve = self.transport(solver, num_evals)
+        finite: list[Tensor] = []
 
         def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
+            # Looked at once all is done: on a GPU a look at every stage would wait for it.
+            finite.append(logits_BlV.amax(-1).isfinite().all())
             rows = noise_BLE[:, start:stop].flatten(0, 1), logits_BlV.flatten(0, 1)
             return solve(*rows).unflatten(0, logits_BlV.shape[:2])
 
-        return self._roll_out(cond, choose, cfg, -1, top_k, top_p, temperature)
+        tokens = self._roll_out(cond, choose, cfg, -1, top_k, top_p, temperature)
+        if not bool(torch.stack(finite).all()):
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{self.name} gives logits that are not finite in {dtype}; use another dtype, or "
+                "mend the checkpoint"
+            )
+        return tokens
 
     def continue_from(
         self,

@@ -1,6 +1,6 @@
 """Looking at a trajectory set: what it holds, whether it is whole, moving aside what is not.
 
-Imports ddray.errors, plan, progress and shards, so that looking takes no torch.
+Imports ddray.captions, errors, plan, progress and shards, so that looking takes no torch.
 
 Shapes: N rows, V codes.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddray.captions import read_captions
 from ddray.errors import ShardError
 from ddray.plan import Plan
 from ddray.progress import Progress
@@ -141,12 +142,30 @@ def verify(uri: str) -> list[str]:
         ShardError: if there is no set.
         StorageError: if it cannot be read.
     """
-    report = verified(TrajectorySet.open(uri))
+    trajectories = TrajectorySet.open(uri)
+    report = verified(trajectories)
+    captions = captions_damaged(trajectories)
     return [
         *(f"missing: {shard_name(k)}" for k in report.missing),
         *(f"damaged: {shard_name(k)}: {reason}" for k, reason in report.damaged.items()),
         *(f"does not belong: {name}" for name in report.unexpected),
+        *(f"captions of shard {k}: {reason}" for k, reason in captions.items()),
     ]
+
+
+def captions_damaged(trajectories: TrajectorySet) -> dict[int, str]:
+    """Shard -> reason, where the captions of a text set are missing, damaged or not the shard's."""
+    plan, found = trajectories.plan, {}
+    if plan.conditioning != "text":
+        return {}
+    for k in trajectories.listing().sizes:
+        try:
+            captions = read_captions(trajectories.storage, k, len(plan.shard_range(k)))
+            if list(captions.captions) != trajectories.read_shard(k)[1].tolist():
+                found[k] = "they are not those of the shard's rows"
+        except ShardError as error:
+            found[k] = str(error)
+    return found
 
 
 def verified(trajectories: TrajectorySet) -> VerifyReport:

@@ -39,6 +39,7 @@ class Recomputation:
         tokens: tokens of these rows.
         differing_rows: rows of which a token, or the label, differs.
         differing_tokens: tokens that differ.
+        wrong_labels: rows whose label or caption is not the plan's, whatever the device.
         named: a line for each of the first differing rows.
     """
 
@@ -49,12 +50,18 @@ class Recomputation:
     tokens: int = 0
     differing_rows: int = 0
     differing_tokens: int = 0
+    wrong_labels: int = 0
     named: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether every row is as written."""
-        return not self.differing_rows
+        """Whether every row is as written, or nothing follows from those that are not."""
+        return not self.differing_rows or not (self.comparable or self.wrong_labels)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether this kind of device made the set, as far as is known."""
+        return not self.made_on or self.made_on == [self.device]
 
     def lines(self) -> list[str]:
         """The outcome for people: one line, and one for each row that is named."""
@@ -62,10 +69,10 @@ class Recomputation:
             return ["recomputed nothing: no batch of the set is there whole"]
         made_on = f"made on {', '.join(self.made_on) or 'an unknown kind of device'}"
         head = f"recomputed {self.rows} rows ({self.batches} batches) on {self.device}"
-        if self.ok:
+        if not self.differing_rows:
             return [f"{head}: all as written ({made_on})"]
         differ = f"{self.differing_rows} rows and {self.differing_tokens} of {self.tokens} tokens"
-        hint = "" if self.made_on == [self.device] else "; tokens vary between kinds of device"
+        hint = "" if self.comparable else ", where tokens may differ: this proves nothing"
         return [f"{head}: {differ} differ ({made_on}{hint})", *self.named]
 
 
@@ -81,7 +88,7 @@ def recompute(uri: str, num_rows: int) -> Recomputation:
 
     Raises:
         ConfigError: if the plan's teacher is not here.
-        ShardError: if there is no set, or the teacher has other weights.
+        ShardError: if there is no set, the teacher has other weights, or captions are missing.
         StorageError: if the set cannot be read.
     """
     trajectories = TrajectorySet.open(uri)
@@ -99,9 +106,9 @@ def recompute(uri: str, num_rows: int) -> Recomputation:
                 shard = batch.start // plan.shard_rows
                 try:
                     _, label_B, there_BL = trajectories.rows(batch.start, batch.stop)
-                    conditions = read_conditions(trajectories, [shard], encode)
                 except ShardError:
                     continue
+                conditions = read_conditions(trajectories, [shard], encode)
                 rows_B = np.asarray(batch) - shard * plan.shard_rows
                 here_BL = sample_rows(teacher, plan, batch, conditions.of(rows_B))
                 asked_B = conditions.label[rows_B]
@@ -136,6 +143,7 @@ def _compare(
     outcome.tokens += there_BL.size
     outcome.differing_rows += len(rows)
     outcome.differing_tokens += int(differs_BL.sum())
+    outcome.wrong_labels += int(wrong_B.sum())
     for row in rows[: _NAMED - len(outcome.named)]:
         what = []
         if wrong_B[row]:

@@ -16,7 +16,7 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-_FLUSH_EVERY_S = 10.0
+_FLUSH_EVERY_S = 30.0
 
 _IDENTITY = "identity"
 
@@ -58,7 +58,7 @@ class EventLog:
     """`events.jsonl`: what happened when, a line of JSON each, over all runs of a folder.
 
     As a context it ends with "finished", or with "failed" and the reason. The file is written anew
-    every ten seconds at most: an object store cannot append.
+    every half minute at most: an object store cannot append.
 
     Args:
         storage: the folder.
@@ -68,36 +68,38 @@ class EventLog:
     def __init__(self, storage: Storage, **values: Any):
         self._storage = storage
         try:
-            self._text = storage.read(EVENTS_FILE)
+            self._lines = storage.read(EVENTS_FILE).splitlines(keepends=True)
         except NotFoundError:
-            self._text = b""
-        self._written_at = -_FLUSH_EVERY_S
+            self._lines = []
+        self._written_at = time.monotonic()
         self.add("started", **values)
+        self._write()
 
     def add(self, event: str, **values: Any) -> None:
         """Note an event with the time, Unix seconds."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
-        self._text += line.encode() + b"\n"
+        self._lines.append(line.encode() + b"\n")
         if time.monotonic() - self._written_at >= _FLUSH_EVERY_S:
-            self._write()
+            self._try_to_write()
 
     def _write(self) -> None:
-        self._storage.write(EVENTS_FILE, self._text)
+        self._storage.write(EVENTS_FILE, b"".join(self._lines))
         self._written_at = time.monotonic()
+
+    def _try_to_write(self) -> None:
+        # A log that cannot be written is no reason to end the work that it tells of.
+        with contextlib.suppress(StorageError):
+            self._write()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._written_at = time.monotonic()
         if error is None:
             self.add("finished")
-            self._write()
-            return
-        self.add("failed", reason=one_line(error))
-        # What went wrong may be the storage itself, and is the error to tell.
-        with contextlib.suppress(StorageError):
-            self._write()
+        else:
+            self.add("failed", reason=one_line(error))
+        self._try_to_write()
 
 
 def _earlier_identity(storage: Storage) -> dict[str, Any]:

@@ -5,12 +5,17 @@ Imports ddray.storage, ddray.errors.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ddray.errors import ConfigError, StorageError, one_line
 from ddray.storage import PROBE, TEMPORARY, NotFoundError, Storage, checked_name, temporary_name
+
+_ATTEMPTS = 6
+# One PUT takes 5 GB at most, and a failure in it costs all of it.
+_PART_BYTES = 64 * 2**20
 
 
 class S3Storage(Storage):
@@ -44,19 +49,35 @@ class S3Storage(Storage):
 
     def read(self, name: str) -> bytes:
         """Return the content of `name`; see `Storage.read`."""
+        from botocore.exceptions import (  # type: ignore[import-untyped, unused-ignore]
+            HTTPClientError,
+            IncompleteReadError,
+            ResponseStreamingError,
+        )
+
         with _s3_errors("read", self.join(name)):
-            response = self._client().get_object(Bucket=self.bucket, Key=self._key(name))
-            content: bytes = response["Body"].read()
+            for attempt in range(_ATTEMPTS):
+                response = self._client().get_object(Bucket=self.bucket, Key=self._key(name))
+                try:
+                    content: bytes = response["Body"].read()
+                    break
+                # botocore tries again until an answer begins, not when it breaks off.
+                except (HTTPClientError, IncompleteReadError, ResponseStreamingError):
+                    if attempt == _ATTEMPTS - 1:
+                        raise
         return content
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write by one PUT, a conditional one if `if_absent`; see `Storage.write`.
+        """Write by one PUT, conditional if `if_absent`, or in parts; see `Storage.write`.
 
         A conditional PUT whose answer was lost is retried by botocore and then finds its
         own object: False says that `name` exists, not who wrote it.
         """
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         with _s3_errors("write", self.join(name)):
+            if len(data) > _PART_BYTES and not if_absent:
+                self._client().upload_fileobj(io.BytesIO(data), self.bucket, self._key(name))
+                return True
             try:
                 self._client().put_object(
                     Bucket=self.bucket, Key=self._key(name), Body=data, **condition
@@ -118,7 +139,7 @@ class S3Storage(Storage):
             )
 
             config = Config(
-                retries={"mode": "standard", "max_attempts": 6},
+                retries={"mode": "standard", "max_attempts": _ATTEMPTS},
                 connect_timeout=10,
                 read_timeout=60,
             )

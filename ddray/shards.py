@@ -95,23 +95,21 @@ class TrajectorySet:
             StorageError: If `uri` cannot be read and written.
         """
         storage = open_storage(uri)
-        existing = _read_manifest(storage)
+        existing, merged = _planned(storage, plan)
         if existing is None:
-            if storage.list(_SHARDS):
-                raise ShardError(
-                    f"{storage.join('shards')} holds files, but there is no {_MANIFEST}; "
-                    "restore it, delete the shards, or choose another URI"
-                )
-            plan = replace(plan, earlier_counts=())
-            if storage.write(_MANIFEST, plan.to_json().encode(), if_absent=True):
-                return cls(storage, plan)
+            if storage.write(_MANIFEST, merged.to_json().encode(), if_absent=True):
+                return cls(storage, merged)
             # Another driver was faster: its manifest counts.
-            existing = _read_manifest(storage) or plan
-        merged = _merged(existing, plan, storage.uri)
+            existing, merged = _planned(storage, plan)
         storage.check_writable()
-        if merged.count != existing.count:
+        if existing is None or merged.count != existing.count:
             storage.write(_MANIFEST, merged.to_json().encode())
         return cls(storage, merged)
+
+    @staticmethod
+    def planned(uri: str, plan: Plan) -> Plan:
+        """Return the plan that `create` would leave at `uri`; raises as it does, writes nothing."""
+        return _planned(open_storage(uri), plan)[1]
 
     @classmethod
     def open(cls, uri: str) -> TrajectorySet:
@@ -299,6 +297,19 @@ def _read_manifest(storage: Storage) -> Plan | None:
         return None
     except ShardError as exc:
         raise ShardError(f"{storage.join(_MANIFEST)}: {exc}") from exc
+
+
+def _planned(storage: Storage, plan: Plan) -> tuple[Plan | None, Plan]:
+    """The plan of the set that is there, if any, and the one that it should have."""
+    existing = _read_manifest(storage)
+    if existing is not None:
+        return existing, _merged(existing, plan, storage.uri)
+    if storage.list(_SHARDS):
+        raise ShardError(
+            f"{storage.join('shards')} holds files, but there is no {_MANIFEST}; "
+            "restore it, delete the shards, or choose another URI"
+        )
+    return None, replace(plan, earlier_counts=())
 
 
 def _merged(existing: Plan, plan: Plan, uri: str) -> Plan:

@@ -69,7 +69,7 @@ class FaultyProxy:
     Attributes:
         every: each request of this number fails, in turn by a 500, a 503, a connection reset
             before the request is passed on, one behind it (so that it took effect and its answer
-            is lost), and a slow answer; 0 = none.
+            is lost), one in the middle of the answer, and a slow answer; 0 = none.
         refuse: an S3 error code with which all requests are answered; empty = none.
         faults: what was injected, in order.
     """
@@ -79,7 +79,9 @@ class FaultyProxy:
         self.faults: list[str] = []
         self._target = endpoint.removeprefix("http://")
         self._requests = itertools.count(1)
-        self._kinds = itertools.cycle(("500", "503", "reset", "lost answer", "slow"))
+        self._kinds = itertools.cycle(
+            ("500", "503", "reset", "lost answer", "half an answer", "slow")
+        )
         self._lock = threading.Lock()
         proxy = self
 
@@ -125,19 +127,22 @@ class FaultyProxy:
         else:
             if fault == "slow":
                 time.sleep(self.slow_s)
-            self._pass_on(request, body, lose_answer=fault == "lost answer")
+            self._pass_on(request, body, fault)
 
-    def _pass_on(self, request: BaseHTTPRequestHandler, body: bytes, lose_answer: bool) -> None:
+    def _pass_on(self, request: BaseHTTPRequestHandler, body: bytes, fault: str) -> None:
         connection = http.client.HTTPConnection(self._target, timeout=60)
         headers = {k: v for k, v in request.headers.items() if k.lower() != "expect"}
         connection.request(request.command, request.path, body, headers)
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
-        if lose_answer:
+        if fault == "lost answer":
             _reset(request)
-        else:
-            _answer(request, answer.status, content, answer.getheaders())
+            return
+        half = len(content) // 2 if fault == "half an answer" else len(content)
+        _answer(request, answer.status, content, answer.getheaders(), send=half)
+        if fault == "half an answer":
+            _reset(request)
 
 
 def _answer(
@@ -145,7 +150,9 @@ def _answer(
     status: int,
     content: bytes,
     headers: Sequence[tuple[str, str]] = (),
+    send: int | None = None,
 ) -> None:
+    """Answer, with the first `send` bytes of the content; None = all."""
     request.send_response(status)
     for name, value in headers:
         if name.lower() not in _HOP_BY_HOP:
@@ -154,7 +161,7 @@ def _answer(
     request.send_header("Content-Length", str(length))
     request.end_headers()
     if request.command != "HEAD":
-        request.wfile.write(content)
+        request.wfile.write(content[:send])
 
 
 def _reset(request: BaseHTTPRequestHandler) -> None:

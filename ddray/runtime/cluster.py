@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 from ddray.errors import ClusterError, one_line
 
@@ -20,7 +21,7 @@ _SPARE_CPUS = 2
 _OBJECT_STORE_BYTES = 200 * 2**20
 # Ray's processes keep the memory they have freed: where page faults are slow, as in a virtual
 # machine, giving it back after every step costs a training a tenth of its speed (measured).
-_KEEP_FREED_MEMORY = {
+KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -50,7 +51,7 @@ def connect() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        for name, value in _KEEP_FREED_MEMORY.items():
+        for name, value in KEEP_FREED_MEMORY.items():
             os.environ.setdefault(name, value)
         # Ray's C++ core reports at ERROR level, past Python's logging, what is no error to anybody
         # (that a pool's actors may restart). What does go wrong reaches us as an exception.
@@ -112,10 +113,14 @@ def require(what: str, workers: int, num_cpus: float, num_gpus: float, wait_s: f
     bundle = {name: number for name, number in asked.items() if number}
     deadline = time.monotonic() + wait_s
     try:
-        while lacking := _lacking(workers, asked):
+        while (room := _room(num_cpus, num_gpus)) < workers:
             if time.monotonic() >= deadline:
+                total = ray.cluster_resources()
                 raise ClusterError(
-                    f"{what} asks for {lacking}; ask for fewer workers or a larger cluster"
+                    f"{what} asks for {workers} workers of {num_cpus:g} CPUs and {num_gpus:g} "
+                    f"GPUs, but the cluster has room for {room}: {total.get('CPU', 0):g} CPUs and "
+                    f"{total.get('GPU', 0):g} GPUs on {len(_nodes())} nodes; ask for fewer or "
+                    "smaller workers, or a larger cluster"
                 )
             ray.autoscaler.sdk.request_resources(bundles=[bundle] * workers)
             time.sleep(min(_LOOK_EVERY_S, wait_s))
@@ -125,14 +130,22 @@ def require(what: str, workers: int, num_cpus: float, num_gpus: float, wait_s: f
             ray.autoscaler.sdk.request_resources(bundles=[])
 
 
-def _lacking(workers: int, asked: Mapping[str, float]) -> str:
-    """What the cluster has too little of, in words; empty if nothing."""
+def _nodes() -> list[dict[str, Any]]:
+    """Nodes that are alive."""
     import ray
 
-    total = ray.cluster_resources()
-    return " and ".join(
-        f"{workers * each:g} {name}s ({workers} workers of {each:g}), but the cluster has "
-        f"{total.get(name, 0):g}"
-        for name, each in asked.items()
-        if workers * each > total.get(name, 0)
-    )
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _room(num_cpus: float, num_gpus: float) -> int:
+    """How many workers fit at the same time: a worker lies on one node, a part of a GPU on one."""
+    room = 0
+    for node in _nodes():
+        has = node["Resources"]
+        fits = int(has.get("CPU", 0) // num_cpus)
+        if num_gpus:
+            gpus = has.get("GPU", 0)
+            on_gpus = gpus // num_gpus if num_gpus >= 1 else gpus * (1 // num_gpus)
+            fits = min(fits, int(on_gpus))
+        room += fits
+    return room

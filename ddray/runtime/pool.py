@@ -12,7 +12,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,7 +113,13 @@ class Filled:
         }
 
 
-def fill(label: str, shards: ShardedSet, worker: type, config: PoolConfig) -> Filled:
+def fill(
+    label: str,
+    shards: ShardedSet,
+    worker: type,
+    config: PoolConfig,
+    ready: Callable[[], None] | None = None,
+) -> Filled:
     """Make the shards that a set lacks, and prove from its storage that it is whole.
 
     Args:
@@ -121,6 +127,7 @@ def fill(label: str, shards: ShardedSet, worker: type, config: PoolConfig) -> Fi
         shards: the set.
         worker: a `ShardWorker` class.
         config: size of the pool.
+        ready: called once it is sure that the cluster can run it, before the first shard.
 
     Raises:
         ClusterError: Ray cannot start, has too little, or actors keep dying.
@@ -131,23 +138,25 @@ def fill(label: str, shards: ShardedSet, worker: type, config: PoolConfig) -> Fi
     if not missing:
         return Filled()
     storage = shards.storage
-    started, tally, finished_at = time.monotonic(), Tally(), []
-    rows = {k: len(plan.shard_range(k)) for k in missing}
-    total, found = sum(rows.values()), plan.num_shards - len(missing)
+    started, tally = time.monotonic(), Tally()
+    # (when, rows) of each shard that this run made
+    made: list[tuple[float, int]] = []
+    there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
+    found = plan.num_shards - len(missing)
     with (
         EventLog(storage, found=found, missing=len(missing), workers=config.workers) as events,
         connect(),
-        Progress(label, plan.count, "rows", plan.count - total) as bar,
+        Progress(label, plan.count, "rows", there) as bar,
     ):
         least = min(config.workers[0], len(missing))
         require(label, least, config.threads, config.num_gpus, config.wait_s)
-        first = 0
+        if ready is not None:
+            ready()
         for done in _persist(config, label, worker, shards, events):
             if not tally.add(done):
                 events.add("retry", **dataclasses.asdict(done))
                 continue
-            first = first or done.rows
-            finished_at.append(time.monotonic())
+            made.append((time.monotonic(), done.rows))
             events.add("shard", **dataclasses.asdict(done))
             bar.advance_to(bar.done + done.rows, tally.note(config.num_gpus))
         still = shards.missing()
@@ -156,13 +165,13 @@ def fill(label: str, shards: ShardedSet, worker: type, config: PoolConfig) -> Fi
                 f"{len(still)} shards are missing in {storage.uri} although every actor finished; "
                 "rerun to fill them"
             )
-    running = finished_at[-1] - finished_at[0]
+    running = made[-1][0] - made[0][0] if made else 0.0
     return Filled(
-        shards=len(missing),
-        rows=total,
+        shards=len(made),
+        rows=sum(rows for _, rows in made),
         seconds=time.monotonic() - started,
-        first_shard_s=finished_at[0] - started,
-        rows_per_s=(total - first) / running if running else None,
+        first_shard_s=made[0][0] - started if made else None,
+        rows_per_s=sum(rows for _, rows in made[1:]) / running if running else None,
         actor_s=tally.busy_s,
         busy_share=tally.busy_share,
         gpu_s=tally.busy_s * config.num_gpus,
@@ -228,8 +237,11 @@ def _persist(
     fruitless = 0
     while fruitless < _FRUITLESS_POOLS:
         fruitless += 1
+        missing = shards.missing()
+        if not missing:
+            return
         try:
-            for done in _run(config, label, worker, shards.storage.uri, shards.missing()):
+            for done in _run(config, label, worker, shards.storage.uri, missing):
                 fruitless = 0
                 yield done
             return
@@ -283,8 +295,9 @@ def _run(
             yield Done.from_row(row)
     except ExecutionTimeoutError as error:
         raise ClusterError(
-            f"{label}: no shard was done for {config.stall_timeout_s} s (stall_timeout_s), so the "
-            f"pool was ended; what is written stays, and a rerun fills the gaps"
+            f"{label}: no shard was done for {config.stall_timeout_s} s, so the pool was ended. If "
+            "a shard takes so long, give a larger --stall-timeout-s; else look for actors that "
+            "cannot start. What is written stays, and a rerun fills the gaps"
         ) from error
     except (RayError, RayDataUserCodeException) as error:
         raise _explain(error, config) from error
@@ -293,10 +306,10 @@ def _run(
 def _explain(error: BaseException, config: PoolConfig) -> DDRayError:
     """Our own error if an actor raised one, else one line about what happened to the pool."""
     # Ray tells what an actor raised in text: a remote traceback, and advice of its own behind it.
-    ours = re.findall(r"^ddray\.errors\.(\w+): (.*)$", str(error), re.MULTILINE)
+    ours = re.findall(r"^ddray\.\w+\.(\w+): (.*)$", str(error), re.MULTILINE)
     if ours:
         name, message = ours[-1]
-        return getattr(errors, name)(message)  # type: ignore[no-any-return]
+        return getattr(errors, name, DDRayError)(message)  # type: ignore[no-any-return]
     line = last_error(error)
     return _PoolLostError(
         f"the pool of {config.workers[0]}:{config.workers[1]} actors failed "

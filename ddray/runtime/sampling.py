@@ -16,7 +16,7 @@ from ddray.conditions import check_encoder, load_encoder, open_captions, read_co
 from ddray.config import PoolConfig, SampleConfig
 from ddray.inspect_set import quarantine, verified
 from ddray.models.zoo import load_teacher
-from ddray.run_folder import SUMMARY_FILE, write_json
+from ddray.run_folder import CONFIG_FILE, SUMMARY_FILE, write_json
 from ddray.runtime.pool import fill
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
@@ -87,9 +87,10 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     if captions is not None:
         check_encoder(plan, teacher)
         captions.check(plan.count)
+        # Before the set is made or grows: captions that are refused leave it as it was.
+        cut_captions(captions, storage, TrajectorySet.planned(config.out, plan))
     trajectories = TrajectorySet.create(config.out, plan)
-    if captions is not None:
-        cut_captions(captions, storage, trajectories.plan)
+    write_json(storage, CONFIG_FILE, config.model_dump(mode="json"))
     return _fill(trajectories, config)
 
 
@@ -162,9 +163,12 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
     # Of shards that nobody took note of, nothing is known, and this run cannot mend that.
     if missing and (devices or not found):
         devices = sorted({*devices, "cuda" if pool.num_gpus else "cpu"})
+
+    def note_devices() -> None:
         # Before the first shard: a run that is killed has made some too.
         write_json(storage, SUMMARY_FILE, {"devices": devices})
-    filled = fill("trajectories", trajectories, TrajectoryWorker, pool)
+
+    filled = fill("trajectories", trajectories, TrajectoryWorker, pool, note_devices)
     summary = {
         "uri": trajectories.uri,
         "ddray_version": __version__,
@@ -174,5 +178,7 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         "devices": devices,
         **filled.summary(),
     }
-    write_json(storage, SUMMARY_FILE, summary)
+    # A rerun that finds all there does not take the place of the one that made it.
+    if missing or not storage.exists(SUMMARY_FILE):
+        write_json(storage, SUMMARY_FILE, summary)
     return summary

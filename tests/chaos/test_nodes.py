@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 import ddray
 from ddray.errors import ClusterError
 from ddray.runtime.pool import fill
-from ddray.runtime.sampling import sample
+from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.shards import TrajectorySet
 from ddray.trajectories import make_plan
 from tests.runtime.tiny import contents, sampling, write_teacher
@@ -94,7 +94,7 @@ def test_a_job_waits_for_nodes_only_if_told_to(
     cluster: Cluster, teacher: str, tmp_path: Path
 ) -> None:
     job = sampling(teacher, tmp_path / "set", workers=(3, 3))
-    with pytest.raises(ClusterError, match=r"3 CPUs \(3 workers of 1\), but the cluster has 1"):
+    with pytest.raises(ClusterError, match="3 workers of 1 CPUs .* has room for 1"):
         sample(job)
     summaries: list[dict[str, Any]] = []
     patient = job.model_copy(update={"wait_s": 60})
@@ -105,6 +105,23 @@ def test_a_job_waits_for_nodes_only_if_told_to(
     cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20)
     waiting.join(timeout=120)
     assert [summary["rows_made"] for summary in summaries] == [job.count]
+
+
+def test_a_shard_that_kills_its_actor_each_time_is_the_only_one_missing(
+    cluster: Cluster, teacher: str, tmp_path: Path
+) -> None:
+    class DeadlyWorker(TrajectoryWorker):
+        def do(self, shard: int) -> int:
+            if shard == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().do(shard)
+
+    config = sampling(teacher, tmp_path, max_retries=1, stall_timeout_s=90)
+    model = ddray.load_teacher(teacher, device="cpu")
+    trajectories = TrajectorySet.create(config.out, make_plan(config, model))
+    with pytest.raises(ClusterError, match="the pool of 1:1 actors failed"):
+        fill("trajectories", trajectories, DeadlyWorker, config)
+    assert trajectories.missing() == [1]
 
 
 def _deadly(method: str) -> type:

@@ -59,13 +59,15 @@ def _client() -> Any:
 
 def test_errors_resets_lost_answers_and_slow_ones_are_retried(proxy: FaultyProxy, uri: str) -> None:
     proxy.every = 2  # every other request, so that a retry may fail too
+    assert open_storage(uri).write("large", bytes(70 * 2**20))  # in parts
+    assert open_storage(uri).read("large") == bytes(70 * 2**20)
     storage = open_storage(uri)
     for i in range(10):
         name = f"shards/{i}"
         assert storage.write(name, bytes([i]) * 1000)
         assert storage.read(name) == bytes([i]) * 1000
     assert len(storage.list("shards/")) == 10
-    assert {"500", "503", "reset", "lost answer", "slow"} <= set(proxy.faults)
+    assert {"500", "503", "reset", "lost answer", "half an answer", "slow"} <= set(proxy.faults)
 
 
 def test_expired_credentials_are_named_and_not_retried_for_long(

@@ -76,6 +76,13 @@ def test_every_preset_is_a_valid_config(verb: str, name: str) -> None:
     load_config(KINDS[verb], preset=preset(verb, name))
 
 
+def test_an_actor_has_a_part_of_one_gpu_or_whole_ones() -> None:
+    assert load_config(SampleConfig, flags={"num_gpus": "0.5"}).num_gpus == 0.5
+    assert load_config(SampleConfig, flags={"num_gpus": 2}).num_gpus == 2
+    with pytest.raises(ConfigError, match=r"num_gpus=1.5 must be a part of one GPU, or whole ones"):
+        load_config(SampleConfig, flags={"num_gpus": 1.5})
+
+
 @pytest.mark.parametrize(
     ("given", "workers"),
     [("1:2", (1, 2)), ("3", (3, 3)), (3, (3, 3)), ([2], (2, 2)), ([1, 4], (1, 4))],

@@ -169,6 +169,14 @@ def test_tokens_are_the_mode_of_both_heads_product(precision):
     assert torch.equal(student.generate(COND, noise=noise), student.codebook[expected])
 
 
+def test_logits_that_are_not_finite_make_no_trajectories():
+    teacher = tiny_teacher()
+    with torch.no_grad():
+        teacher.model.output.weight[3] = float("inf")
+    with pytest.raises(ConfigError, match="logits that are not finite in float32; use another"):
+        teacher.trajectories(COND, INDEX, seed=0)
+
+
 def test_tokens_are_read_alike_in_parts_of_a_batch(student, monkeypatch):
     whole = student.generate(COND)
     monkeypatch.setattr(generate, "_READ_ELEMENTS", 1)

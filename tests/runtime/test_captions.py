@@ -16,6 +16,8 @@ from ddray.captions import captions_name, cut_captions, padded
 from ddray.conditions import open_captions
 from ddray.config import DistillConfig
 from ddray.errors import CheckpointError, ConfigError, ShardError
+from ddray.inspect_set import verify
+from ddray.recompute import recompute
 from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.runtime.training import distill, read_history
 from ddray.runtime.training_worker import read_batches
@@ -154,6 +156,8 @@ def test_other_captions_of_a_shard_are_refused(
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(ConfigError, match="captions of shard 1 differ from those that the set"):
         sample(sampling(teacher, whole, count=COUNT, captions=str(tmp_path / "a.jsonl")))
+    with pytest.raises(ConfigError, match="captions of shard 1 differ from those that the set"):
+        sample(sampling(teacher, whole, count=70, captions=str(tmp_path / "a.jsonl")))
     assert contents(whole) == before
 
 
@@ -222,6 +226,21 @@ def test_two_workers_with_parted_weights_learn_what_one_learns(
     one, two = ([line["loss"] for line in read_history(run.out)] for run in (student, config))
     assert two == pytest.approx(one, rel=2e-3)
     assert ddray.load_student(f"{config.out}/student", device="cpu").conditioning == "text"
+
+
+def test_captions_that_are_gone_are_told_by_verify_and_by_recomputation(
+    whole: Path, tmp_path: Path
+) -> None:
+    for name, data in contents(whole).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert verify(str(tmp_path)) == []
+    assert recompute(str(tmp_path), COUNT).ok
+    (tmp_path / captions_name(1)).unlink()
+    (told,) = verify(str(tmp_path))
+    assert told.startswith("captions of shard 1: ") and "is missing; run `ddray sample`" in told
+    with pytest.raises(ShardError, match=r"captions-00001\.parquet is missing"):
+        recompute(str(tmp_path), COUNT)
 
 
 def test_captions_that_were_exchanged_are_noticed(

@@ -15,7 +15,9 @@ from ddray.checkpoint import load_folder, save_folder
 from ddray.config import PoolConfig
 from ddray.errors import ClusterError, ConfigError, ShardError, StorageError
 from ddray.recompute import recompute
-from ddray.runtime.sampling import repair, sample
+from ddray.runtime.cluster import require
+from ddray.runtime.pool import fill
+from ddray.runtime.sampling import TrajectoryWorker, repair, sample
 from ddray.shards import TrajectorySet, shard_name
 from ddray.trajectories import sample_rows
 from tests.runtime.tiny import contents, sampling, write_teacher
@@ -198,7 +200,6 @@ def test_a_teacher_of_the_same_name_and_other_weights_is_refused(
 def test_a_worker_whose_teacher_has_other_weights_fails_the_run(
     ray_local: None, tmp_path: Path
 ) -> None:
-    from ddray.runtime.sampling import TrajectoryWorker
     from ddray.trajectories import make_plan
 
     folder = write_teacher(tmp_path / "teacher")
@@ -222,12 +223,39 @@ def test_an_out_that_cannot_be_written_is_refused_before_ray_starts(
 def test_more_than_the_cluster_has_is_refused_in_one_line(
     ray_local: None, teacher: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ClusterError, match="2 GPUs .* but the cluster has 0") as refusal:
+    with pytest.raises(
+        ClusterError, match="2 workers of 1 CPUs and 1 GPUs, but .* 0 GPUs"
+    ) as refusal:
         sample(sampling(teacher, tmp_path / "a", num_gpus=1, workers=(2, 3)))
     assert "\n" not in str(refusal.value)
-    with pytest.raises(ClusterError, match="asks for 64 CPUs"):
+    with pytest.raises(ClusterError, match="1 workers of 64 CPUs .* has room for 0"):
         sample(sampling(teacher, tmp_path / "b", threads=64))
     started = time.monotonic()
-    with pytest.raises(ClusterError, match="1 GPUs .* but the cluster has 0"):
+    with pytest.raises(ClusterError, match="1 workers of 1 CPUs and 1 GPUs"):
         sample(sampling(teacher, tmp_path / "c", num_gpus=1, wait_s=3))
     assert time.monotonic() - started >= 3
+
+
+def test_what_another_run_makes_meanwhile_is_no_error(
+    ray_local: None, copy: Path, teacher: str
+) -> None:
+    trajectories = TrajectorySet.open(str(copy))
+    shard = copy / shard_name(1)
+    content = shard.read_bytes()
+    shard.unlink()
+    config = sampling(teacher, copy, count=50)
+    # As an actor does that a killed driver has left behind.
+    filled = fill(
+        "trajectories",
+        trajectories,
+        TrajectoryWorker,
+        config,
+        lambda: None if shard.write_bytes(content) else None,
+    )
+    assert (filled.shards, filled.rows) == (0, 0)
+
+
+def test_a_worker_has_to_fit_on_one_node(ray_local: None) -> None:
+    require("this", 4, 1, 0)
+    with pytest.raises(ClusterError, match="asks for 3 workers of 2 CPUs .* has room for 2"):
+        require("this", 3, 2, 0)
