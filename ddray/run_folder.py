@@ -54,42 +54,68 @@ def write_json(storage: Storage, name: str, values: Mapping[str, Any]) -> None:
     storage.write(name, (json.dumps(values, indent=2) + "\n").encode())
 
 
-class EventLog:
-    """`events.jsonl`: what happened when, a line of JSON each, over all runs of a folder.
+class LineLog:
+    """A file of one line of JSON for each thing noted, over all runs of a folder.
 
-    As a context it ends with "finished", or with "failed" and the reason. The file is written anew
-    every half minute at most: an object store cannot append.
+    It is written anew every half minute at most: an object store cannot append. A log that cannot
+    be written is no reason to end the work that it tells of, save at the start.
+
+    Args:
+        storage: the folder.
+        name: of the file.
+    """
+
+    def __init__(self, storage: Storage, name: str):
+        self._storage, self._name = storage, name
+        try:
+            self._lines = storage.read(name).splitlines(keepends=True)
+        except NotFoundError:
+            self._lines = []
+        self._written_at = time.monotonic()
+
+    def add(self, **values: Any) -> None:
+        """Note some values, with the time in Unix seconds."""
+        line = json.dumps({"time": round(time.time(), 3), **values})
+        self._lines.append(line.encode() + b"\n")
+        if time.monotonic() - self._written_at >= _FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the file, if that can be done."""
+        with contextlib.suppress(StorageError):
+            self.write()
+
+    def write(self) -> None:
+        """Write the file.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        self._storage.write(self._name, b"".join(self._lines))
+        self._written_at = time.monotonic()
+
+
+class EventLog:
+    """`events.jsonl`: what happened when.
+
+    As a context it ends with "finished", or with "failed" and the reason.
 
     Args:
         storage: the folder.
         **values: of the first event, "started".
+
+    Raises:
+        StorageError: if the folder cannot be written.
     """
 
     def __init__(self, storage: Storage, **values: Any):
-        self._storage = storage
-        try:
-            self._lines = storage.read(EVENTS_FILE).splitlines(keepends=True)
-        except NotFoundError:
-            self._lines = []
-        self._written_at = time.monotonic()
+        self._log = LineLog(storage, EVENTS_FILE)
         self.add("started", **values)
-        self._write()
+        self._log.write()
 
     def add(self, event: str, **values: Any) -> None:
-        """Note an event with the time, Unix seconds."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **values})
-        self._lines.append(line.encode() + b"\n")
-        if time.monotonic() - self._written_at >= _FLUSH_EVERY_S:
-            self._try_to_write()
-
-    def _write(self) -> None:
-        self._storage.write(EVENTS_FILE, b"".join(self._lines))
-        self._written_at = time.monotonic()
-
-    def _try_to_write(self) -> None:
-        # A log that cannot be written is no reason to end the work that it tells of.
-        with contextlib.suppress(StorageError):
-            self._write()
+        """Note an event."""
+        self._log.add(event=event, **values)
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +125,7 @@ class EventLog:
             self.add("finished")
         else:
             self.add("failed", reason=one_line(error))
-        self._try_to_write()
+        self._log.flush()
 
 
 def _earlier_identity(storage: Storage) -> dict[str, Any]:

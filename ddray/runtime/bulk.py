@@ -13,7 +13,7 @@ from ddray.errors import ConfigError
 from ddray.generate import Student
 from ddray.images import ImagePlan, ImageSet
 from ddray.models.zoo import load_student
-from ddray.run_folder import SUMMARY_FILE, write_json
+from ddray.run_folder import CONFIG_FILE, SUMMARY_FILE, write_json
 from ddray.runtime.pool import fill
 from ddray.schedule import TeacherStages, parse_schedule
 
@@ -94,6 +94,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """
     student = load_student(config.student, device="cpu")
     images = ImageSet.create(config.out, make_plan(config, student))
+    write_json(images.storage, CONFIG_FILE, config.model_dump(mode="json"))
     filled = fill("images", images, ImageWorker, config)
     summary = {
         "uri": images.storage.uri,

@@ -20,13 +20,15 @@ from ddray import errors
 from ddray.config import PoolConfig
 from ddray.errors import ClusterError, DDRayError, ShardError
 from ddray.progress import Progress
-from ddray.run_folder import EventLog
+from ddray.run_folder import METRICS_FILE, EventLog, LineLog
 from ddray.runtime.cluster import connect, require
 from ddray.runtime.tally import Done, Tally
 from ddray.storage import Storage
 
 _SHARD_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
 """Bounds of the histogram of shard times, s."""
+
+_METRICS_EVERY_S = 30.0
 
 _FRUITLESS_POOLS = 2
 """Pools in a row that may break without a shard before the run is given up."""
@@ -138,7 +140,8 @@ def fill(
     if not missing:
         return Filled()
     storage = shards.storage
-    started, tally = time.monotonic(), Tally()
+    started, tally, metrics = time.monotonic(), Tally(), LineLog(storage, METRICS_FILE)
+    noted_at = started
     # (when, rows) of each shard that this run made
     made: list[tuple[float, int]] = []
     there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
@@ -159,6 +162,10 @@ def fill(
             made.append((time.monotonic(), done.rows))
             events.add("shard", **dataclasses.asdict(done))
             bar.advance_to(bar.done + done.rows, tally.note(config.num_gpus))
+            if time.monotonic() - noted_at > _METRICS_EVERY_S or bar.done == plan.count:
+                noted_at = time.monotonic()
+                metrics.add(rows=bar.done, seconds=round(noted_at - started, 3), **tally.figures())
+        metrics.flush()
         still = shards.missing()
         if still:
             raise ShardError(

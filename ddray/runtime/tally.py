@@ -77,6 +77,11 @@ class Tally:
         alive = sum(done.alive_s for done in self._latest.values())
         return self.busy_s / alive if alive else 0.0
 
+    def figures(self) -> dict[str, float]:
+        """Actors, share of their time that they work, retries."""
+        share = round(self.busy_share, 4)
+        return {"actors": self.actors, "busy_share": share, "retries": self.retries}
+
     def note(self, num_gpus: float) -> str:
         """For the progress line: actors, GPUs, how busy, how often something was done again."""
         gpus = f" on {self.actors * num_gpus:g} GPUs" if num_gpus else ""

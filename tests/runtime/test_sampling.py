@@ -74,6 +74,13 @@ def test_events_and_summary_say_who_did_what_and_how_busy_they_were(
     assert summary["actor_seconds"] == pytest.approx(sum(e["seconds"] for e in made), abs=0.02)
     assert 0 < summary["busy_share"] <= 1
     assert (summary["gpu_seconds"], summary["retries"]) == (0, 0)
+    (last,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert (last["rows"], last["actors"], last["retries"]) == (
+        50,
+        len({event["actor"] for event in made}),
+        0,
+    )
+    assert json.loads((out / "config.json").read_text())["count"] == 50
 
 
 def test_prometheus_finds_the_actors_rows_and_shard_times(whole: tuple[Path, dict]) -> None:
@@ -81,13 +88,13 @@ def test_prometheus_finds_the_actors_rows_and_shard_times(whole: tuple[Path, dic
     deadline = time.monotonic() + 40
     while True:
         with urllib.request.urlopen(address, timeout=10) as answer:
-            lines = [line for line in answer.read().decode().splitlines() if "ray_ddray" in line]
+            text = answer.read().decode()
+        lines = [line for line in text.splitlines() if 'what="trajectories"' in line]
         rows = [line for line in lines if line.startswith("ray_ddray_rows_total{")]
         if sum(float(line.split()[-1]) for line in rows) >= 50:
             break
         assert time.monotonic() < deadline, lines
         time.sleep(0.5)
-    assert all('what="trajectories"' in line for line in rows)
     assert any(line.startswith("ray_ddray_shard_seconds_count{") for line in lines)
 
 

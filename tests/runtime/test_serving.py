@@ -348,5 +348,5 @@ def test_what_cannot_be_served_is_refused_before_serve_starts(
     (tmp_path / "config.json").write_text('{"family": "llamagen"}')
     with pytest.raises(ConfigError, match="family 'llamagen', which is no student"):
         run(_config(tmp_path, port=_free_port()))
-    with pytest.raises(ClusterError, match="1000 CPUs"):
+    with pytest.raises(ClusterError, match="asks for 1000 workers of 1 CPUs"):
         run(_config(folder, port=_free_port(), replicas=1000))
