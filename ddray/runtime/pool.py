@@ -79,8 +79,8 @@ class Filled:
     """What filling took.
 
     Attributes:
-        shards: shards made.
-        rows: rows made.
+        shards: shards that were missing and are there now.
+        rows: their rows.
         seconds: from before Ray was there to the proof that nothing is missing.
         first_shard_s: to the first shard.
         rows_per_s: once running: rows behind the first shard by the time from it to the last.
@@ -174,8 +174,8 @@ def fill(
             )
     running = made[-1][0] - made[0][0] if made else 0.0
     return Filled(
-        shards=len(made),
-        rows=sum(rows for _, rows in made),
+        shards=len(missing),
+        rows=plan.count - there,
         seconds=time.monotonic() - started,
         first_shard_s=made[0][0] - started if made else None,
         rows_per_s=sum(rows for _, rows in made[1:]) / running if running else None,
@@ -247,6 +247,9 @@ def _persist(
         missing = shards.missing()
         if not missing:
             return
+        if fruitless > 1:
+            # From the other end: a shard that kills its actor must not stand before all others.
+            missing.reverse()
         try:
             for done in _run(config, label, worker, shards.storage.uri, missing):
                 fruitless = 0

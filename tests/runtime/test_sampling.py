@@ -259,7 +259,7 @@ def test_what_another_run_makes_meanwhile_is_no_error(
         config,
         lambda: None if shard.write_bytes(content) else None,
     )
-    assert (filled.shards, filled.rows) == (0, 0)
+    assert (filled.shards, filled.rows, filled.actor_s) == (1, 20, 0)
 
 
 def test_a_worker_has_to_fit_on_one_node(ray_local: None) -> None:
