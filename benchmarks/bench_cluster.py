@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from random_plan import random_plan
 
 import ddray
 from ddray.config import PoolConfig
-from ddray.plan import Plan
 from ddray.report import Column, markdown_table
 from ddray.run_folder import EVENTS_FILE
 from ddray.runtime.pool import fill
@@ -69,33 +69,6 @@ class SleepingWorker:
         tokens = generator.integers(plan.vocab_size, size=shape, dtype=plan.token_dtype)
         self._set.write_shard(shard, index, plan.label(index), tokens)
         return len(index)
-
-
-def make_plan(model: str, shards: int, shard_rows: int) -> Plan:
-    """A plan of a published model's sizes, whose teacher is a pause."""
-    stages, vocab_size = MODELS[model]
-    return Plan(
-        teacher=model,
-        teacher_fingerprint="none",
-        tokenizer_fingerprint="none",
-        conditioning="class",
-        num_classes=1000,
-        seed=0,
-        noise_scheme="none",
-        cfg=None,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        solver="ab4",
-        num_evals=1,
-        dtype="float32",
-        threads=1,
-        count=shards * shard_rows,
-        shard_rows=shard_rows,
-        batch_size=shard_rows,
-        stages=stages,
-        vocab_size=vocab_size,
-    )
 
 
 class Watch(threading.Thread):
@@ -178,7 +151,8 @@ def steady_rate(shards: TrajectorySet, gpus: int) -> tuple[float, float]:
 
 def bench(args: argparse.Namespace, out: str) -> dict[str, Any]:
     """One run of the pool, as a row of the table."""
-    shards = TrajectorySet.create(out, make_plan(args.model, args.shards, args.shard_rows))
+    count = args.shards * args.shard_rows
+    shards = TrajectorySet.create(out, random_plan(count, args.shard_rows, *MODELS[args.model]))
     config = PoolConfig(workers=(args.gpus, args.gpus), num_gpus=1, max_retries=20)
     watch = Watch(args.gpus, args.kill_every)
     before = driver_seconds(), control_seconds(), psutil.Process().memory_info().rss

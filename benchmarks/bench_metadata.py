@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+from random_plan import random_plan
 
 import ddray
 from ddray.inspect_set import describe
@@ -46,31 +47,6 @@ SIZE_COLUMNS = (
 )
 
 
-def plan_of(count: int, shard_rows: int, stages: tuple[int, ...], vocab_size: int) -> Plan:
-    return Plan(
-        teacher="random",
-        teacher_fingerprint="0" * 64,
-        tokenizer_fingerprint="0" * 64,
-        conditioning="class",
-        num_classes=1000,
-        seed=0,
-        noise_scheme="none",
-        cfg=4.0,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        solver="ab4",
-        num_evals=48,
-        dtype="float32",
-        threads=1,
-        count=count,
-        shard_rows=shard_rows,
-        batch_size=2,
-        stages=stages,
-        vocab_size=vocab_size,
-    )
-
-
 def random_tokens(plan: Plan, k: int) -> np.ndarray:
     shape = (len(plan.shard_range(k)), plan.num_tokens)
     return np.random.default_rng(k).integers(0, plan.vocab_size, shape)
@@ -93,7 +69,7 @@ def peak_megabytes() -> float:
 
 def steps(folder: str, shards: int) -> list[dict[str, Any]]:
     """Seconds and memory of everything that is done with metadata alone, and of verify."""
-    plan = plan_of(4 * shards, 4, (16,), 4096)
+    plan = random_plan(4 * shards, 4, (16,), 4096)
     rows: list[dict[str, Any]] = []
     start_mb = peak_megabytes()
 
@@ -129,7 +105,7 @@ def steps(folder: str, shards: int) -> list[dict[str, Any]]:
 
 def size(folder: str, tokens: int, vocab_size: int) -> dict[str, Any]:
     """Bytes of a row where every code is as likely, which is the worst case."""
-    plan = plan_of(500, 500, (tokens,), vocab_size)
+    plan = random_plan(500, 500, (tokens,), vocab_size)
     trajectories = TrajectorySet.create(folder, plan)
     trajectories.write_shard(0, *rows_of(plan, 0))
     bytes_per_row = Path(folder, shard_name(0)).stat().st_size / 500

@@ -1,6 +1,7 @@
 """A set and a student of a tiny teacher of captions, on a real Ray."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,7 @@ def test_a_rerun_makes_nothing(whole: Path, teacher: str, files: dict[str, str])
 def test_an_extension_takes_the_captions_that_were_left(
     whole: Path, teacher: str, files: dict[str, str], tmp_path: Path
 ) -> None:
-    for name, data in contents(whole).items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     assert sample(sampling(teacher, tmp_path, count=70, captions=files["parquet"]))["rows"] == 70
     trajectories = TrajectorySet.open(str(tmp_path))
     assert trajectories.verify().ok
@@ -231,9 +230,7 @@ def test_two_workers_with_parted_weights_learn_what_one_learns(
 def test_captions_that_are_gone_are_told_by_verify_and_by_recomputation(
     whole: Path, tmp_path: Path
 ) -> None:
-    for name, data in contents(whole).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(data)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     assert verify(str(tmp_path)) == []
     assert recompute(str(tmp_path), COUNT).ok
     (tmp_path / captions_name(1)).unlink()
@@ -246,9 +243,7 @@ def test_captions_that_are_gone_are_told_by_verify_and_by_recomputation(
 def test_captions_that_were_exchanged_are_noticed(
     whole: Path, teacher: str, tmp_path: Path
 ) -> None:
-    for name, data in contents(whole).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(data)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / captions_name(0)).write_bytes((whole / captions_name(1)).read_bytes())
     trajectories = TrajectorySet.open(str(tmp_path))
     model = ddray.load_teacher(teacher, device="cpu")

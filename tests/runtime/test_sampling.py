@@ -1,6 +1,7 @@
 """Trajectory sets made by a pool of actors on a real Ray, from a tiny teacher."""
 
 import json
+import shutil
 import time
 import urllib.request
 from pathlib import Path
@@ -42,10 +43,7 @@ def whole(
 @pytest.fixture
 def copy(whole: tuple[Path, dict], tmp_path: Path) -> Path:
     """A copy of that set, to be damaged."""
-    for name, data in contents(whole[0]).items():
-        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "set" / name).write_bytes(data)
-    return tmp_path / "set"
+    return Path(shutil.copytree(whole[0], tmp_path / "set"))
 
 
 def test_a_finished_set_is_complete_and_verifies(whole: tuple[Path, dict]) -> None:
