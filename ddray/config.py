@@ -37,6 +37,11 @@ def _parse_list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _ordered_workers(workers: tuple[int, int]) -> None:
+    if workers[0] > workers[1]:
+        raise ValueError(f"workers {workers[0]}:{workers[1]} must be MIN:MAX")
+
+
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(_parse_workers)]
 JumpStages = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_parse_list)
@@ -64,8 +69,7 @@ class PoolConfig(Job):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.workers[0] > self.workers[1]:
-            raise ValueError(f"workers {self.workers[0]}:{self.workers[1]} must be MIN:MAX")
+        _ordered_workers(self.workers)
         if self.num_gpus > 1 and self.num_gpus % 1:
             raise ValueError(f"num_gpus={self.num_gpus:g} must be a part of one GPU, or whole ones")
         return self
@@ -104,11 +108,21 @@ class DistillConfig(Job):
     teacher: str | None = Field(None, description="absent = the one named in the set")
     steps: CountT = 1000
     batch_size: CountT = Field(16, description="trajectories a step, over all workers")
-    workers: CountT = 1
+    accumulation: CountT = Field(1, description="micro batches that a worker cuts its part into")
+    workers: Workers = Field(
+        (1, 1), description="N, or MIN:MAX: go on with fewer where nodes are lost"
+    )
     threads: CountT = Field(2, description="CPU threads of a worker")
     use_gpu: bool = False
     zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage")
-    precision: Literal["float32", "bfloat16"] = "float32"
+    offload_optimizer: bool = Field(False, description="ZeRO: optimizer and its weights on the CPU")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the forward pass; weights stay float32"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute blocks again in the backward pass instead of keeping them"
+    )
+    compile: bool = Field(False, description="torch.compile; worth it on GPUs")
     schedule: JumpStages | None = Field(
         None, description="stages at which the student jumps; absent = 0 and a third or half"
     )
@@ -128,16 +142,48 @@ class DistillConfig(Job):
     checkpoint_every: CountT = 500
     keep_checkpoints: CountT = 2
     log_every: CountT = 20
+    evaluate_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps; a multiple of checkpoint_every; 0 = never"
+    )
+    evaluate_count: Annotated[int, Field(ge=10)] = Field(2000, description="images of each")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="stop after so many evaluations without a better one; 0 = never"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(2, description="restarts after lost workers")
+    max_bad_steps: Annotated[int, Field(ge=0)] = Field(
+        10, description="steps in a row that may be skipped for a loss that is not finite"
+    )
+    step_timeout_s: Annotated[float, Field(ge=5)] = Field(
+        100, description="a worker whose step takes longer is restarted; the first may take tenfold"
+    )
+    buffer_shards: CountT = Field(4, description="shards whose rows are mixed, in each lane")
+    follow: bool = Field(False, description="train while the set is still being sampled")
+    stall_timeout_s: CountT = Field(600, description="follow: no shard for so long is an error")
     fresh: bool = Field(False, description="forget an earlier run at this URI")
     allow_partial: bool = Field(False, description="train on a set that is not complete")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.batch_size % self.workers:
+        _ordered_workers(self.workers)
+        for workers in range(self.workers[0], self.workers[1] + 1):
+            if self.batch_size % (workers * self.accumulation):
+                raise ValueError(
+                    f"batch_size={self.batch_size} must be a multiple of workers={workers} times "
+                    f"accumulation={self.accumulation}"
+                )
+        if self.offload_optimizer and not self.zero:
+            raise ValueError("offload_optimizer needs zero=1, 2 or 3, not zero=0")
+        if self.zero == 3 and self.compile:
+            raise ValueError("zero=3 gathers weights as it goes and cannot be combined with compile")
+        if self.evaluate_every % self.checkpoint_every:
             raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of workers={self.workers}"
+                f"evaluate_every={self.evaluate_every} must be a multiple of "
+                f"checkpoint_every={self.checkpoint_every}: it is checkpoints that are evaluated"
             )
+        if self.patience and not self.evaluate_every:
+            raise ValueError(f"patience={self.patience} counts evaluations; set evaluate_every")
+        if self.follow and self.allow_partial:
+            raise ValueError("follow waits for every shard and cannot be combined with allow_partial")
         if self.schedule is None:
             return self
         if list(self.schedule) != sorted(set(self.schedule)):

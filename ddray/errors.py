@@ -41,6 +41,12 @@ class TrainingError(DDRayError):
     """A distillation that could not go on."""
 
 
+class StoppedError(DDRayError):
+    """Work that was told to end, and has left what a rerun goes on from."""
+
+    exit_code = 143
+
+
 def one_line(error: BaseException) -> str:
     """What another library's error says, on one line and not too long; its type if it is silent."""
     return " ".join(str(error).split())[:300] or type(error).__name__

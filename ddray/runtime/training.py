@@ -1,37 +1,60 @@
-"""Distillation on Ray Train and DeepSpeed: workers, ZeRO, checkpoints, resume.
+"""Distillation on Ray Train and DeepSpeed: what is refused, the run folder, restarts, progress.
 
-The driver's side: what is refused, the run folder, progress. The step itself is plain torch in
-ddray.distill, the loop around it ddray.runtime.training_worker. Imports also ddray.conditions,
-config, shards and the zoo.
+The driver's side. The step itself is plain torch in ddray.distill, the loop around it
+ddray.runtime.training_worker. Imports also ddray.conditions, config, shards and the zoo.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ddray import __version__
 from ddray.conditions import check_encoder
 from ddray.config import DistillConfig
-from ddray.errors import ConfigError, ShardError, TrainingError
+from ddray.errors import ConfigError, ShardError, StoppedError, TrainingError, one_line
 from ddray.generate import Teacher
 from ddray.models.zoo import load_teacher
 from ddray.progress import Progress
-from ddray.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, claim, write_json
+from ddray.run_folder import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    EventLog,
+    claim,
+    write_json,
+)
 from ddray.runtime.cluster import connect, require
 from ddray.runtime.training_worker import STUDENT_FOLDER, work
+from ddray.runtime.watchdog import Board
 from ddray.schedule import default_schedule
+from ddray.shard_order import default_lanes
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
+from ddray.training_log import TENSORBOARD_FOLDER
 
 _POLL_S = 1.0
+# What is given to a group of processes at the least, to come up and to meet in its first collective.
+_MEETING_S = 600
 
 # What a run writes into its folder, and --fresh may delete; other things may lie beside it.
-_RUN_FILES = (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, f"{STUDENT_FOLDER}/", "checkpoints-")
+_RUN_FILES = (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    "bad-steps/",
+    f"{STUDENT_FOLDER}/",
+    f"{TENSORBOARD_FOLDER}/",
+    "checkpoints-",
+)
 
 # What may differ between the runs that share a folder: where and how, but not what.
 _FREE_TO_CHANGE = {
@@ -39,39 +62,45 @@ _FREE_TO_CHANGE = {
     "workers",
     "threads",
     "use_gpu",
+    "activation_checkpointing",
+    "compile",
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",
+    "evaluate_every",
+    "evaluate_count",
+    "patience",
     "max_failures",
+    "max_bad_steps",
+    "step_timeout_s",
+    "stall_timeout_s",
     "fresh",
     "allow_partial",
 }
 
 
-class StepBoard:
-    """A tiny actor where the first worker says how far it is and the driver looks."""
-
-    def __init__(self) -> None:
-        self._latest = (0, "")
-
-    def put(self, step: int, note: str) -> None:
-        """Say the step and what to show beside it."""
-        self._latest = (step, note)
-
-    def get(self) -> tuple[int, str]:
-        """The latest step and note."""
-        return self._latest
-
-
-def _open_complete_set(config: DistillConfig) -> TrajectorySet:
-    trajectories = TrajectorySet.open(config.data)
-    missing = trajectories.missing()
-    if missing and not config.allow_partial:
+def _shards_to_train_on(config: DistillConfig, trajectories: TrajectorySet) -> list[int] | None:
+    """The shards that are there and sound; None = all, or all that are to come."""
+    if config.follow:
+        return None
+    report = trajectories.verify()
+    bad = [*report.missing, *report.damaged]
+    if not bad:
+        return None
+    if not config.allow_partial:
+        what = f"lacks {len(report.missing)} of {report.num_shards} shards"
+        if report.damaged:
+            k, reason = next(iter(report.damaged.items()))
+            what = f"has {len(report.damaged)} damaged shards (shard {k}: {reason})"
         raise ShardError(
-            f"{config.data} lacks {len(missing)} of {trajectories.plan.num_shards} shards; finish "
-            "it with `ddray sample`, or train on what is there with --allow-partial"
+            f"{config.data} {what}; finish it with `ddray sample`, mend it with `ddray inspect "
+            "--repair`, train on what is there with --allow-partial, or while it is being sampled "
+            "with --follow"
         )
-    return trajectories
+    sound = sorted({*range(report.num_shards)} - {*bad})
+    if not sound:
+        raise ShardError(f"{config.data} holds no shard to train on")
+    return sound
 
 
 def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -> Teacher:
@@ -101,13 +130,18 @@ def _with_schedule(config: DistillConfig, teacher: Teacher) -> DistillConfig:
     return config.model_copy(update={"schedule": schedule})
 
 
-def _identity(config: DistillConfig, plan_hash: str) -> dict[str, Any]:
+def _identity(
+    config: DistillConfig, lanes: int, shards: list[int] | None, plan_hash: str
+) -> dict[str, Any]:
     """What makes two runs the same run."""
-    # Under ZeRO the optimizer's state lies in as many parts as there are workers.
-    free = _FREE_TO_CHANGE if config.zero == 0 else _FREE_TO_CHANGE - {"workers"}
     # The set is known by its plan, wherever it lies.
-    fixed = config.model_dump(mode="json", exclude=free | {"data"})
-    return {**fixed, "plan_hash": plan_hash}
+    fixed = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE | {"data"})
+    part = "all" if shards is None else f"{len(shards)}, {_digest(shards)}"
+    return {**fixed, "lanes": lanes, "shards": part, "plan_hash": plan_hash}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> None:
@@ -132,6 +166,20 @@ def _finished_summary(config: DistillConfig) -> dict[str, Any] | None:
     return None
 
 
+def _lanes(config: DistillConfig) -> int:
+    """Lanes of the data: every number of workers that the run may have must divide them."""
+    fewest, most = config.workers
+    lanes = default_lanes(config.batch_size)
+    for workers in range(fewest, most + 1):
+        if lanes % workers:
+            raise ConfigError(
+                f"workers={fewest}:{most}: {workers} workers do not divide the {lanes} lanes in "
+                f"which a batch of {config.batch_size} is read; give a number that does, or a "
+                f"batch_size that is a multiple of {workers}"
+            )
+    return lanes
+
+
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Train a student on a trajectory set; a rerun goes on from the last checkpoint.
 
@@ -144,31 +192,35 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a teacher, schedule or earlier run that does not fit.
         ShardError: an incomplete or damaged set.
-        TrainingError: workers failed more often than allowed, or the loss is not finite.
+        StoppedError: after SIGTERM, with a checkpoint of the last step.
+        TrainingError: workers failed more often than allowed, or losses are not finite.
     """
     # Workers elsewhere have another current folder: from here on, locations are absolute.
     config = config.model_copy(
         update={name: open_storage(getattr(config, name)).uri for name in ("data", "out")}
     )
-    trajectories = _open_complete_set(config)
+    trajectories = TrajectorySet.open(config.data)
     teacher = _load_matching_teacher(config, trajectories)
     config = _with_schedule(config, teacher)
-    identity = _identity(config, trajectories.plan.hash)
+    lanes, shards = _lanes(config), _shards_to_train_on(config, trajectories)
+    identity = _identity(config, lanes, shards, trajectories.plan.hash)
     _claim_folder(config, identity)
     earlier = _finished_summary(config)
     if earlier is not None:
         return earlier
     started = time.monotonic()
-    with connect():
-        require("distillation", config.workers, config.threads, int(config.use_gpu))
-        _fit(config, identity)
+    name = f"checkpoints-{_digest(identity)}"
+    job = {"config": config.model_dump(mode="json"), "lanes": lanes, "shards": shards}
     storage = open_storage(config.out)
+    with connect(), EventLog(storage, workers=config.workers, steps=config.steps) as events:
+        require("distillation", config.workers[0], config.threads, int(config.use_gpu))
+        step = _fit(config, name, job, events)
     history = read_history(config.out)
     last = history[-1] if history else {}
     summary: dict[str, Any] = {
         "student": storage.join(STUDENT_FOLDER),
         "ddray_version": __version__,
-        "steps": config.steps,
+        "steps": step,
         "rows": trajectories.plan.count,
         "teacher": teacher.name,
         "seconds": round(time.monotonic() - started, 3),
@@ -186,7 +238,8 @@ def read_history(out: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in storage.read(METRICS_FILE).splitlines()]
 
 
-def _fit(config: DistillConfig, identity: dict[str, Any]) -> None:
+def _fit(config: DistillConfig, name: str, job: dict[str, Any], events: EventLog) -> int:
+    """Train; returns the last step."""
     import ray
     from ray.train import (
         CheckpointConfig,
@@ -196,15 +249,17 @@ def _fit(config: DistillConfig, identity: dict[str, Any]) -> None:
         ScalingConfig,
         TrainingFailedError,
     )
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    board = ray.remote(num_cpus=0)(StepBoard).remote()
-    name = "checkpoints-" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    board = ray.remote(num_cpus=0)(Board).remote()
+    fewest, most = config.workers
     trainer = TorchTrainer(
         work,
-        train_loop_config={"config": config.model_dump(mode="json"), "board": board},
+        train_loop_config={**job, "board": board},
+        # A hung collective is the watchdog's to notice; this is for a group that never meets.
+        torch_config=TorchConfig(timeout_s=int(max(config.step_timeout_s, _MEETING_S))),
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=most if fewest == most else config.workers,
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.threads} | ({"GPU": 1} if config.use_gpu else {}),
         ),
@@ -217,41 +272,99 @@ def _fit(config: DistillConfig, identity: dict[str, Any]) -> None:
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    watch = _Watch(board, config, events)
     try:
-        _run_beside(trainer.fit, board, config.steps)
+        watch.run(trainer.fit)
     except TrainingFailedError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        ours = [
-            line for line in lines if "ddray.errors." in line or line.startswith("TrainingError")
-        ]
-        reason = (ours or lines or ["unknown"])[-1][:400]
         raise TrainingError(
-            f"the workers failed: {reason}; checkpoints in {config.out} stay, and a rerun goes on "
-            "from the last one"
+            f"the workers failed: {watch.failure or _reason(error)}; checkpoints in {config.out} "
+            "stay, and a rerun goes on from the last one"
         ) from error
+    if watch.failure is not None:
+        raise TrainingError(watch.failure)
+    if watch.terminated:
+        raise StoppedError(
+            f"stopped at step {watch.step} of {config.steps}; a rerun goes on from there"
+        )
+    return watch.step
 
 
-def _run_beside(fit: Callable[[], object], board: Any, steps: int) -> None:
-    """Train in a thread, and show the board's step meanwhile.
+def _reason(error: BaseException) -> str:
+    """The line of Train's report that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or ["unknown"])[-1][:400]
 
-    In the main thread Ray Train would take Ctrl-C for itself, and end the process with status 1.
+
+class _Watch:
+    """The driver beside a training: progress, events, frozen workers, SIGTERM.
+
+    Args:
+        board: actor handle of the run's `Board`.
+        config: the job.
+        events: of the run.
+
+    Attributes:
+        step: the last one that was seen.
+        failure: what no restart would mend.
+        terminated: whether SIGTERM has come.
     """
-    import ray
 
-    failure: list[BaseException] = []
+    def __init__(self, board: Any, config: DistillConfig, events: EventLog):
+        self._board, self._config, self._events = board, config, events
+        self.step, self.failure, self.terminated = 0, None, False
 
-    def train() -> None:
+    def run(self, fit: Callable[[], object]) -> None:
+        """Train in a thread until it ends; raises what it raises.
+
+        In the main thread Ray Train would take Ctrl-C for itself, and end the process with status 1.
+        """
+        raised: list[BaseException] = []
+
+        def train() -> None:
+            try:
+                fit()
+            except BaseException as error:  # to be raised where it is waited for
+                raised.append(error)
+
+        thread = threading.Thread(target=train, daemon=True)
+        bar = Progress("distillation", self._config.steps, "steps")
+        with bar, self._terminable():
+            thread.start()
+            while thread.is_alive():
+                thread.join(_POLL_S)
+                self._look(bar)
+            self._look(bar)
+        if raised:
+            raise raised[0]
+
+    def _look(self, bar: Progress) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            self.step, note, told, self.failure = ray.get(self._board.look.remote(), timeout=5)
+            bar.advance_to(self.step, note)
+            for event in told:
+                self._events.add(**event)
+            # A process that is stopped, or holds Python's lock for ever, cannot end itself.
+            frozen = self._board.silent.remote(self._config.step_timeout_s)
+            for rank, worker in ray.get(frozen, timeout=5).items():
+                self._events.add("frozen", worker=rank)
+                ray.kill(worker)
+
+    @contextlib.contextmanager
+    def _terminable(self) -> Iterator[None]:
+        """Within, SIGTERM asks the workers for a last checkpoint; a second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: object) -> None:
+            signal.signal(signal.SIGTERM, before)
+            self.terminated = True
+            self._board.stop.remote()
+
+        before = signal.signal(signal.SIGTERM, stop)
         try:
-            fit()
-        except BaseException as error:  # to be raised where it is waited for
-            failure.append(error)
-
-    thread = threading.Thread(target=train, daemon=True)
-    with Progress("distillation", steps, "steps") as bar:
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_S)
-            with contextlib.suppress(ray.exceptions.RayError):
-                bar.advance_to(*ray.get(board.get.remote(), timeout=5))
-    if failure:
-        raise failure[0]
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -1,61 +1,76 @@
-"""A worker's side of a distillation: the DeepSpeed engine around the plain step, checkpoints.
+"""A worker's side of a distillation: the loop around the plain step, checkpoints, what goes wrong.
 
-Imports ddray.config, conditions, distill, shards, checkpoint and the zoo; the driver's side is
-ddray.runtime.training.
+All workers agree on every step before they take it, so that none waits for one that cannot. The
+engine is ddray.runtime.engine, the driver's side ddray.runtime.training. Imports ddray.conditions,
+config, distill, losses, trajectory_stream, checkpoint, training_log and the zoo.
 """
 
+import contextlib
 import json
-import logging
-import os
+import math
+import shutil
+import socket
 import tempfile
 import time
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddray import __version__
-from ddray.checkpoint import save_folder
-from ddray.conditioning import Condition
-from ddray.conditions import load_encoder, read_conditions
+from ddray.checkpoint import load_folder, save_folder
+from ddray.conditions import load_encoder
 from ddray.config import DistillConfig
 from ddray.distill import (
-    MovingAverage,
-    TrajectoryBatches,
     batch_loss,
     default_code_precision,
     learning_rate,
-    parameter_groups,
-    set_learning_rate,
+    recompute_activations,
 )
-from ddray.errors import ShardError, TrainingError
-from ddray.generate import Teacher
+from ddray.errors import DDRayError, StorageError, TrainingError, one_line
+from ddray.losses import Losses
 from ddray.models.zoo import load_teacher, new_student
-from ddray.run_folder import METRICS_FILE
+from ddray.runtime.engine import Engine, check_parts, whole_weights
+from ddray.runtime.watchdog import Watchdog
+from ddray.shard_order import check_state
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
+from ddray.training_log import TrainingLog
+from ddray.trajectory_stream import Batch, TrajectoryStream
 
 STUDENT_FOLDER = "student"
-_CHECKPOINT_TAG = "deepspeed"
+_STATE_FILE = "training.json"
+# How often the cluster is asked whether one of our nodes is about to go.
+_LOOK_EVERY_S = 5.0
+_WAIT_S = 0.5
 
 
-def _local_tensors(network: nn.Module) -> list[Tensor]:
-    """This worker's part of every weight: all of it, or its partition under ZeRO stage 3."""
-    return [getattr(p, "ds_tensor", p).detach() for p in network.parameters()]
+class Agreement:
+    """What one worker has met, all know before any goes on.
 
+    Args:
+        world: number of workers.
+        device: where collectives run.
+    """
 
-def _stored(network: nn.Module) -> dict[str, Tensor]:
-    """What a network's file holds beside its weights: not trained, and not implied by its sizes."""
-    implied: dict[str, Tensor] = getattr(network, "constants", dict)()
-    weights = {name for name, _ in network.named_parameters()}
-    return {
-        name: value
-        for name, value in network.state_dict().items()
-        if name not in weights and name not in implied
-    }
+    def __init__(self, world: int, device: torch.device):
+        self._world, self._device = world, device
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        """Whether any worker has raised each flag; every worker must call."""
+        if self._world == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32, device=self._device)
+        torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
+
+    def mean(self, values: Tensor) -> list[float]:
+        """The mean over all workers; every worker must call."""
+        if self._world > 1:
+            torch.distributed.all_reduce(values)
+        return (values / self._world).tolist()
 
 
 class _Run:
@@ -63,162 +78,266 @@ class _Run:
 
     Args:
         config: the job.
-        board: actor handle for progress.
+        lanes: of the data; see `TrajectoryStream`.
+        shards: that are trained on; None = all.
+        board: handle of the run's `Board`.
+        watchdog: of this process.
     """
 
-    def __init__(self, config: DistillConfig, board: Any):
+    def __init__(
+        self,
+        config: DistillConfig,
+        lanes: int,
+        shards: list[int] | None,
+        board: Any,
+        watchdog: Watchdog,
+    ):
         import ray.train
 
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         assert config.schedule is not None  # the driver has put in the default
-        self.config, self.board, self.schedule = config, board, config.schedule
+        self.config, self.schedule = config, config.schedule
+        self.board, self.watchdog = board, watchdog
         if not config.use_gpu:
             torch.set_num_threads(config.threads)
         device = torch.device("cuda" if config.use_gpu else "cpu")
-        trajectories = TrajectorySet.open(config.data)
-        plan = trajectories.plan
+        self.trajectories = TrajectorySet.open(config.data)
+        plan = self.trajectories.plan
         self.teacher = load_teacher(config.teacher or plan.teacher, device=device)
-        self.codebook = self.teacher.codebook
-        self.batches = read_batches(trajectories, self.teacher, config)
-        torch.manual_seed(config.seed)
+        self.agree = Agreement(self.world, device)
+        self.stream = TrajectoryStream(
+            self.trajectories,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            code_width=self.teacher.codebook.shape[1],
+            lanes=lanes,
+            buffer_shards=config.buffer_shards,
+            rank=self.rank,
+            world=self.world,
+            shards=shards,
+            follow=config.follow,
+            encode=load_encoder(plan, self.teacher),
+            condition=self.teacher.condition,
+            device=device,
+            stall_timeout_s=config.stall_timeout_s,
+        )
+        self.step, self.bad_steps = 0, 0
+        lines: list[dict[str, Any]] = []
+        with _checkpoint() as (folder, uri):
+            if folder is None:
+                self.engine = self._engine()
+            else:
+                self.step, lines = self._resume(folder, uri)
+        self.log = TrainingLog(config.out, lines) if self.rank == 0 else None
+        self._saved = self.step
+        self._looked_at = time.monotonic()
+
+    def _engine(self, weights: dict[str, Tensor] | None = None) -> Engine:
+        torch.manual_seed(self.config.seed)
         network, self.card = new_student(self.teacher)
-        self.engine, self.optimizer = self._initialize(network)
-        self.average = MovingAverage(_local_tensors(network), config.ema_decay)
-        self.history: list[dict[str, float]] = []
-        self.step = 0
+        if self.config.activation_checkpointing:
+            recompute_activations(network)
+        if weights is not None:
+            network.load_state_dict(weights, strict=False)
+        return Engine(network, self.teacher.codebook, self.config, self.world)
 
-    def _initialize(self, network: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
-        import deepspeed
-
-        config = self.config
-        optimizer = torch.optim.AdamW(
-            parameter_groups(network, self.codebook, config.weight_decay),
-            config.lr,
-            betas=(0.9, 0.95),
-            # Measured: as fast as DeepSpeed's own, and nothing to compile.
-            fused=True,
-        )
-        engine, *_ = deepspeed.initialize(
-            model=network,
-            optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": config.batch_size // self.world,
-                "gradient_clipping": config.grad_clip,
-                "zero_optimization": {"stage": config.zero},
-                "zero_allow_untested_optimizer": True,
-                "steps_per_print": 10**9,
-            },
-            dist_init_required=False,
-        )
-        return engine, engine.optimizer
-
-    @property
-    def _average_file(self) -> str:
-        """Every rank has the whole average, but for ZeRO stage 3, where it has its partition."""
-        return f"average-{self.rank if self.config.zero == 3 else 0}.pt"
-
-    def resume(self) -> None:
-        """Take up the last checkpoint that Train has kept, if there is one."""
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            self.engine.load_checkpoint(folder, tag=_CHECKPOINT_TAG)
-            state = torch.load(Path(folder) / self._average_file, weights_only=True)
-            self.history = json.loads((Path(folder) / "history.json").read_text())
-        self.step = int(state["step"])
-        for average, saved in zip(self.average.average, state["average"], strict=True):
-            average.copy_(saved)
-
-    def save(self) -> None:
-        """Every rank's part into one checkpoint; rank 0 also writes what the run shows."""
-        import ray.train
-
-        with tempfile.TemporaryDirectory(prefix="ddray-") as folder:
-            self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG)
-            if self.rank == 0 or self.config.zero == 3:
-                state = {"step": self.step, "average": self.average.average}
-                torch.save(state, Path(folder) / self._average_file)
-            if self.rank == 0:
-                (Path(folder) / "history.json").write_text(json.dumps(self.history))
-                lines = "".join(json.dumps(line) + "\n" for line in self.history)
-                open_storage(self.config.out).write(METRICS_FILE, lines.encode())
-            ray.train.report(
-                {"step": self.step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{self.step:07d}",
+    def _resume(self, folder: str, uri: str) -> tuple[int, list[dict[str, Any]]]:
+        """Take up a checkpoint; returns its step and what had been logged."""
+        check_parts(folder, uri)
+        state = json.loads((Path(folder) / _STATE_FILE).read_text())
+        check_state(state["data"], self.stream.identity())
+        _, averaged, _ = load_folder(Path(folder) / STUDENT_FOLDER)
+        same = state["workers"] == self.world
+        # ZeRO cuts the optimizer's state into as many parts as there are workers.
+        if same or self.config.zero == 0:
+            self.engine = self._engine()
+            self.engine.load(folder, averaged)
+        else:
+            self.engine = self._engine(whole_weights(folder, self.config.zero))
+            self.engine.set_average(averaged)
+        if self.rank == 0:
+            moments = "kept" if same or self.config.zero == 0 else "restarted"
+            self.board.tell.remote(
+                "resumed",
+                step=state["step"],
+                workers=self.world,
+                workers_before=state["workers"],
+                optimizer_moments=moments,
             )
+        return state["step"], state["lines"]
 
     def train(self) -> None:
-        """Steps until the end, with a log line and a checkpoint now and then."""
-        config = self.config
-        each = config.batch_size // self.world
-        sums = torch.zeros(4, device=self.codebook.device)
-        logged, since = self.step, time.monotonic()
-        while self.step < config.steps:
-            rate = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
-            set_learning_rate(self.optimizer, rate)
-            with self._precision():
-                losses = batch_loss(
-                    self.engine,
-                    self.batches,
-                    self.teacher.stages,
-                    self.codebook,
-                    first=self.step * config.batch_size + self.rank * each,
-                    count=each,
-                    schedule=self.schedule,
-                    logits_weight=config.logits_weight,
-                    code_weight=config.code_weight,
-                )
-            self.engine.backward(losses.total)
-            self.engine.step()
-            self.average.update(_local_tensors(self.engine.module), self.step)
-            sums += torch.stack((losses.total.detach(), *losses[1:]))
-            self.step += 1
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                self._log(sums / (self.step - logged), self.step - logged, since)
-                sums.zero_()
-                logged, since = self.step, time.monotonic()
-            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                self.save()
-                since = time.monotonic()
+        """Steps until the end or until told to stop, with checkpoints and log lines."""
+        with self.stream:
+            self._train(self.stream.batches(self.step))
+        if self._saved < self.step:
+            self.save(wait=True)
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(
-            self.codebook.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.config.precision == "bfloat16",
+    def _train(self, batches: Iterator[Batch]) -> None:
+        config, means = self.config, _Means()
+        since = time.monotonic()
+        while self.step < config.steps:
+            batch, failure = self._next(batches)
+            look = time.monotonic() - self._looked_at > _LOOK_EVERY_S
+            failed, stop, look = self.agree(failure is not None, self.watchdog.stop, look)
+            if failed:
+                raise failure or RuntimeError("another worker could not read its data")
+            if stop:
+                break
+            if look and self._is_preempted() and self._saved < self.step:
+                self.save(wait=True)
+            assert batch is not None
+            self._take_step(batch, means)
+            self.step += 1
+            self.watchdog.moved(f"step {self.step}")
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                self._note(means, time.monotonic() - since)
+                means, since = _Means(), time.monotonic()
+            if self.step % config.checkpoint_every == 0 and self.step < config.steps:
+                began = time.monotonic()
+                self.save(wait=False)
+                since += time.monotonic() - began
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, DDRayError | None]:
+        """This step's batch, or why there is none.
+
+        Under `follow` all workers wait together until each has one: a worker that waits inside a
+        collective could not tell its watchdog so.
+        """
+        if self.config.follow:
+            while self.agree(not self.stream.ready)[0]:
+                self.watchdog.moved(self.stream.waiting or "waiting for another worker's data")
+                if self.rank == 0:
+                    self.board.put.remote(self.step, self.stream.waiting or "waiting for data")
+                time.sleep(_WAIT_S)
+        try:
+            return next(batches), None
+        except DDRayError as error:
+            return None, error
+
+    def _take_step(self, batch: Batch, means: "_Means") -> None:
+        """One step of the optimizer, or none where a loss is not finite on any worker."""
+        config = self.config
+        rate = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
+        # Counted along the endless stream, so that the t of a row does not depend on the workers.
+        each = config.batch_size // self.world // config.accumulation
+        first = self.step * config.batch_size + self.rank * each * config.accumulation
+        parts = []
+        for number, micro_batch in enumerate(batch.split(config.accumulation)):
+            losses = batch_loss(
+                self.engine,
+                micro_batch,
+                self.teacher.stages,
+                self.teacher.codebook,
+                first=first + number * each,
+                schedule=self.schedule,
+                logits_weight=config.logits_weight,
+                code_weight=config.code_weight,
+            )
+            (bad,) = self.agree(not math.isfinite(losses.total.item()))
+            if bad:
+                self.engine.discard()
+                self._note_bad_step(batch, losses.total.item())
+                return
+            self.engine.backward(losses.total)
+            self.engine.step(rate, self.step)
+            parts.append(losses)
+        self.bad_steps = 0
+        means.add(parts)
+
+    def _note_bad_step(self, batch: Batch, loss: float) -> None:
+        """Write down the rows of a step that had no finite loss; end after too many of them."""
+        self.bad_steps += 1
+        name = f"bad-steps/step-{self.step:07d}-worker-{self.rank}.json"
+        record = {"step": self.step, "loss": str(loss), "index": batch.index_B.tolist()}
+        open_storage(self.config.out).write(name, json.dumps(record).encode())
+        if self.rank == 0:
+            self.board.tell.remote("step skipped", step=self.step, in_a_row=self.bad_steps)
+        if self.bad_steps > self.config.max_bad_steps:
+            raise TrainingError(
+                f"the loss was not finite (here {loss}) in {self.bad_steps} steps in a row, the "
+                f"last one step {self.step}; their rows are named in {self.config.out}/bad-steps; "
+                f"lower lr (now {self.config.lr:g}) or use precision=float32"
+            )
+
+    def _note(self, means: "_Means", seconds: float) -> None:
+        config = self.config
+        values = means.over(self.agree)
+        if self.log is None:
+            return
+        line = {"step": self.step, **values}
+        line["lr"] = learning_rate(
+            self.step - 1, config.steps, config.lr, config.warmup, config.decay
+        )
+        line["samples_per_s"] = means.steps * config.batch_size / seconds
+        if config.use_gpu:
+            line["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.log.add(line)
+        self.board.put.remote(
+            self.step, f"loss {line['loss']:.3f}, {line['samples_per_s']:.0f} samples/s"
         )
 
-    def _log(self, means: Tensor, steps: int, since: float) -> None:
-        torch.distributed.all_reduce(means)
-        loss, cross_entropy, code_error, accuracy = (means / self.world).tolist()
-        if not np.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}; lower lr (now {self.config.lr:g}) or use "
-                "precision=float32"
-            )
-        line = {
-            "step": self.step,
-            "loss": loss,
-            "cross_entropy": cross_entropy,
-            "code_error": code_error,
-            "token_accuracy": accuracy,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "samples_per_s": steps * self.config.batch_size / (time.monotonic() - since),
-        }
-        self.history.append(line)
-        if self.rank == 0:
-            self.board.put.remote(self.step, f"loss {loss:.3f}")
+    def save(self, *, wait: bool) -> None:
+        """A checkpoint: every rank's part, the averaged student whole, and what has been logged.
 
-    def write_student(self) -> None:
-        """Gather the averaged weights and write the student folder."""
-        state = self._averaged_state()
-        if self.rank != 0:
-            return
+        Args:
+            wait: until it is in the storage; else it is copied there while training goes on.
+        """
+        import ray.train
+        from ray.train import CheckpointUploadMode
+
+        if self.bad_steps:
+            return  # These weights may be what is wrong.
+        every = self.config.evaluate_every
+        with self.watchdog.patient(f"checkpoint of step {self.step}"):
+            folder = tempfile.mkdtemp(prefix="ddray-")
+            try:
+                self._write_parts(folder)
+                ray.train.report(
+                    {"step": self.step},
+                    checkpoint=ray.train.Checkpoint.from_directory(folder),
+                    checkpoint_dir_name=f"step-{self.step:07d}",
+                    checkpoint_upload_mode=CheckpointUploadMode.SYNC
+                    if wait
+                    else CheckpointUploadMode.ASYNC,
+                    delete_local_checkpoint_after_upload=True,
+                    validation=bool(every) and self.step % every == 0,
+                )
+            except (OSError, RuntimeError, StorageError) as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                if not _is_full_disk(error):
+                    raise
+                raise TrainingError(
+                    f"no space left for the checkpoint of step {self.step}: {one_line(error)}; "
+                    f"make room in {tempfile.gettempdir()} and at {self.config.out}, then rerun: "
+                    "it goes on from the last checkpoint"
+                ) from error
+        self._saved = self.step
+
+    def _write_parts(self, folder: str) -> None:
+        averaged = self.engine.averaged()
+        if self.log is not None:
+            self._write_student(f"{folder}/{STUDENT_FOLDER}", averaged)
+            state = {
+                "step": self.step,
+                "workers": self.world,
+                "data": self.stream.state(self.step),
+                "lines": self.log.lines,
+            }
+            (Path(folder) / _STATE_FILE).write_text(json.dumps(state))
+            self.log.flush()
+        self.engine.save(folder)
+
+    def finish(self) -> None:
+        """Write the student folder of the run."""
+        averaged = self.engine.averaged()
+        if self.log is not None:
+            self._write_student(f"{self.config.out}/{STUDENT_FOLDER}", averaged)
+            self.log.close()
+            self.board.put.remote(self.step, "")
+
+    def _write_student(self, uri: str, averaged: dict[str, Tensor]) -> None:
         teacher, config = self.teacher, self.config
         card = {
             **self.card,
@@ -232,61 +351,100 @@ class _Run:
             "tokenizer_fingerprint": teacher.tokenizer.fingerprint,
             "ddray_version": __version__,
         }
-        tokenizer = teacher.tokenizer.state_dict()
-        save_folder(f"{config.out}/{STUDENT_FOLDER}", card, model=state, tokenizer=tokenizer)
+        save_folder(uri, card, model=averaged, tokenizer=teacher.tokenizer.state_dict())
 
-    def _averaged_state(self) -> dict[str, Tensor]:
-        """The moving average under the network's names, whole on rank 0."""
-        import deepspeed
+    def _is_preempted(self) -> bool:
+        """Whether the cluster has said that a node of this run is about to go; all ranks call."""
+        import ray.train
 
-        network = self.engine.module
-        names = [name for name, _ in network.named_parameters()]
-        if self.config.zero < 3:
-            return dict(zip(names, self.average.average, strict=True)) | _stored(network)
-        # Partitions hold the average for the length of the gathering; the run is over by then.
-        for mine, average in zip(_local_tensors(network), self.average.average, strict=True):
-            mine.copy_(average)
-        with deepspeed.zero.GatheredParameters(list(network.parameters())):
-            gathered = {name: p.detach().clone() for name, p in network.named_parameters()}
-        return gathered | _stored(network)
+        self._looked_at = time.monotonic()
+        info = ray.train.get_preemption_info()
+        if info is not None and self.rank == 0:
+            self.board.tell.remote("preemption", workers=info.preempted_ranks)
+        return info is not None
 
 
-def read_batches(
-    trajectories: TrajectorySet, teacher: Teacher, config: DistillConfig
-) -> TrajectoryBatches:
-    """All rows that are there, and the features of their captions where they have any."""
-    plan = trajectories.plan
-    missing = set(trajectories.missing()) if config.allow_partial else set()
-    shards = [k for k in range(plan.num_shards) if k not in missing]
-    if not shards:
-        raise ShardError(f"{trajectories.uri} holds no shard to train on")
-    parts = [trajectories.read_shard(k) for k in shards]
-    index, label, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
-    condition = None
-    if plan.conditioning == "text":
-        captions = read_conditions(trajectories, shards, load_encoder(plan, teacher))
-        if not np.array_equal(captions.label, label):
-            raise ShardError(f"{trajectories.uri} was sampled from other captions than it holds")
+class _Means:
+    """Sums of what a step has learned, until they are logged."""
 
-        def condition(rows: np.ndarray) -> Condition:
-            return teacher.condition(captions.of(rows))
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: Tensor | None = None
 
-    return TrajectoryBatches(index, label, tokens, plan.seed, config.seed, condition)
+    def add(self, parts: list[Losses]) -> None:
+        """The micro batches of one step."""
+        means = torch.stack([torch.stack([x.detach() for x in part]) for part in parts]).mean(0)
+        self._sums = means if self._sums is None else self._sums + means
+        self.steps += 1
+
+    def over(self, agree: Agreement) -> dict[str, float]:
+        """The means over all steps and workers; every worker must call."""
+        if self._sums is None:
+            return {}
+        values = agree.mean(self._sums / self.steps)
+        named = dict(zip(Losses._fields, values, strict=True))
+        return {"loss": named.pop("total"), **named}
+
+
+@contextlib.contextmanager
+def _checkpoint() -> Iterator[tuple[str | None, str]]:
+    """The folder of the last checkpoint that Train has kept, and its URI, if there is one."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None, ""
+    else:
+        with checkpoint.as_directory() as folder:
+            yield folder, checkpoint.path
+
+
+def _out_of_memory(error: BaseException, config: DistillConfig, workers: int) -> str:
+    """What to do about a worker that got no more memory."""
+    rows = config.batch_size // workers // config.accumulation
+    peak = ""
+    if config.use_gpu and torch.cuda.is_available():
+        peak = f" at {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    return (
+        f"out of memory on {socket.gethostname()}{peak} with {rows} trajectories at once "
+        f"(batch_size={config.batch_size} over {workers} workers, "
+        f"accumulation={config.accumulation}): {one_line(error)}; raise accumulation, set "
+        "activation_checkpointing, raise zero, or lower batch_size"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # PyTorch has no class of its own for a CPU that has none left.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    # PyTorch reports its own failed write, and Arrow its own, both without the reason's number.
+    signs = ("No space left", "PytorchStreamWriter failed", "inline_container", "Disk quota")
+    return any(sign in str(error) for sign in signs)
 
 
 def work(arguments: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
-    config = DistillConfig.model_validate(arguments["config"])
-    # Both are read when deepspeed is imported.
-    os.environ["DS_ACCELERATOR"] = "cuda" if config.use_gpu else "cpu"
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import deepspeed
-    import deepspeed.ops
+    import ray
+    import ray.train
 
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # An op that DeepSpeed would compile with g++ for a minute, to save what gloo does as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    run = _Run(config, arguments["board"])
-    run.resume()
-    run.train()
-    run.write_student()
+    config, board = DistillConfig.model_validate(arguments["config"]), arguments["board"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    me = ray.get_runtime_context().current_actor
+    if ray.get(board.sign_on.remote(rank, world, me)):
+        return  # An earlier attempt met what no restart would mend; the driver knows.
+    with Watchdog(board, rank, config.step_timeout_s) as watchdog:
+        try:
+            run = _Run(config, arguments["lanes"], arguments["shards"], board, watchdog)
+            run.train()
+            run.finish()
+        except Exception as error:
+            if _is_out_of_memory(error):
+                ray.get(board.fail.remote(_out_of_memory(error, config, world)))
+            elif isinstance(error, DDRayError) and not isinstance(error, StorageError):
+                ray.get(board.fail.remote(one_line(error)))
+            raise

@@ -1,0 +1,65 @@
+"""What a training shows while it runs: `metrics.jsonl`, and the same for TensorBoard.
+
+Imports ddray.run_folder and storage.
+"""
+
+import contextlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ddray.errors import StorageError
+from ddray.run_folder import METRICS_FILE
+from ddray.storage import open_storage
+
+TENSORBOARD_FOLDER = "tensorboard"
+_FLUSH_EVERY_S = 30.0
+
+
+class TrainingLog:
+    """The lines of a run, from its first step on, whoever made them.
+
+    Files are written anew every half minute at most: an object store cannot append. Where they
+    cannot be written the training goes on; its checkpoints carry the lines too.
+
+    Args:
+        out: URI of the run.
+        lines: what an earlier attempt had logged up to its last checkpoint.
+    """
+
+    def __init__(self, out: str, lines: list[dict[str, Any]]):
+        from tensorboardX import SummaryWriter
+
+        self.lines = lines
+        self._storage = open_storage(out)
+        self._folder = tempfile.TemporaryDirectory(prefix="ddray-")
+        purge = int(lines[-1]["step"]) + 1 if lines else 0
+        self._board = SummaryWriter(self._folder.name, purge_step=purge)
+        self._written_at = 0.0
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Log one line; it has a "step", and all its numbers are drawn over that."""
+        self.lines.append(line)
+        for name, value in line.items():
+            if name != "step":
+                self._board.add_scalar(name, value, line["step"])
+        if time.monotonic() - self._written_at >= _FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the files, if that can be done."""
+        self._board.flush()
+        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+        with contextlib.suppress(StorageError):
+            self._storage.write(METRICS_FILE, lines.encode())
+            for file in Path(self._folder.name).iterdir():
+                self._storage.write(f"{TENSORBOARD_FOLDER}/{file.name}", file.read_bytes())
+        self._written_at = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+        self._board.close()
+        self._folder.cleanup()
