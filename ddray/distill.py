@@ -1,84 +1,21 @@
-"""Distillation in plain torch: which rows a step reads, how the rate moves, what is averaged.
+"""Distillation in plain torch: at which stages a step jumps, how the rate moves, what is averaged.
 
 All of it is a function of the step alone, so a run that resumes, or runs on another number of
-workers, goes on as if nothing had happened. Imports ddray.losses, seeding and shards; the loop
-around it is ddray.runtime.training.
+workers, goes on as if nothing had happened; so are the rows of a step (ddray.trajectory_stream).
+Imports also ddray.losses; the loop around it is ddray.runtime.training.
 
-Shapes: B rows of this worker, L tokens, E code width.
+Shapes: B rows of this worker, V codebook size, E code width.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddray.conditioning import Condition
-from ddray.errors import ConfigError
 from ddray.losses import Losses, distillation_loss
-from ddray.seeding import noise
-
-
-class TrajectoryBatches:
-    """Rows of a trajectory set in memory, in an order that depends on (seed, step) alone.
-
-    Every epoch is a permutation of all rows; a batch may span two epochs, so no row is left out.
-
-    Args:
-        index: int64 [N], sample indices: they name the noise.
-        label: int [N], classes.
-        tokens: unsigned int [N, L].
-        noise_seed: seed of the set.
-        seed: of the order.
-        condition: what the network takes for rows, given their numbers; None = their classes.
-    """
-
-    def __init__(
-        self,
-        index: np.ndarray,
-        label: np.ndarray,
-        tokens: np.ndarray,
-        noise_seed: int,
-        seed: int,
-        condition: Callable[[np.ndarray], Condition] | None = None,
-    ):
-        if not len(index):
-            raise ConfigError("the trajectory set has no rows to train on")
-        self._index, self._label, self._tokens = index, label, tokens
-        self._noise_seed, self._seed = noise_seed, seed
-        self._condition = condition
-        self._orders: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Row numbers at positions first, ..., first + count - 1 of the endless shuffled stream."""
-        position = np.arange(first, first + count)
-        epoch, within = np.divmod(position, len(self))
-        return np.array([self._order(int(e))[w] for e, w in zip(epoch, within, strict=True)])
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-            self._orders[epoch] = generator.permutation(len(self))
-        return self._orders[epoch]
-
-    def batch(
-        self, first: int, count: int, code_width: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Condition]:
-        """Noise float32 [B, L, E], tokens int64 [B, L], conditions [B] of stream positions."""
-        rows = self.rows(first, count)
-        tokens = torch.from_numpy(self._tokens[rows].astype(np.int64)).to(device)
-        index = torch.from_numpy(self._index[rows]).to(device)
-        noise_BLE = noise(self._noise_seed, index, (tokens.shape[1], code_width))
-        if self._condition is not None:
-            return noise_BLE, tokens, self._condition(rows)
-        label = torch.from_numpy(self._label[rows].astype(np.int64)).to(device)
-        return noise_BLE, tokens, label
+from ddray.trajectory_stream import Batch
 
 
 def jump_stages(schedule: Sequence[int], first: int, count: int, device: torch.device) -> Tensor:
@@ -159,27 +96,24 @@ class MovingAverage:
 
 def batch_loss(
     network: nn.Module,
-    batches: TrajectoryBatches,
+    batch: Batch,
     stages: tuple[int, ...],
     codebook_VE: Tensor,
     *,
     first: int,
-    count: int,
     schedule: Sequence[int],
     logits_weight: float,
     code_weight: float,
 ) -> Losses:
-    """Losses of the rows at stream positions first, ..., first + count - 1."""
-    device = codebook_VE.device
-    noise_BLE, tokens_BL, cond_B = batches.batch(first, count, codebook_VE.shape[1], device)
+    """Losses of the rows at stream positions first, ..., first + B - 1."""
     return distillation_loss(
         network,
         stages,
         codebook_VE,
-        noise_BLE,
-        tokens_BL,
-        cond_B,
-        jump_stages(schedule, first, count, device),
+        batch.noise_BLE,
+        batch.tokens_BL,
+        batch.cond_B,
+        jump_stages(schedule, first, len(batch.index_B), codebook_VE.device),
         logits_weight=logits_weight,
         code_weight=code_weight,
     )

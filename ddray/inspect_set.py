@@ -5,16 +5,17 @@ Imports ddray.captions, errors, plan, progress and shards, so that looking takes
 Shapes: N rows, V codes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ddray.captions import read_captions
-from ddray.errors import ShardError
+from ddray.errors import ConfigError, ShardError
 from ddray.plan import Plan
 from ddray.progress import Progress
+from ddray.shard_file import Rows
 from ddray.shards import TrajectorySet, VerifyReport, shard_name
 
 _SETTINGS = (
@@ -142,9 +143,7 @@ def verify(uri: str) -> list[str]:
         ShardError: if there is no set.
         StorageError: if it cannot be read.
     """
-    trajectories = TrajectorySet.open(uri)
-    report = verified(trajectories)
-    captions = captions_damaged(trajectories)
+    report, captions = examine(TrajectorySet.open(uri))
     return [
         *(f"missing: {shard_name(k)}" for k in report.missing),
         *(f"damaged: {shard_name(k)}: {reason}" for k, reason in report.damaged.items()),
@@ -153,25 +152,81 @@ def verify(uri: str) -> list[str]:
     ]
 
 
-def captions_damaged(trajectories: TrajectorySet) -> dict[int, str]:
-    """Shard -> reason, where the captions of a text set are missing, damaged or not the shard's."""
-    plan, found = trajectories.plan, {}
-    if plan.conditioning != "text":
-        return {}
-    for k in trajectories.listing().sizes:
+def examine(trajectories: TrajectorySet) -> tuple[VerifyReport, dict[int, str]]:
+    """Read every shard once, with its captions in a text set; progress goes to stderr.
+
+    Returns:
+        The report of `TrajectorySet.verify`, and shard -> reason where the captions of a sound
+        shard are missing, damaged or not the shard's.
+
+    Raises:
+        StorageError: if the set cannot be read.
+    """
+    plan = trajectories.plan
+    captions: dict[int, str] = {}
+
+    def compare(k: int, rows: Rows) -> None:
         try:
-            captions = read_captions(trajectories.storage, k, len(plan.shard_range(k)))
-            if list(captions.captions) != trajectories.read_shard(k)[1].tolist():
-                found[k] = "they are not those of the shard's rows"
+            asked = read_captions(trajectories.storage, k, len(rows[0]))
+            if list(asked.captions) != rows[1].tolist():
+                captions[k] = "they are not those of the shard's rows"
         except ShardError as error:
-            found[k] = str(error)
-    return found
+            captions[k] = str(error)
+
+    report = verified(trajectories, compare if plan.conditioning == "text" else None)
+    return report, captions
 
 
-def verified(trajectories: TrajectorySet) -> VerifyReport:
+def verified(
+    trajectories: TrajectorySet, look: Callable[[int, Rows], None] | None = None
+) -> VerifyReport:
     """The report of `TrajectorySet.verify`, with its progress on stderr."""
     with Progress("verify", trajectories.plan.num_shards, "shards") as bar:
-        return trajectories.verify(bar.advance_to)
+        return trajectories.verify(bar.advance_to, look)
+
+
+def trainable_shards(
+    trajectories: TrajectorySet, *, allow_partial: bool = False, follow: bool = False
+) -> list[int]:
+    """Read the whole set and say which of its shards can be trained on.
+
+    Args:
+        trajectories: the set.
+        allow_partial: take what is sound, and leave the rest.
+        follow: shards may still be missing, but none may be damaged.
+
+    Returns:
+        The sound shards, in order.
+
+    Raises:
+        ConfigError: for both at once: what is missing cannot be left out and waited for.
+        ShardError: if anything else is missing or damaged, or nothing is sound.
+        StorageError: if the set cannot be read.
+    """
+    if allow_partial and follow:
+        raise ConfigError(
+            "allow_partial leaves missing shards out, follow waits for them: not both"
+        )
+    report, captions = examine(trajectories)
+    damaged = {**captions, **report.damaged}
+    if damaged and not allow_partial:
+        k, reason = min(damaged.items())
+        raise ShardError(
+            f"{trajectories.uri} has {len(damaged)} damaged of {report.num_shards} shards, first "
+            f"{shard_name(k)}: {reason}; run `ddray inspect {trajectories.uri} --repair` and "
+            "`ddray sample`, or train on the sound ones with --allow-partial"
+        )
+    if report.missing and not (allow_partial or follow):
+        raise ShardError(
+            f"{trajectories.uri} lacks {len(report.missing)} of {report.num_shards} shards; finish "
+            "it with `ddray sample`, train on what is there with --allow-partial, or as they come "
+            "with --follow"
+        )
+    absent = {*report.missing, *damaged}
+    sound = [k for k in range(report.num_shards) if k not in absent]
+    if not sound and not follow:
+        raise ShardError(f"{trajectories.uri} holds no sound shard to train on")
+    return sound
 
 
 def quarantine(trajectories: TrajectorySet, report: VerifyReport) -> list[str]:

@@ -19,24 +19,24 @@ from torch import Tensor, nn
 
 from ddray import __version__
 from ddray.checkpoint import save_folder
-from ddray.conditioning import Condition
-from ddray.conditions import load_encoder, read_conditions
+from ddray.conditions import load_encoder
 from ddray.config import DistillConfig
 from ddray.distill import (
     MovingAverage,
-    TrajectoryBatches,
     batch_loss,
     default_code_precision,
     learning_rate,
     parameter_groups,
     set_learning_rate,
 )
-from ddray.errors import ShardError, TrainingError
+from ddray.errors import TrainingError
 from ddray.generate import Teacher
 from ddray.models.zoo import load_teacher, new_student
 from ddray.run_folder import METRICS_FILE
+from ddray.shard_order import default_lanes
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
+from ddray.trajectory_stream import TrajectoryStream
 
 STUDENT_FOLDER = "student"
 _CHECKPOINT_TAG = "deepspeed"
@@ -80,7 +80,7 @@ class _Run:
         plan = trajectories.plan
         self.teacher = load_teacher(config.teacher or plan.teacher, device=device)
         self.codebook = self.teacher.codebook
-        self.batches = read_batches(trajectories, self.teacher, config)
+        self.stream = open_stream(trajectories, self.teacher, config, self.rank, self.world)
         torch.manual_seed(config.seed)
         network, self.card = new_student(self.teacher)
         self.engine, self.optimizer = self._initialize(network)
@@ -158,17 +158,17 @@ class _Run:
         each = config.batch_size // self.world
         sums = torch.zeros(4, device=self.codebook.device)
         logged, since = self.step, time.monotonic()
+        batches = self.stream.batches(self.step)
         while self.step < config.steps:
             rate = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
             set_learning_rate(self.optimizer, rate)
             with self._precision():
                 losses = batch_loss(
                     self.engine,
-                    self.batches,
+                    next(batches),
                     self.teacher.stages,
                     self.codebook,
                     first=self.step * config.batch_size + self.rank * each,
-                    count=each,
                     schedule=self.schedule,
                     logits_weight=config.logits_weight,
                     code_weight=config.code_weight,
@@ -251,27 +251,25 @@ class _Run:
         return gathered | _stored(network)
 
 
-def read_batches(
-    trajectories: TrajectorySet, teacher: Teacher, config: DistillConfig
-) -> TrajectoryBatches:
-    """All rows that are there, and the features of their captions where they have any."""
-    plan = trajectories.plan
+def open_stream(
+    trajectories: TrajectorySet, teacher: Teacher, config: DistillConfig, rank: int, world: int
+) -> TrajectoryStream:
+    """This worker's batches of the shards that are there."""
     missing = set(trajectories.missing()) if config.allow_partial else set()
-    shards = [k for k in range(plan.num_shards) if k not in missing]
-    if not shards:
-        raise ShardError(f"{trajectories.uri} holds no shard to train on")
-    parts = [trajectories.read_shard(k) for k in shards]
-    index, label, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
-    condition = None
-    if plan.conditioning == "text":
-        captions = read_conditions(trajectories, shards, load_encoder(plan, teacher))
-        if not np.array_equal(captions.label, label):
-            raise ShardError(f"{trajectories.uri} was sampled from other captions than it holds")
-
-        def condition(rows: np.ndarray) -> Condition:
-            return teacher.condition(captions.of(rows))
-
-    return TrajectoryBatches(index, label, tokens, plan.seed, config.seed, condition)
+    text = trajectories.plan.conditioning == "text"
+    return TrajectoryStream(
+        trajectories,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        code_width=teacher.codebook.shape[1],
+        lanes=default_lanes(config.batch_size),
+        rank=rank,
+        world=world,
+        shards=[k for k in range(trajectories.plan.num_shards) if k not in missing],
+        encode=load_encoder(trajectories.plan, teacher) if text else None,
+        condition=teacher.condition if text else None,
+        device=teacher.device,
+    )
 
 
 def work(arguments: dict[str, Any]) -> None:
@@ -288,5 +286,6 @@ def work(arguments: dict[str, Any]) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     run = _Run(config, arguments["board"])
     run.resume()
-    run.train()
+    with run.stream:
+        run.train()
     run.write_student()
