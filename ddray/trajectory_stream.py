@@ -98,7 +98,7 @@ class TrajectoryStream:
         seed: of the order.
         code_width: E.
         lanes: G; None = `default_lanes`. Another G is another order.
-        buffer_shards: shards whose rows are mixed, in each lane.
+        buffer_shards: shards of a block; see `ShardOrder`.
         rank: of this worker.
         world: number of workers, which divides `lanes`.
         shards: those that are trained on; None = all.
@@ -124,7 +124,7 @@ class TrajectoryStream:
         seed: int,
         code_width: int,
         lanes: int | None = None,
-        buffer_shards: int = 4,
+        buffer_shards: int = 1,
         rank: int = 0,
         world: int = 1,
         shards: Sequence[int] | None = None,

@@ -262,7 +262,7 @@ def open_stream(
         batch_size=config.batch_size,
         seed=config.seed,
         code_width=teacher.codebook.shape[1],
-        lanes=default_lanes(config.batch_size),
+        lanes=default_lanes(config.batch_size, config.workers),
         rank=rank,
         world=world,
         shards=[k for k in range(trajectories.plan.num_shards) if k not in missing],
