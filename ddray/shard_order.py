@@ -2,10 +2,10 @@
 
 An endless sequence of shards, each epoch one permutation of all, is dealt to G lanes in turn: lane
 l takes entries l, l + G, l + 2G, ... So every shard is dealt once an epoch, whatever its length. A
-lane reads its shards in blocks of one or a few and permutes the rows of a block. Each lane gives B / G
-rows of its own to every batch of B, and slot j of the batch belongs to lane j * G // B. A worker
-reads whole lanes: the batch of a step is the same for every number of workers that divides G.
-Imports ddray.errors and the plan.
+lane reads its shards in blocks of one or a few and permutes the rows of a block. Each lane gives
+B / G rows of its own to every batch of B, and slot j of the batch belongs to lane j * G // B. A
+worker reads whole lanes: the batch of a step is the same for every number of workers that divides
+G. Imports ddray.errors and the plan.
 """
 
 import hashlib

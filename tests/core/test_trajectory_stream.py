@@ -112,10 +112,20 @@ def test_a_stream_gives_the_rows_of_its_lanes_blocks(
         assert given.ravel().tolist() == expected[: given.size]
 
 
+@pytest.mark.parametrize(("lanes", "buffer_shards"), [(1, 1), (2, 1), (3, 2), (6, 1)])
+def test_lanes_that_end_with_an_epoch_have_used_every_row_once(
+    tmp_path: Path, lanes: int, buffer_shards: int
+) -> None:
+    even = made(tmp_path, 60, 10)
+    indices = indices_of(even, 30, lanes=lanes, buffer_shards=buffer_shards, batch_size=6)
+    for epoch in indices.reshape(3, 60):
+        assert sorted(epoch) == list(range(60))
+
+
 def test_one_lane_uses_every_row_equally_often(trajectories: TrajectorySet) -> None:
     # A block of twelve shards is two epochs.
     indices = indices_of(trajectories, 57, lanes=1, buffer_shards=12)
-    assert Counter(indices[: 57 * 2].ravel().tolist()) == dict.fromkeys(range(57), 8)
+    assert Counter(indices.ravel().tolist()) == dict.fromkeys(range(57), 8)
 
 
 @pytest.mark.parametrize(("count", "shard_rows", "lanes"), [(57, 10, 8), (5, 10, 2), (3, 1, 8)])
@@ -138,8 +148,7 @@ def test_the_order_is_uniform(tmp_path: Path) -> None:
     for number in range(1200):
         of_block = np.concatenate([plan.shard_range(k) for k in order.block(0, number)])
         counts[np.arange(12), of_block[order.block_rows(0, number)]] += 1
-    # Rows and columns sum to 1200: fewer degrees than the test takes, so it is on the safe side
-    # of too even; the square of 11 is what they are.
+    # Rows and columns sum to 1200, so the degrees of freedom are 11 x 11.
     statistic = ((counts - 100) ** 2 / 100).sum()
     assert 121 - 5 * (2 * 121) ** 0.5 < statistic < 121 + 5 * (2 * 121) ** 0.5
     follows = Counter(order.block(0, number)[0] for number in range(3000))
@@ -150,7 +159,7 @@ def test_the_order_is_uniform(tmp_path: Path) -> None:
 def test_seeds_lanes_and_buffers_are_orders_of_their_own(trajectories: TrajectorySet) -> None:
     orders = [
         indices_of(trajectories, 5, **other).tolist()
-        for other in ({}, {"seed": 4}, {"lanes": 4}, {"lanes": 4, "buffer_shards": 1})
+        for other in ({}, {"seed": 4}, {"lanes": 4}, {"lanes": 4, "buffer_shards": 2})
     ]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
