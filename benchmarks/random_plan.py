@@ -3,14 +3,20 @@
 from ddray.plan import Plan
 
 
-def random_plan(count: int, shard_rows: int, stages: tuple[int, ...], vocab_size: int) -> Plan:
-    """A plan of 1000 classes and the given sizes; its rows may be any tokens."""
+def random_plan(
+    count: int,
+    shard_rows: int,
+    stages: tuple[int, ...],
+    vocab_size: int,
+    num_classes: int = 1000,
+) -> Plan:
+    """A plan of the given sizes; its rows may be any tokens."""
     return Plan(
         teacher="random",
         teacher_fingerprint="none",
         tokenizer_fingerprint="none",
         conditioning="class",
-        num_classes=1000,
+        num_classes=num_classes,
         seed=0,
         noise_scheme="none",
         cfg=4.0,

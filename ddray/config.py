@@ -174,7 +174,9 @@ class DistillConfig(Job):
         if self.offload_optimizer and not self.zero:
             raise ValueError("offload_optimizer needs zero=1, 2 or 3, not zero=0")
         if self.zero == 3 and self.compile:
-            raise ValueError("zero=3 gathers weights as it goes and cannot be combined with compile")
+            raise ValueError(
+                "zero=3 gathers weights as it goes and cannot be combined with compile"
+            )
         if self.evaluate_every % self.checkpoint_every:
             raise ValueError(
                 f"evaluate_every={self.evaluate_every} must be a multiple of "
@@ -183,7 +185,9 @@ class DistillConfig(Job):
         if self.patience and not self.evaluate_every:
             raise ValueError(f"patience={self.patience} counts evaluations; set evaluate_every")
         if self.follow and self.allow_partial:
-            raise ValueError("follow waits for every shard and cannot be combined with allow_partial")
+            raise ValueError(
+                "follow waits for every shard and cannot be combined with allow_partial"
+            )
         if self.schedule is None:
             return self
         if list(self.schedule) != sorted(set(self.schedule)):

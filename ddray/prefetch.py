@@ -37,6 +37,11 @@ class Prefetch(Iterator[T], Generic[T]):
             self._failure = made
         raise self._failure
 
+    @property
+    def ready(self) -> bool:
+        """Whether `next` would not wait."""
+        return self._failure is not None or not self._ready.empty()
+
     def close(self) -> None:
         """End the thread, once it has finished its item; nothing more is given out."""
         self._closed = True

@@ -2,10 +2,10 @@
 
 An endless sequence of shards, each epoch one permutation of all, is dealt to G lanes in turn: lane
 l takes entries l, l + G, l + 2G, ... So every shard is dealt once an epoch, whatever its length. A
-lane reads its shards in blocks of a few and permutes the rows of a block. Each lane gives B / G
-rows of its own to every batch of B, and slot j of the batch belongs to lane j * G // B. A worker
-reads whole lanes: the batch of a step is the same for every number of workers that divides G.
-Imports ddray.errors and the plan.
+lane reads its shards in blocks of one or a few and permutes the rows of a block. Each lane gives
+B / G rows of its own to every batch of B, and slot j of the batch belongs to lane j * G // B. A
+worker reads whole lanes: the batch of a step is the same for every number of workers that divides
+G. Imports ddray.errors and the plan.
 """
 
 import hashlib
@@ -57,7 +57,8 @@ class ShardOrder:
         shards: those that are trained on; None = all.
         seed: of the order.
         lanes: G.
-        buffer_shards: shards whose rows are mixed, in each lane.
+        buffer_shards: shards of a block. One, as the lanes mix already, uses rows most evenly:
+            after every G shards each row of these was used once. More are for few lanes.
         follow: take the shards of the first epoch as they are written, in the order of their
             numbers and each as a block of its own, so that a set can be trained on as it grows.
 
@@ -73,7 +74,7 @@ class ShardOrder:
         shards: Sequence[int] | None = None,
         seed: int = 0,
         lanes: int,
-        buffer_shards: int = 4,
+        buffer_shards: int = 1,
         follow: bool = False,
     ):
         for name, value in (("lanes", lanes), ("buffer_shards", buffer_shards)):

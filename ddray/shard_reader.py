@@ -115,7 +115,8 @@ class ShardReader:
     @property
     def rows(self) -> int:
         """Rows in memory."""
-        return sum(len(shard.index) for shard in list(self._held.values()))
+        held = [reference() for reference in self._held.valuerefs()]
+        return sum(len(shard.index) for shard in held if shard is not None)
 
     def is_there(self, k: int) -> bool:
         """Whether reading a shard would not wait."""
@@ -161,6 +162,7 @@ class Lane:
         self._shards: list[Shard] = []
         self._starts: list[int] = []
         self._rows = np.empty(0, np.int64)
+        self._coming: list[int] = []
         self._ahead: list[Shard] = []
 
     def shards_at(self, row: int) -> list[int]:
@@ -186,8 +188,8 @@ class Lane:
             phase: 0 to 1, how much earlier than others this lane reads, so that they take turns.
         """
         done = (row - self._cursor.first) / self._cursor.rows
-        coming = self._order.block(self._number, self._cursor.number + 1)
-        for k in coming[len(self._ahead) : int(done * len(coming) + phase)]:
+        due = int(done * len(self._coming) + phase)
+        for k in self._coming[len(self._ahead) : due]:
             if not self._reader.is_there(k):
                 return
             self._ahead.append(self._reader.read(k))
@@ -200,4 +202,5 @@ class Lane:
         sizes = [len(shard.index) for shard in self._shards]
         self._starts = [0, *accumulate(sizes)][:-1]
         self._rows = self._order.block_rows(self._number, self._cursor.number)
+        self._coming = self._order.block(self._number, self._cursor.number + 1)
         self._block = self._cursor.number

@@ -224,11 +224,16 @@ class TrajectorySet:
         index, label, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
         return index, label, tokens
 
-    def verify(self, advance: Callable[[int], None] | None = None) -> VerifyReport:
+    def verify(
+        self,
+        advance: Callable[[int], None] | None = None,
+        look: Callable[[int, Rows], None] | None = None,
+    ) -> VerifyReport:
         """Read every shard and report what is missing, damaged or does not belong.
 
         Args:
             advance: Told after each shard how many are done, missing ones included.
+            look: Shown every sound shard and its rows.
 
         Raises:
             StorageError: If the storage cannot be listed or read.
@@ -242,9 +247,13 @@ class TrajectorySet:
                 missing.append(k)
             else:
                 try:
-                    sound_rows += len(decode(self.plan, k, data)[0])
+                    rows = decode(self.plan, k, data)
                 except ShardError as exc:
                     damaged[k] = str(exc)
+                else:
+                    sound_rows += len(rows[0])
+                    if look is not None:
+                        look(k, rows)
             if advance is not None:
                 advance(done)
         return VerifyReport(

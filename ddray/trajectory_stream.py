@@ -9,7 +9,6 @@ Shapes: B rows of this worker, L tokens, E code width.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -99,7 +98,7 @@ class TrajectoryStream:
         seed: of the order.
         code_width: E.
         lanes: G; None = `default_lanes`. Another G is another order.
-        buffer_shards: shards whose rows are mixed, in each lane.
+        buffer_shards: shards of a block; see `ShardOrder`.
         rank: of this worker.
         world: number of workers, which divides `lanes`.
         shards: those that are trained on; None = all.
@@ -125,7 +124,7 @@ class TrajectoryStream:
         seed: int,
         code_width: int,
         lanes: int | None = None,
-        buffer_shards: int = 4,
+        buffer_shards: int = 1,
         rank: int = 0,
         world: int = 1,
         shards: Sequence[int] | None = None,
@@ -158,6 +157,11 @@ class TrajectoryStream:
         self._lanes: list[Lane] = []
         self._cursors = [BlockCursor(self._order, lane) for lane in range(lanes)]
         self._prefetch: Prefetch[Any] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch, or what went wrong with it, is there without waiting."""
+        return self._prefetch is not None and self._prefetch.ready
 
     @property
     def waiting(self) -> str | None:
@@ -230,17 +234,18 @@ class TrajectoryStream:
 
     def _prepared(self, start: int) -> Iterator[Any]:
         """What the thread makes: batches, on a GPU the host's half of them."""
-        # A thread begins on the first GPU, and pinning would open a context there.
-        with torch.cuda.device(self._device) if self._on_gpu else nullcontext():
-            held = self._read_at_once(start)
-            batch = self._gather(start)
-            # The lanes have taken what they need of these.
-            del held
-            for step in count(start + 1):
-                yield batch if self._on_gpu else self._complete(batch)
-                for number, lane in enumerate(self._lanes, 1):
-                    lane.read_ahead(step * self._rows_a_lane, number / len(self._lanes))
-                batch = self._gather(step)
+        if self._on_gpu:
+            # Of this thread: it begins with the first GPU, and pinning would open a context there.
+            torch.cuda.set_device(self._device)
+        held = self._read_at_once(start)
+        batch = self._gather(start)
+        # The lanes have taken what they need of these.
+        del held
+        for step in count(start + 1):
+            yield batch if self._on_gpu else self._complete(batch)
+            for number, lane in enumerate(self._lanes, 1):
+                lane.read_ahead(step * self._rows_a_lane, number / len(self._lanes))
+            batch = self._gather(step)
 
     def _read_at_once(self, step: int) -> list[Shard]:
         """The shards that a first batch needs: they stay as long as somebody holds them."""

@@ -201,7 +201,9 @@ def whole_weights(folder: str, zero: int) -> dict[str, Tensor]:
     """The float32 weights of a checkpoint of `Engine.save`, of any number of workers."""
     if zero == 0:
         (file,) = (Path(folder) / _TAG).glob("*model_states.pt")
-        module: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        module: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=False)[
+            "module"
+        ]
         return module
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -221,7 +223,9 @@ def check_parts(folder: str, uri: str) -> None:
     index = Path(folder) / _PARTS_FILE
     advice = f"delete {uri} and rerun with --fresh, or restore it"
     if not index.is_file():
-        raise CheckpointError(f"the checkpoint {uri} has no {_PARTS_FILE}: it is not whole; {advice}")
+        raise CheckpointError(
+            f"the checkpoint {uri} has no {_PARTS_FILE}: it is not whole; {advice}"
+        )
     for name, size in json.loads(index.read_text()).items():
         file = Path(folder) / name
         if not file.is_file() or file.stat().st_size != size:

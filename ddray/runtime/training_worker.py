@@ -106,6 +106,7 @@ class _Run:
         plan = self.trajectories.plan
         self.teacher = load_teacher(config.teacher or plan.teacher, device=device)
         self.agree = Agreement(self.world, device)
+        text = plan.conditioning == "text"
         self.stream = TrajectoryStream(
             self.trajectories,
             batch_size=config.batch_size,
@@ -117,8 +118,8 @@ class _Run:
             world=self.world,
             shards=shards,
             follow=config.follow,
-            encode=load_encoder(plan, self.teacher),
-            condition=self.teacher.condition,
+            encode=load_encoder(plan, self.teacher) if text else None,
+            condition=self.teacher.condition if text else None,
             device=device,
             stall_timeout_s=config.stall_timeout_s,
         )

@@ -1,80 +1,24 @@
-"""Facts about the plain-torch half of distillation: order of the data, rate, average, stages."""
+"""Facts about the plain-torch half of distillation: stages, rate, average, loss."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 import ddray
 from ddray.distill import (
     MovingAverage,
-    TrajectoryBatches,
     batch_loss,
     jump_stages,
     learning_rate,
     parameter_groups,
     set_learning_rate,
 )
-from ddray.errors import ConfigError
 from ddray.models.zoo import new_student
+from ddray.trajectory_stream import Batch
 from tests.core.tiny import tiny_teacher
 
 CPU = torch.device("cpu")
-
-
-def _batches(count: int, seed: int = 0, tokens: np.ndarray | None = None) -> TrajectoryBatches:
-    index = np.arange(100, 100 + count)
-    if tokens is None:
-        tokens = (np.arange(count)[:, None] + np.arange(4)) % 8
-    return TrajectoryBatches(index, index % 3, tokens.astype(np.uint16), 7, seed)
-
-
-def test_the_order_is_a_function_of_seed_and_position_alone() -> None:
-    forward, jumping = _batches(11), _batches(11)
-    in_turn = np.concatenate([forward.rows(first, 4) for first in range(0, 60, 4)])
-    # A run that resumes asks for late positions first, and for early ones never.
-    for first in (44, 8, 56, 0, 20):
-        np.testing.assert_array_equal(jumping.rows(first, 4), in_turn[first : first + 4])
-    assert not np.array_equal(_batches(11, seed=1).rows(0, 11), in_turn[:11])
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 11, 25])
-def test_every_epoch_uses_every_row_once_and_batches_span_epochs(batch_size: int) -> None:
-    batches = _batches(11)
-    epochs = 3
-    stream = np.concatenate(
-        [batches.rows(first, batch_size) for first in range(0, 11 * epochs, batch_size)]
-    )[: 11 * epochs].reshape(epochs, 11)
-    for epoch in stream:
-        assert sorted(epoch) == list(range(11))
-    assert not np.array_equal(stream[0], stream[1])
-
-
-def test_the_slices_of_two_workers_are_the_batch_of_one() -> None:
-    batches = _batches(11)
-    for step in range(5):
-        whole = batches.batch(step * 8, 8, 4, CPU)
-        halves = [batches.batch(step * 8 + rank * 4, 4, 4, CPU) for rank in range(2)]
-        for one, two in zip(whole, map(torch.cat, zip(*halves, strict=True)), strict=True):
-            assert torch.equal(one, two)
-        stages = [jump_stages((0, 2), step * 8 + rank * 4, 4, CPU) for rank in range(2)]
-        assert torch.equal(jump_stages((0, 2), step * 8, 8, CPU), torch.cat(stages))
-
-
-def test_a_batch_holds_the_noise_of_its_indices() -> None:
-    batches = _batches(11)
-    noise, tokens, label = batches.batch(3, 5, 4, CPU)
-    rows = batches.rows(3, 5)
-    assert torch.equal(noise, ddray.noise(7, torch.from_numpy(100 + rows), (4, 4)))
-    assert tokens.dtype == label.dtype == torch.int64
-    np.testing.assert_array_equal(tokens, (rows[:, None] + np.arange(4)) % 8)
-    np.testing.assert_array_equal(label, (100 + rows) % 3)
-
-
-def test_a_set_without_rows_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no rows"):
-        _batches(0)
 
 
 def test_the_stages_of_a_schedule_take_turns_along_the_stream() -> None:
@@ -141,24 +85,24 @@ def test_the_losses_of_two_workers_average_to_that_of_one() -> None:
     teacher = tiny_teacher()
     torch.manual_seed(0)
     network, _ = new_student(teacher)
-    tokens = teacher.trajectories(torch.arange(12) % 3, torch.arange(12), seed=7, num_evals=4)
-    batches = _batches(12, tokens=tokens.numpy())
+    index = torch.arange(8)
+    tokens = teacher.trajectories(index % 3, index, seed=7, num_evals=4)
+    whole = Batch(ddray.noise(7, index, (4, 4)), tokens, index % 3, index)
 
-    def loss(first: int, count: int) -> torch.Tensor:
+    def loss(batch: Batch) -> torch.Tensor:
         # t = 0 alone: every row asks for as many tokens, so the halves weigh the same.
         return batch_loss(
             network,
-            batches,
+            batch,
             teacher.stages,
             teacher.codebook,
-            first=first,
-            count=count,
+            first=0,
             schedule=(0,),
             logits_weight=1.0,
             code_weight=0.5,
         ).total
 
-    torch.testing.assert_close((loss(8, 4) + loss(12, 4)) / 2, loss(8, 8))
+    torch.testing.assert_close(sum(map(loss, whole.split(2))) / 2, loss(whole))
 
 
 def test_the_layer_that_reads_codes_moves_as_if_its_inputs_had_size_one():

@@ -1,10 +1,15 @@
 """What must hold on a CUDA device: the CPU's numbers, in float32, up to stated rounding."""
 
+from itertools import islice
+
 import pytest
 import torch
 
 import ddray
 from ddray.flow import Transport, transport
+from ddray.shards import TrajectorySet
+from ddray.trajectory_stream import TrajectoryStream
+from tests.core.test_shards import fill, plan_of
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
 
 pytestmark = [
@@ -99,3 +104,18 @@ def test_bundled_teacher_in_bfloat16_stays_close():
     expected = here.guided_logits(range(10), tokens)
     actual = there.guided_logits(range(10), tokens).cpu()
     assert (actual - expected).abs().mean() < 0.05
+
+
+def test_batches_of_a_stream_are_those_of_the_cpu(tmp_path):
+    trajectories = TrajectorySet.create(str(tmp_path), plan_of(count=57))
+    fill(trajectories)
+    settings = {"batch_size": 8, "seed": 3, "code_width": 4, "lanes": 4}
+    with (
+        TrajectoryStream(trajectories, **settings) as here,
+        TrajectoryStream(trajectories, **settings, device="cuda") as there,
+    ):
+        for one, two in islice(zip(here.batches(5), there.batches(5), strict=True), 20):
+            assert all(part.is_cuda for part in two)
+            torch.testing.assert_close(two.noise_BLE.cpu(), one.noise_BLE, rtol=0, atol=1e-6)
+            for name in ("tokens_BL", "cond_B", "index_B"):
+                assert torch.equal(getattr(two, name).cpu(), getattr(one, name))

@@ -21,7 +21,7 @@ from ddray.inspect_set import verify
 from ddray.recompute import recompute
 from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.runtime.training import distill, read_history
-from ddray.runtime.training_worker import read_batches
+from ddray.runtime.training_worker import open_stream
 from ddray.shards import TrajectorySet
 from ddray.text_encoder import T5TextEncoder
 from ddray.trajectories import make_plan, sample_rows
@@ -184,12 +184,11 @@ def test_captions_without_features_are_encoded_by_the_worker(teacher: str, tmp_p
     ]
     np.testing.assert_array_equal(trajectories.read_shard(0)[2], np.concatenate(expected))
     # A student is shown what its teacher was shown.
-    batches = read_batches(trajectories, model, distilling(tmp_path / "set", tmp_path / "run"))
-    first = batches.rows(0, 1)[0]
-    shown, asked = (
-        batches.batch(0, 1, 4, model.device)[2],
-        model.condition(encode([words[first % 4]])),
-    )
+    run = distilling(tmp_path / "set", tmp_path / "run")
+    with open_stream(trajectories, model, run, 0, 1) as stream:
+        batch = next(stream.batches())
+    shown = batch.cond_B
+    asked = model.condition(encode([words[int(i) % 4] for i in batch.index_B]))
     assert torch.equal(shown.features_BTD, asked.features_BTD)
     assert torch.equal(shown.mask_BT, asked.mask_BT)
 
@@ -247,5 +246,6 @@ def test_captions_that_were_exchanged_are_noticed(
     (tmp_path / captions_name(0)).write_bytes((whole / captions_name(1)).read_bytes())
     trajectories = TrajectorySet.open(str(tmp_path))
     model = ddray.load_teacher(teacher, device="cpu")
-    with pytest.raises(ShardError, match="was sampled from other captions than it holds"):
-        read_batches(trajectories, model, distilling(tmp_path, tmp_path / "run"))
+    stream = open_stream(trajectories, model, distilling(tmp_path, tmp_path), 0, 1)
+    with stream, pytest.raises(ShardError, match="was sampled from other captions than it holds"):
+        next(stream.batches())

@@ -287,7 +287,9 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(
     part = next(folder.rglob("*rank_1*optim_states.pt"))
     content = part.read_bytes()
     part.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match=r"step-10 has \d+ of \d+ bytes of deepspeed/.*rank_1"):
+    with pytest.raises(
+        CheckpointError, match=r"step-10 has \d+ of \d+ bytes of deepspeed/.*rank_1"
+    ):
         check_parts(str(folder), "s3://bucket/step-10")
     part.unlink()
     with pytest.raises(CheckpointError, match=r"step-10 lacks deepspeed/.*rank_1"):

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from ddray.checkpoint import load_folder, save_folder
 from ddray.config import DistillConfig
 from ddray.distill import (
     MovingAverage,
-    TrajectoryBatches,
     batch_loss,
     learning_rate,
     parameter_groups,
@@ -25,6 +25,7 @@ from ddray.models.zoo import empty_network, empty_tokenizer, new_student
 from ddray.runtime.training import distill, read_history
 from ddray.shards import TrajectorySet, shard_name
 from ddray.trajectories import make_plan, sample_rows
+from ddray.trajectory_stream import TrajectoryStream
 from tests.core.tiny import VAR_SIZES, random_state
 from tests.runtime.tiny import command, contents, distilling, environment, sampling, write_teacher
 
@@ -120,23 +121,25 @@ def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> 
     trajectories = TrajectorySet.open(single.data)
     plan = trajectories.plan
     model = ddray.load_teacher(plan.teacher, device="cpu")
-    batches = TrajectoryBatches(*trajectories.rows(0, plan.count), plan.seed, single.seed)
+    width = model.codebook.shape[1]
+    stream = TrajectoryStream(
+        trajectories, batch_size=single.batch_size, seed=single.seed, code_width=width
+    )
     torch.manual_seed(single.seed)
     network, _ = new_student(model)
     groups = parameter_groups(network, model.codebook, single.weight_decay)
     optimizer = torch.optim.AdamW(groups, single.lr, betas=(0.9, 0.95))
     average = MovingAverage(network.parameters(), single.ema_decay)
     losses = []
-    for step in range(single.steps):
+    for step, batch in enumerate(islice(stream.batches(), single.steps)):
         rate = learning_rate(step, single.steps, single.lr, single.warmup, single.decay)
         set_learning_rate(optimizer, rate)
         loss = batch_loss(
             network,
-            batches,
+            batch,
             model.stages,
             model.codebook,
             first=step * single.batch_size,
-            count=single.batch_size,
             schedule=single.schedule,
             logits_weight=single.logits_weight,
             code_weight=single.code_weight,
@@ -147,6 +150,7 @@ def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> 
         optimizer.step()
         average.update(network.parameters(), step)
         losses.append(loss.item())
+    stream.close()
     # One worker and one process compute the same; only sums over a tensor may be cut elsewhere.
     assert _losses(single.out) == pytest.approx(losses, rel=1e-4)
     _, state, _ = load_folder(f"{single.out}/student")
