@@ -156,7 +156,7 @@ class DistillConfig(Job):
     step_timeout_s: Annotated[float, Field(ge=5)] = Field(
         100, description="a worker whose step takes longer is restarted; the first may take tenfold"
     )
-    buffer_shards: CountT = Field(4, description="shards whose rows are mixed, in each lane")
+    buffer_shards: CountT = Field(1, description="shards whose rows are mixed, in each lane")
     follow: bool = Field(False, description="train while the set is still being sampled")
     stall_timeout_s: CountT = Field(600, description="follow: no shard for so long is an error")
     fresh: bool = Field(False, description="forget an earlier run at this URI")

@@ -8,7 +8,7 @@ Shapes: B rows of this worker, V codebook size, E code width.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def recompute_activations(network: nn.Module) -> None:
     """Let every block keep its input alone, and compute the rest again in the backward pass.
 
-    The gradients are the same, to the bit; memory falls to that of one block, for a third more work.
+    The gradients are the same; memory falls to that of one block, for a third more work.
     """
     for block in getattr(network, "layers", None) or network.blocks:  # type: ignore[union-attr]
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -106,7 +106,7 @@ class MovingAverage:
 
 
 def batch_loss(
-    network: nn.Module,
+    network: Callable[..., tuple[Tensor, Tensor]],
     batch: Batch,
     stages: tuple[int, ...],
     codebook_VE: Tensor,

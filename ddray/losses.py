@@ -6,10 +6,11 @@ is the whole forward half of a training step. Imports ddray.generate.
 Shapes: B batch, L tokens, V codebook size, E code width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddray.conditioning import Condition
 from ddray.errors import ConfigError
@@ -33,7 +34,7 @@ class Losses(NamedTuple):
 
 
 def distillation_loss(
-    student: nn.Module,
+    student: Callable[..., tuple[Tensor, Tensor]],
     stages: tuple[int, ...],
     codebook_VE: Tensor,
     noise_BLE: Tensor,

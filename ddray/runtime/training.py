@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -18,8 +17,9 @@ from typing import Any
 from ddray import __version__
 from ddray.conditions import check_encoder
 from ddray.config import DistillConfig
-from ddray.errors import ConfigError, ShardError, StoppedError, TrainingError, one_line
+from ddray.errors import ConfigError, StoppedError, TrainingError
 from ddray.generate import Teacher
+from ddray.inspect_set import trainable_shards
 from ddray.models.zoo import load_teacher
 from ddray.progress import Progress
 from ddray.run_folder import (
@@ -41,7 +41,7 @@ from ddray.storage import open_storage
 from ddray.training_log import TENSORBOARD_FOLDER
 
 _POLL_S = 1.0
-# What is given to a group of processes at the least, to come up and to meet in its first collective.
+# A group of processes has at least so long to come up and meet in its first collective.
 _MEETING_S = 600
 
 # What a run writes into its folder, and --fresh may delete; other things may lie beside it.
@@ -77,30 +77,6 @@ _FREE_TO_CHANGE = {
     "fresh",
     "allow_partial",
 }
-
-
-def _shards_to_train_on(config: DistillConfig, trajectories: TrajectorySet) -> list[int] | None:
-    """The shards that are there and sound; None = all, or all that are to come."""
-    if config.follow:
-        return None
-    report = trajectories.verify()
-    bad = [*report.missing, *report.damaged]
-    if not bad:
-        return None
-    if not config.allow_partial:
-        what = f"lacks {len(report.missing)} of {report.num_shards} shards"
-        if report.damaged:
-            k, reason = next(iter(report.damaged.items()))
-            what = f"has {len(report.damaged)} damaged shards (shard {k}: {reason})"
-        raise ShardError(
-            f"{config.data} {what}; finish it with `ddray sample`, mend it with `ddray inspect "
-            "--repair`, train on what is there with --allow-partial, or while it is being sampled "
-            "with --follow"
-        )
-    sound = sorted({*range(report.num_shards)} - {*bad})
-    if not sound:
-        raise ShardError(f"{config.data} holds no shard to train on")
-    return sound
 
 
 def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -> Teacher:
@@ -166,10 +142,13 @@ def _finished_summary(config: DistillConfig) -> dict[str, Any] | None:
     return None
 
 
-def _lanes(config: DistillConfig) -> int:
+def _lanes(config: DistillConfig, num_shards: int) -> int:
     """Lanes of the data: every number of workers that the run may have must divide them."""
     fewest, most = config.workers
     lanes = default_lanes(config.batch_size)
+    if config.follow:
+        # The first step waits for as many shards as there are lanes.
+        lanes = default_lanes(config.batch_size, most, most=max(1, num_shards // 8))
     for workers in range(fewest, most + 1):
         if lanes % workers:
             raise ConfigError(
@@ -202,7 +181,9 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     trajectories = TrajectorySet.open(config.data)
     teacher = _load_matching_teacher(config, trajectories)
     config = _with_schedule(config, teacher)
-    lanes, shards = _lanes(config), _shards_to_train_on(config, trajectories)
+    sound = trainable_shards(trajectories, allow_partial=config.allow_partial, follow=config.follow)
+    shards = None if config.follow or len(sound) == trajectories.plan.num_shards else sound
+    lanes = _lanes(config, trajectories.plan.num_shards)
     identity = _identity(config, lanes, shards, trajectories.plan.hash)
     _claim_folder(config, identity)
     earlier = _finished_summary(config)
@@ -316,7 +297,7 @@ class _Watch:
     def run(self, fit: Callable[[], object]) -> None:
         """Train in a thread until it ends; raises what it raises.
 
-        In the main thread Ray Train would take Ctrl-C for itself, and end the process with status 1.
+        In the main thread Ray Train would take Ctrl-C for itself and end the process with status 1.
         """
         raised: list[BaseException] = []
 

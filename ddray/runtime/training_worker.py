@@ -221,9 +221,10 @@ class _Run:
         """One step of the optimizer, or none where a loss is not finite on any worker."""
         config = self.config
         rate = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
-        # Counted along the endless stream, so that the t of a row does not depend on the workers.
+        # The t of a row follows from step and slot, whatever the number of workers; a slot takes
+        # another t at the next step, as a lane of the data may always fill the same one.
         each = config.batch_size // self.world // config.accumulation
-        first = self.step * config.batch_size + self.rank * each * config.accumulation
+        first = self.step + self.rank * each * config.accumulation
         parts = []
         for number, micro_batch in enumerate(batch.split(config.accumulation)):
             losses = batch_loss(
@@ -264,6 +265,8 @@ class _Run:
 
     def _note(self, means: "_Means", seconds: float) -> None:
         config = self.config
+        if not means.steps:
+            return  # Every step was skipped.
         values = means.over(self.agree)
         if self.log is None:
             return
@@ -370,18 +373,16 @@ class _Means:
 
     def __init__(self) -> None:
         self.steps = 0
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(())
 
     def add(self, parts: list[Losses]) -> None:
         """The micro batches of one step."""
         means = torch.stack([torch.stack([x.detach() for x in part]) for part in parts]).mean(0)
-        self._sums = means if self._sums is None else self._sums + means
+        self._sums = self._sums.to(means) + means
         self.steps += 1
 
     def over(self, agree: Agreement) -> dict[str, float]:
         """The means over all steps and workers; every worker must call."""
-        if self._sums is None:
-            return {}
         values = agree.mean(self._sums / self.steps)
         named = dict(zip(Losses._fields, values, strict=True))
         return {"loss": named.pop("total"), **named}

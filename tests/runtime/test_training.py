@@ -139,7 +139,7 @@ def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> 
             batch,
             model.stages,
             model.codebook,
-            first=step * single.batch_size,
+            first=step,
             schedule=single.schedule,
             logits_weight=single.logits_weight,
             code_weight=single.code_weight,
@@ -252,9 +252,18 @@ def test_a_damaged_shard_is_named(ray_local: None, data: Path, tmp_path: Path) -
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
     ray_local: None, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(TrainingError, match="the loss is (nan|inf) at step [0-9]+; lower") as end:
-        distill(distilling(data, tmp_path / "run", lr=1e30, max_failures=0))
+    config = distilling(data, tmp_path / "run", lr=1e30, max_bad_steps=2, steps=40)
+    with pytest.raises(
+        TrainingError, match=r"\(here nan\) in 3 steps in a row, .*; lower lr \(now 1e\+30\)"
+    ) as end:
+        distill(config)
     assert "\n" not in str(end.value)
+    named = sorted((tmp_path / "run" / "bad-steps").iterdir())
+    assert len(named) == 3
+    rows = json.loads(named[0].read_text())
+    assert len({*rows["index"]}) == len(rows["index"]) == config.batch_size
+    # A checkpoint of weights that may be what is wrong is not made.
+    assert not list((tmp_path / "run").glob("checkpoints-*/step-*"))
 
 
 def test_the_digits_are_needed_for_no_distillation(data: Path, tmp_path: Path) -> None:
