@@ -9,12 +9,33 @@ Shapes: B batch, L tokens, V codebook size, E code width.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.conditioning import Condition
 from ddray.errors import ConfigError
 from ddray.generate import given_tokens, keep_data
+
+
+class Prediction(NamedTuple):
+    """What a student said about a batch, for losses beyond the tokens' own.
+
+    Attributes:
+        logits_BLV: of the logits head.
+        codes_BLE: of the code head.
+        tokens_BL: int64, the teacher's.
+        asked_BL: bool, the tokens behind t; the others were data.
+        cond: classes or captions [B].
+        t_B: int64.
+    """
+
+    logits_BLV: Tensor
+    codes_BLE: Tensor
+    tokens_BL: Tensor
+    asked_BL: Tensor
+    cond: Condition
+    t_B: Tensor
 
 
 class Losses(NamedTuple):
@@ -25,12 +46,16 @@ class Losses(NamedTuple):
         cross_entropy: of the logits head against the teacher's tokens, in nats.
         code_error: mean squared error of the code head, per number.
         token_accuracy: share of tokens whose argmax is the teacher's.
+        cross_entropy_B: the same for each row of the batch.
+        prediction: of the student, with gradient.
     """
 
     total: Tensor
     cross_entropy: Tensor
     code_error: Tensor
     token_accuracy: Tensor
+    cross_entropy_B: Tensor
+    prediction: Prediction
 
 
 def distillation_loss(
@@ -60,7 +85,7 @@ def distillation_loss(
             it has the same meaning for every codebook.
 
     Returns:
-        Scalars with gradient in `total`.
+        Scalars with gradient in `total`, and the prediction they are of.
     """
     codes_BLE = codebook_VE[tokens_BL]
     given_BL = given_tokens(stages, t_B)
@@ -69,9 +94,19 @@ def distillation_loss(
     if not bool(asked.any()):
         raise ConfigError("every t is the number of stages: nothing is left to predict")
     logits, target = logits_BLV[asked], tokens_BL[asked]
-    cross_entropy = F.cross_entropy(logits.float(), target)
+    cross_entropy_N = F.cross_entropy(logits.float(), target, reduction="none")
+    cross_entropy = cross_entropy_N.mean()
     code_error = F.mse_loss(predicted_BLE[asked].float(), codes_BLE[asked])
     scale = codebook_VE.square().mean()
     total = logits_weight * cross_entropy + code_weight * code_error / scale
     accuracy = (logits.detach().argmax(-1) == target).float().mean()
-    return Losses(total, cross_entropy.detach(), code_error.detach(), accuracy)
+    by_row = torch.zeros(asked.shape, device=logits.device)
+    by_row[asked] = cross_entropy_N.detach()
+    return Losses(
+        total,
+        cross_entropy.detach(),
+        code_error.detach(),
+        accuracy,
+        by_row.sum(1) / asked.sum(1),
+        Prediction(logits_BLV, predicted_BLE, tokens_BL, asked, cond_B, t_B),
+    )

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ddray import __version__
 from ddray.checkpoint import load_folder, save_folder
 from ddray.conditions import load_encoder
 from ddray.config import DistillConfig
+from ddray.critics import new_critics
 from ddray.distill import (
     batch_loss,
     default_code_precision,
@@ -31,7 +32,7 @@ from ddray.distill import (
 )
 from ddray.errors import DDRayError, StorageError, TrainingError, one_line
 from ddray.losses import Losses
-from ddray.models.zoo import load_teacher, new_student
+from ddray.models.zoo import continue_student, load_teacher, new_student
 from ddray.runtime.engine import Engine, check_parts, whole_weights
 from ddray.runtime.watchdog import Watchdog
 from ddray.shard_order import check_state
@@ -42,6 +43,7 @@ from ddray.trajectory_stream import Batch, TrajectoryStream
 
 STUDENT_FOLDER = "student"
 _STATE_FILE = "training.json"
+_CRITICS_FILE = "critics.pt"
 # How often the cluster is asked whether one of our nodes is about to go.
 _LOOK_EVERY_S = 5.0
 _WAIT_S = 0.5
@@ -65,6 +67,17 @@ class Agreement:
         raised = torch.tensor(flags, dtype=torch.int32, device=self._device)
         torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
         return [bool(flag) for flag in raised.tolist()]
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Average over all workers, in place; every worker must call."""
+        if self._world == 1:
+            return
+        tensors = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = (flat / self._world).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def mean(self, values: Tensor) -> list[float]:
         """The mean over all workers; every worker must call."""
@@ -123,6 +136,13 @@ class _Run:
             device=device,
             stall_timeout_s=config.stall_timeout_s,
         )
+        self.code_precision = (
+            default_code_precision(self.teacher.stages)
+            if config.code_precision is None
+            else config.code_precision
+        )
+        torch.manual_seed(config.seed)
+        self.critics = new_critics(config, self.teacher, plan, self.code_precision)
         self.step, self.bad_steps = 0, 0
         lines: list[dict[str, Any]] = []
         with _checkpoint() as (folder, uri):
@@ -136,7 +156,10 @@ class _Run:
 
     def _engine(self, weights: dict[str, Tensor] | None = None) -> Engine:
         torch.manual_seed(self.config.seed)
-        network, self.card = new_student(self.teacher)
+        if self.config.init is None:
+            network, self.card = new_student(self.teacher)
+        else:
+            network, self.card = continue_student(self.config.init, self.teacher)
         if self.config.activation_checkpointing:
             recompute_activations(network)
         if weights is not None:
@@ -149,6 +172,9 @@ class _Run:
         state = json.loads((Path(folder) / _STATE_FILE).read_text())
         check_state(state["data"], self.stream.identity())
         _, averaged, _ = load_folder(Path(folder) / STUDENT_FOLDER)
+        states = torch.load(Path(folder) / _CRITICS_FILE, self.teacher.device, weights_only=True)
+        for critic, saved in zip(self.critics, states, strict=True):
+            critic.load_state_dict(saved)
         same = state["workers"] == self.world
         # ZeRO cuts the optimizer's state into as many parts as there are workers.
         if same or self.config.zero == 0:
@@ -225,7 +251,7 @@ class _Run:
         # another t at the next step, as a lane of the data may always fill the same one.
         each = config.batch_size // self.world // config.accumulation
         first = self.step + self.rank * each * config.accumulation
-        parts = []
+        values: list[dict[str, Tensor]] = []
         for number, micro_batch in enumerate(batch.split(config.accumulation)):
             losses = batch_loss(
                 self.engine,
@@ -237,16 +263,41 @@ class _Run:
                 logits_weight=config.logits_weight,
                 code_weight=config.code_weight,
             )
-            (bad,) = self.agree(not math.isfinite(losses.total.item()))
+            total, said = losses.total, self._figures(losses)
+            for critic in self.critics:
+                loss, more = critic.loss(losses.prediction, 1 / config.accumulation)
+                total, said = total + loss, said | more
+            (bad,) = self.agree(not math.isfinite(total.item()))
             if bad:
-                self.engine.discard()
-                self._note_bad_step(batch, losses.total.item())
+                self._discard()
+                self._note_bad_step(batch, total.item())
                 return
-            self.engine.backward(losses.total)
+            self.engine.backward(total)
             self.engine.step(rate, self.step)
-            parts.append(losses)
+            values.append({"loss": total.detach(), **said})
+        for critic in self.critics:
+            critic.update(self.agree.average)
         self.bad_steps = 0
-        means.add(parts)
+        means.add(values)
+
+    def _figures(self, losses: Losses) -> dict[str, Tensor]:
+        """What is logged of a batch; by t where every batch has rows of every t."""
+        figures = {
+            "cross_entropy": losses.cross_entropy,
+            "code_error": losses.code_error,
+            "token_accuracy": losses.token_accuracy,
+        }
+        if len(losses.cross_entropy_B) < len(self.schedule):
+            return figures
+        for t in self.schedule:
+            here_B = losses.prediction.t_B == t
+            figures[f"cross_entropy_t{t}"] = (losses.cross_entropy_B * here_B).sum() / here_B.sum()
+        return figures
+
+    def _discard(self) -> None:
+        self.engine.discard()
+        for critic in self.critics:
+            critic.discard()
 
     def _note_bad_step(self, batch: Batch, loss: float) -> None:
         """Write down the rows of a step that had no finite loss; end after too many of them."""
@@ -330,6 +381,8 @@ class _Run:
                 "lines": self.log.lines,
             }
             (Path(folder) / _STATE_FILE).write_text(json.dumps(state))
+            states = [critic.state_dict() for critic in self.critics]
+            torch.save(states, Path(folder) / _CRITICS_FILE)
             self.log.flush()
         self.engine.save(folder)
 
@@ -342,13 +395,11 @@ class _Run:
             self.board.put.remote(self.step, "")
 
     def _write_student(self, uri: str, averaged: dict[str, Tensor]) -> None:
-        teacher, config = self.teacher, self.config
+        teacher = self.teacher
         card = {
             **self.card,
             "schedule": list(self.schedule),
-            "code_precision": default_code_precision(teacher.stages)
-            if config.code_precision is None
-            else config.code_precision,
+            "code_precision": self.code_precision,
             "step": self.step,
             "teacher": teacher.name,
             "teacher_fingerprint": teacher.fingerprint,
@@ -373,19 +424,19 @@ class _Means:
 
     def __init__(self) -> None:
         self.steps = 0
+        self._names: list[str] = []
         self._sums = torch.zeros(())
 
-    def add(self, parts: list[Losses]) -> None:
-        """The micro batches of one step."""
-        means = torch.stack([torch.stack([x.detach() for x in part]) for part in parts]).mean(0)
+    def add(self, parts: list[dict[str, Tensor]]) -> None:
+        """The figures of the micro batches of one step, the same ones at every step."""
+        self._names = [*parts[0]]
+        means = torch.stack([torch.stack([*part.values()]) for part in parts]).mean(0)
         self._sums = self._sums.to(means) + means
         self.steps += 1
 
     def over(self, agree: Agreement) -> dict[str, float]:
         """The means over all steps and workers; every worker must call."""
-        values = agree.mean(self._sums / self.steps)
-        named = dict(zip(Losses._fields, values, strict=True))
-        return {"loss": named.pop("total"), **named}
+        return dict(zip(self._names, agree.mean(self._sums / self.steps), strict=True))
 
 
 @contextlib.contextmanager
