@@ -124,6 +124,25 @@ class DistillConfig(Job):
         None,
         description="say of the code head in reading tokens; absent = 8, 0 for scales",
     )
+    init: str | None = Field(None, description="student folder to start from; absent = the teacher")
+    score_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the teacher's judgement of the student's own sequences; 0 = off"
+    )
+    score_start: Annotated[int, Field(ge=0)] = Field(
+        60, description="steps in which the imitator alone learns"
+    )
+    imitator_lr: Annotated[float, Field(gt=0)] = 1e-3
+    adversary_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="of the discriminator of latents; 0 = off"
+    )
+    adversary_start: Annotated[int, Field(ge=0)] = Field(
+        300, description="steps in which the discriminator alone learns"
+    )
+    adversary_lr: Annotated[float, Field(gt=0)] = 1e-3
+    adversary_penalty: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="on the slope of the discriminator at real samples (R1)"
+    )
+    adversary_width: CountT = Field(64, description="channels of the discriminator")
     seed: SeedT = 0
     checkpoint_every: CountT = 500
     keep_checkpoints: CountT = 2

@@ -81,7 +81,11 @@ class Teacher(Model):
             float32 [B, L, V].
         """
         cond = self.condition(cond_B)
-        tokens_BL = self._tokens(tokens_BL, len(cond))
+        return self.forced_logits(cond, self._tokens(tokens_BL, len(cond)), cfg)
+
+    @torch.no_grad()
+    def forced_logits(self, cond: Condition, tokens_BL: Tensor, cfg: float | None) -> Tensor:
+        """`guided_logits` of what a training loop has at hand: a condition and checked tokens."""
         logits: Tensor = self.model(cond, tokens_BL)
         if self._guides(cfg):
             null = self.model(self.model.null(cond), tokens_BL)
@@ -265,6 +269,29 @@ def given_tokens(stages: Sequence[int], t_B: Tensor) -> Tensor:
     return stage_L[None] < t_B[:, None]
 
 
+def token_scores(
+    logits_BlV: Tensor, codes_BlE: Tensor, codebook_VE: Tensor, code_precision: float
+) -> Tensor:
+    """Log-probabilities of tokens under both heads, up to a constant: what a student is read by.
+
+    Args:
+        logits_BlV: of the logits head.
+        codes_BlE: of the code head, float32.
+        codebook_VE: float32.
+        code_precision: see `Student`.
+
+    Returns:
+        float32 [B, l, V]; the argmax is the token.
+    """
+    logits_BlV = logits_BlV.float()
+    if code_precision == 0:
+        return logits_BlV
+    squared_V = codebook_VE.square().sum(1)
+    # -|c - x|^2 / 2, without the term that is the same for every code c.
+    closeness = codes_BlE @ codebook_VE.T - squared_V / 2
+    return logits_BlV + code_precision / squared_V.mean() * closeness
+
+
 class Student(Model):
     """A network that jumps from X_t to all tokens at once.
 
@@ -387,13 +414,7 @@ class Student(Model):
         return torch.cat([self._most_likely(*part) for part in parts])
 
     def _most_likely(self, logits_BlV: Tensor, codes_BlE: Tensor) -> Tensor:
-        logits_BlV = logits_BlV.float()
-        if self.code_precision == 0:
-            return logits_BlV.argmax(-1)
-        squared_V = self.codebook.square().sum(1)
-        # -|c - x|^2 / 2, without the term that is the same for every code c.
-        closeness = codes_BlE @ self.codebook.T - squared_V / 2
-        return (logits_BlV + self.code_precision / squared_V.mean() * closeness).argmax(-1)
+        return token_scores(logits_BlV, codes_BlE, self.codebook, self.code_precision).argmax(-1)
 
     def _let_teacher_continue(
         self, teacher: Teacher, part: TeacherStages, x_BLE: Tensor, cond: Condition, **sampling: Any

@@ -16,6 +16,26 @@ from ddray.errors import ConfigError
 from ddray.generate import given_tokens, keep_data
 
 
+class Prediction(NamedTuple):
+    """What a student said about a batch, for losses beyond the tokens' own.
+
+    Attributes:
+        logits_BLV: of the logits head.
+        codes_BLE: of the code head.
+        tokens_BL: int64, the teacher's.
+        asked_BL: bool, the tokens behind t; the others were data.
+        cond: classes or captions [B].
+        t_B: int64.
+    """
+
+    logits_BLV: Tensor
+    codes_BLE: Tensor
+    tokens_BL: Tensor
+    asked_BL: Tensor
+    cond: Condition
+    t_B: Tensor
+
+
 class Losses(NamedTuple):
     """Scalars, averaged over the tokens that the student had to predict.
 
@@ -24,12 +44,14 @@ class Losses(NamedTuple):
         cross_entropy: of the logits head against the teacher's tokens, in nats.
         code_error: mean squared error of the code head, per number.
         token_accuracy: share of tokens whose argmax is the teacher's.
+        prediction: of the student, with gradient.
     """
 
     total: Tensor
     cross_entropy: Tensor
     code_error: Tensor
     token_accuracy: Tensor
+    prediction: Prediction
 
 
 def distillation_loss(
@@ -59,7 +81,7 @@ def distillation_loss(
             it has the same meaning for every codebook.
 
     Returns:
-        Scalars with gradient in `total`.
+        Scalars with gradient in `total`, and the prediction they are of.
     """
     codes_BLE = codebook_VE[tokens_BL]
     given_BL = given_tokens(stages, t_B)
@@ -73,4 +95,5 @@ def distillation_loss(
     scale = codebook_VE.square().mean()
     total = logits_weight * cross_entropy + code_weight * code_error / scale
     accuracy = (logits.detach().argmax(-1) == target).float().mean()
-    return Losses(total, cross_entropy.detach(), code_error.detach(), accuracy)
+    prediction = Prediction(logits_BLV, predicted_BLE, tokens_BL, asked, cond_B, t_B)
+    return Losses(total, cross_entropy.detach(), code_error.detach(), accuracy, prediction)

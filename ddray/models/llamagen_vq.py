@@ -4,7 +4,7 @@ Sun et al. (arXiv 2406.06525). Parameter names are those of the official checkpo
 `encoder.conv_blocks.0` is the highest resolution, `decoder.conv_blocks.0` the lowest. Imports
 ddray.models.autoencoder.
 
-Shapes: B batch, L tokens, V codebook size, E code width.
+Shapes: B batch, L tokens, V codebook size, E code width, P cells along a side.
 """
 
 from dataclasses import dataclass
@@ -109,9 +109,12 @@ class LlamaGenVQ(nn.Module):
         """Tokens of images in [-1, 1], int64 [B, L]."""
         return self.nearest(self.latents(images))
 
+    def decoder_input(self, codes_BLE: Tensor) -> Tensor:
+        """Codes in raster order as the grid that is decoded, [B, E, P, P]."""
+        grid = round(codes_BLE.shape[1] ** 0.5)
+        return codes_BLE.transpose(1, 2).unflatten(-1, (grid, grid))
+
     def decode(self, codes_BLE: Tensor) -> Tensor:
         """Images, about [-1, 1] and not clamped, of codes in raster order, used as they are."""
-        grid = round(codes_BLE.shape[1] ** 0.5)
-        cells = codes_BLE.transpose(1, 2).unflatten(-1, (grid, grid))
-        out: Tensor = self.decoder(self.post_quant_conv(cells))
+        out: Tensor = self.decoder(self.post_quant_conv(self.decoder_input(codes_BLE)))
         return out

@@ -221,8 +221,12 @@ class VARVQ(nn.Module):
         """Tokens of images in [-1, 1], int64 [B, L]."""
         return self.quantize.encode(self.quant_conv(self.encoder(images)))
 
+    def decoder_input(self, codes_BLE: Tensor) -> Tensor:
+        """The sum over all scales that is decoded, [B, E, P, P]."""
+        *_, latent = self.quantize.latents(codes_BLE)
+        return latent
+
     def decode(self, codes_BLE: Tensor) -> Tensor:
         """Images clamped to [-1, 1], of the codes of all scales, used as they are."""
-        *_, latent = self.quantize.latents(codes_BLE)
-        out: Tensor = self.decoder(self.post_quant_conv(latent))
+        out: Tensor = self.decoder(self.post_quant_conv(self.decoder_input(codes_BLE)))
         return out.clamp(-1, 1)

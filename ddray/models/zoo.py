@@ -395,3 +395,37 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
         "tokenizer": teacher.config["tokenizer"],
         **card,
     }
+
+
+def continue_student(spec: str | Path, teacher: Teacher) -> tuple[Any, dict[str, Any]]:
+    """A student to train further, in float32 on the teacher's device.
+
+    Args:
+        spec: bundled name or student folder.
+        teacher: whose student it has to be.
+
+    Returns:
+        As `new_student`.
+
+    Raises:
+        ConfigError: if it is the student of another teacher, tokenizer or of other sizes.
+        CheckpointError: if its weights are damaged.
+    """
+    network, card = new_student(teacher)
+    student = load_student(spec, device=teacher.device)
+    stated = student.config.get("teacher_fingerprint", teacher.fingerprint)
+    if stated != teacher.fingerprint:
+        theirs = student.config.get("teacher", "another teacher")
+        raise ConfigError(f"init={spec} was distilled from {theirs}, not from {teacher.name}")
+    if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
+        raise ConfigError(f"init={spec} and {teacher.name} have different tokenizers")
+    if student.model.config != network.config:
+        mine, theirs = asdict(network.config), asdict(student.model.config)
+        differing = [
+            f"{k}={theirs.get(k)} (not {v})" for k, v in mine.items() if theirs.get(k) != v
+        ]
+        raise ConfigError(
+            f"init={spec} is no student of {teacher.name}'s sizes: {', '.join(differing)}"
+        )
+    network.load_state_dict(student.model.state_dict())
+    return network, card

@@ -176,7 +176,7 @@ class _Run:
             self.engine.backward(losses.total)
             self.engine.step()
             self.average.update(_local_tensors(self.engine.module), self.step)
-            sums += torch.stack((losses.total.detach(), *losses[1:]))
+            sums += torch.stack((losses.total.detach(), *losses[1:4]))
             self.step += 1
             if self.step % config.log_every == 0 or self.step == config.steps:
                 self._log(sums / (self.step - logged), self.step - logged, since)
