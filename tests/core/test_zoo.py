@@ -5,7 +5,7 @@ import torch
 
 from ddray.checkpoint import save_folder
 from ddray.errors import CheckpointError, ConfigError
-from ddray.models.zoo import load_student, load_teacher, new_student
+from ddray.models.zoo import continue_student, load_student, load_teacher, new_student
 from tests.core.tiny import (
     student_config,
     student_state,
@@ -228,3 +228,25 @@ def test_an_unknown_device_or_dtype_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device='cuda', but there is no CUDA device"):
             load(device="cuda")
+
+
+def test_a_student_continues_with_its_own_weights_and_only_under_its_own_teacher(tmp_path):
+    teacher = tiny_teacher()
+    network, card = new_student(teacher)
+    for weight in network.parameters():
+        weight.data.add_(0.5)
+    state = dict(network.state_dict())
+    tokenizer = teacher.tokenizer.state_dict()
+    card["teacher_fingerprint"] = teacher.fingerprint
+    save_folder(tmp_path, card, model=state, tokenizer=tokenizer)
+    continued, sizes = continue_student(tmp_path, teacher)
+    assert all(torch.equal(value, state[name]) for name, value in continued.state_dict().items())
+    assert all(weight.requires_grad for weight in continued.parameters())
+    assert sizes["family"] == "llamagen-dd"
+    with pytest.raises(ConfigError, match="was distilled from another teacher, not from the given"):
+        continue_student(tmp_path, tiny_teacher(seed=5))
+    other = tiny_teacher(n_layer=2)
+    card["teacher_fingerprint"] = other.fingerprint
+    save_folder(tmp_path, card, model=state, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"n_layer=1 \(not 2\)"):
+        continue_student(tmp_path, other)
