@@ -1,12 +1,14 @@
 """Distillation through Ray Train and DeepSpeed against a plain torch loop, two workers against one.
 
-    python benchmarks/bench_training.py [--steps 120] [--rounds 3] [--json FILE]     (five minutes)
+    python benchmarks/bench_training.py [--steps 120] [--rounds 2] [--json FILE]     (five minutes)
 
 All of it trains the same student on the same set with one thread a worker, in processes with the
 same settings of the allocator; tokens are random, as no time depends on them. What is compared runs
-in turns, as the speed of a machine drifts. Wall rates are medians over the lines that a run logs,
-the first ones left out. Where other work shares the cores, rows per second of the workers' own CPU
-time say more. The start is that of a run on a Ray that is there already, files in the page cache.
+in turns, as the speed of a machine drifts. Two workers have as many rows each as one has, and once
+the same batch between them, where each pays for all that a step costs beside its rows. Wall rates
+are medians over the lines that a run logs, the first ones left out. Where other work shares the
+cores, rows per second of the workers' own CPU time say more. The start is that of a run on a Ray
+that is there already, files in the page cache.
 """
 
 import argparse
@@ -50,7 +52,7 @@ from ddray.trajectories import make_plan
 from ddray.trajectory_stream import TrajectoryStream
 
 LEAST_SHARE, LEAST_SPEEDUP, MOST_START_S = 0.95, 1.7, 25.0
-ROWS, SHARD_ROWS = 2000, 100
+BATCH, ROWS, SHARD_ROWS = 16, 2000, 100
 LOG_EVERY = 10
 # Lines of a run that are left out: caches fill, and threads start.
 WARM_UP_LINES = 2
@@ -61,6 +63,7 @@ WORKER = "ray::RayTrainWorker"
 
 COLUMNS = (
     Column("what", "what"),
+    Column("batch_size", "rows a step", "", ".0f"),
     Column("rows_per_s", "rate", "rows/s", ".1f"),
     Column("ratio", "x plain loop", "", ".3f"),
     Column("rows_per_cpu_s", "rows a CPU second", "", ".1f"),
@@ -203,27 +206,29 @@ def write_set(folder: str, teacher: str) -> None:
 
 def bench(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Figures of every run, in turns."""
-    ways: dict[str, tuple[int, Callable[[DistillConfig], dict[str, float]]]] = {
-        "plain loop": (1, plain_loop),
-        "one worker": (1, through_ray),
-        "two workers": (2, through_ray),
+    ways: dict[str, tuple[int, int, Callable[[DistillConfig], dict[str, float]]]] = {
+        "plain loop": (1, BATCH, plain_loop),
+        "one worker": (1, BATCH, through_ray),
+        "two workers": (2, 2 * BATCH, through_ray),
+        "two workers, the same batch": (2, BATCH, through_ray),
     }
     runs: dict[str, list[dict[str, float]]] = {what: [] for what in ways}
     with tempfile.TemporaryDirectory() as data, connect():
         write_set(data, args.teacher)
         for _ in range(args.rounds):
-            for what, (workers, run) in ways.items():
+            for what, (workers, batch_size, run) in ways.items():
                 with tempfile.TemporaryDirectory() as out:
                     config = DistillConfig(
                         data=data,
                         out=out,
                         steps=args.steps,
+                        batch_size=batch_size,
                         workers=(workers, workers),
                         threads=1,
                         log_every=LOG_EVERY,
                         checkpoint_every=args.steps,
                     )
-                    runs[what].append(run(config))
+                    runs[what].append({"batch_size": batch_size, **run(config)})
                     print(f"{what}: {runs[what][-1]['rows_per_s']:.1f} rows/s", flush=True)
     return runs
 
@@ -240,6 +245,7 @@ def tables(
     rates = [
         {
             "what": what,
+            "batch_size": row["batch_size"],
             "rows_per_s": row["rows_per_s"],
             "ratio": row["rows_per_s"] / plain["rows_per_s"],
             "rows_per_cpu_s": row["rows_per_cpu_s"],
@@ -263,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default="digits-llamagen")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     # Read by a process when it starts: what `ddray distill` gives to its workers.
@@ -271,7 +277,7 @@ def main() -> None:
     loads = [os.getloadavg()[0]]
     rates, start = tables(bench(args))
     loads.append(os.getloadavg()[0])
-    _, one, two = rates
+    _, one, two, _ = rates
     bars = {
         "one_worker_to_plain_loop": (one["ratio"], LEAST_SHARE),
         "two_workers_to_one": (two["rows_per_s"] / one["rows_per_s"], LEAST_SPEEDUP),
@@ -279,7 +285,6 @@ def main() -> None:
     }
     result = {
         "teacher": args.teacher,
-        "batch_size": DistillConfig().batch_size,
         "steps": args.steps,
         "rounds": args.rounds,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a worker",
