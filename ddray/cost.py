@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ddray.config import DistillConfig
-from ddray.errors import ShardError
+from ddray.errors import ShardError, StorageError, one_line
 from ddray.models.zoo import empty_student
 from ddray.shards import TrajectorySet
 
@@ -181,7 +181,7 @@ def estimate(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[s
     """What a run will take, for `--dry-run`.
 
     Args:
-        config: the job.
+        config: the job; its set need not be there if it names a teacher.
         assumed_mfu: share of a GPU's peak that is reached, recomputation counted as work.
 
     Returns:
@@ -192,11 +192,11 @@ def estimate(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[s
     """
     try:
         plan = TrajectorySet.open(config.data).plan
-    except ShardError:
+    except (ShardError, StorageError) as error:
+        if config.teacher is None:
+            return {"cost": f"unknown without set or teacher: {one_line(error)}"}
         plan = None
-    teacher = config.teacher or (plan and plan.teacher)
-    if not teacher:
-        return {"cost": f"unknown: there is no set at {config.data} yet; give --teacher"}
+    teacher = config.teacher or plan.teacher
     student, workers = empty_student(teacher), config.workers[1]
     flops, needed = step_flops(student, config.batch_size), memory(student, config, workers)
     rows = config.steps * config.batch_size
@@ -218,7 +218,7 @@ def _gigabytes(needed: Memory) -> str:
     parts = {
         "weights and optimizer": needed.on_device - needed.activations,
         "activations": needed.activations,
-        "these on the CPU": needed.offloaded,
+        "on the CPU": needed.offloaded,
     }
     return ", ".join(f"{_rounded(x / 1e9):g} {what}" for what, x in parts.items() if x)
 
