@@ -190,13 +190,14 @@ def estimate(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[s
     Raises:
         ConfigError: for an unknown teacher.
     """
+    plan, teacher = None, config.teacher
     try:
         plan = TrajectorySet.open(config.data).plan
+        teacher = teacher or plan.teacher
     except (ShardError, StorageError) as error:
-        if config.teacher is None:
+        if teacher is None:
             return {"cost": f"unknown without set or teacher: {one_line(error)}"}
-        plan = None
-    teacher = config.teacher or plan.teacher
+    assert teacher is not None
     student, workers = empty_student(teacher), config.workers[1]
     flops, needed = step_flops(student, config.batch_size), memory(student, config, workers)
     rows = config.steps * config.batch_size
