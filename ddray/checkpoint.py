@@ -84,11 +84,11 @@ def save_folder(
     storage.write(CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_folder(uri: str | Path) -> tuple[dict[str, Any], StateDict, StateDict | None]:
-    """Read a model folder: its config, the weights, and the tokenizer's weights if there are any.
+def read_config(uri: str | Path) -> dict[str, Any]:
+    """Read what a model folder says of its model, without the weights.
 
     Raises:
-        CheckpointError: if it is no model folder or a file is damaged.
+        CheckpointError: if it is no model folder or its config is damaged.
     """
     storage = open_storage(str(uri))
     if not storage.exists(CONFIG_FILE):
@@ -99,6 +99,17 @@ def load_folder(uri: str | Path) -> tuple[dict[str, Any], StateDict, StateDict |
         raise CheckpointError(f"{storage.join(CONFIG_FILE)} is not JSON: {error}") from error
     if not isinstance(config, dict) or "family" not in config:
         raise CheckpointError(f"{storage.join(CONFIG_FILE)} names no model family")
+    return config
+
+
+def load_folder(uri: str | Path) -> tuple[dict[str, Any], StateDict, StateDict | None]:
+    """Read a model folder: its config, the weights, and the tokenizer's weights if there are any.
+
+    Raises:
+        CheckpointError: if it is no model folder or a file is damaged.
+    """
+    config = read_config(uri)
+    storage = open_storage(str(uri))
     if not storage.exists(MODEL_FILE):
         raise CheckpointError(f"{uri} is incomplete: it has no {MODEL_FILE}")
     model = _safetensors(parse_safetensors, storage.read(MODEL_FILE), storage.join(MODEL_FILE))

@@ -323,12 +323,18 @@ def _dry_run(verb: str, config: Any) -> None:
             name: job.model_dump(mode="json") for name, job in zip(jobs, parts(config), strict=True)
         }
     print(yaml.safe_dump(values, sort_keys=False), end="")
-    if verb == "sample":
-        from ddray.runtime.sampling import estimate
+    # As comments: what is printed can go back in by --config.
+    for key, value in _cost(verb, config).items():
+        print(f"# {key}: {value}")
 
-        # As a comment: what is printed can go back in by --config.
-        for key, value in estimate(config).items():
-            print(f"# {key}: {value}")
+
+def _cost(verb: str, config: Any) -> dict[str, Any]:
+    """What a job will write or take, of the verbs that can tell."""
+    if verb not in ("sample", "distill"):
+        return {}
+    module = "ddray.runtime.sampling" if verb == "sample" else "ddray.cost"
+    told: dict[str, Any] = import_module(module).estimate(config)
+    return told
 
 
 def _handler(target: str) -> Callable[[Any], None]:

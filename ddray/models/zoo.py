@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ddray.checkpoint import CONFIG_FILE, StateDict, load_folder, load_into, read_weights
+from ddray.checkpoint import (
+    CONFIG_FILE,
+    StateDict,
+    load_folder,
+    load_into,
+    read_config,
+    read_weights,
+)
 from ddray.errors import CheckpointError, ConfigError
 from ddray.generate import Student, Teacher
 from ddray.model import Tokenizer
@@ -429,3 +436,23 @@ def continue_student(spec: str | Path, teacher: Teacher) -> tuple[Any, dict[str,
         )
     network.load_state_dict(student.model.state_dict())
     return network, card
+
+
+def empty_student(teacher: str | Path | Mapping[str, Any]) -> Any:
+    """A student of a teacher's sizes on the meta device; the teacher's weights are not needed.
+
+    Args:
+        teacher: name, model folder, or sizes.
+
+    Raises:
+        ConfigError: for an unknown teacher, or one whose family has no student.
+    """
+    where = resolve(teacher)
+    config = where if isinstance(where, Mapping) else read_config(where)
+    family = STUDENT_OF.get(str(config.get("family")))
+    if family is None:
+        raise ConfigError(
+            f"no student is known for family {config.get('family')!r}; a teacher is one of "
+            f"{', '.join(STUDENT_OF)}"
+        )
+    return empty_network({**config, "family": family}, f"the student of {teacher}")

@@ -84,6 +84,9 @@ class Engine:
             config=deepspeed_config(config, world),
             dist_init_required=False,
         )
+        if world == 1 and config.zero == 0:
+            # It would copy all gradients together, sum them over one worker, and copy them back.
+            self._engine.enable_backward_allreduce = False
         self._optimizer = self._engine.optimizer
         self._average = MovingAverage(self._masters(), config.ema_decay)
 

@@ -107,6 +107,7 @@ class _Run:
     ):
         import ray.train
 
+        began = time.monotonic()
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         assert config.schedule is not None  # the driver has put in the default
@@ -145,6 +146,7 @@ class _Run:
         self.critics = new_critics(config, self.teacher, plan, self.code_precision)
         self.step, self.bad_steps = 0, 0
         lines: list[dict[str, Any]] = []
+        loaded = time.monotonic()
         with _checkpoint() as (folder, uri):
             if folder is None:
                 self.engine = self._engine()
@@ -153,6 +155,7 @@ class _Run:
         self.log = TrainingLog(config.out, lines) if self.rank == 0 else None
         self._saved = self.step
         self._looked_at = time.monotonic()
+        self._start = {"loading_s": loaded - began, "engine_s": self._looked_at - loaded}
 
     def _engine(self, weights: dict[str, Tensor] | None = None) -> Engine:
         torch.manual_seed(self.config.seed)
@@ -217,6 +220,8 @@ class _Run:
             assert batch is not None
             self._take_step(batch, means)
             self.step += 1
+            if self._start:
+                self._tell_start(time.monotonic() - since)
             self.watchdog.moved(f"step {self.step}")
             if self.step % config.log_every == 0 or self.step == config.steps:
                 self._note(means, time.monotonic() - since)
@@ -225,6 +230,15 @@ class _Run:
                 began = time.monotonic()
                 self.save(wait=False)
                 since += time.monotonic() - began
+
+    def _tell_start(self, step_s: float) -> None:
+        """Note, once, what the time before the first step went to."""
+        spent = {
+            name: round(value, 2) for name, value in (self._start | {"step_s": step_s}).items()
+        }
+        self._start = {}
+        if self.rank == 0:
+            self.board.tell.remote("first step", step=self.step, **spent)
 
     def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, DDRayError | None]:
         """This step's batch, or why there is none.

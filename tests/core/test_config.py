@@ -202,3 +202,16 @@ def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
 def test_configs_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValueError, match="frozen"):
         SampleConfig().count = 3  # type: ignore[misc]
+
+
+JOBS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
+def test_every_job_in_the_repository_is_one_and_names_the_verb_that_it_is_for(file: Path) -> None:
+    model, _, verb = file.stem.rpartition("-")
+    config = load_config(KINDS[verb], file=file)
+    assert f"ddray {verb} --config jobs/configs/{file.name}" in file.read_text()
+    if isinstance(config, DistillConfig):
+        sampled = load_config(SampleConfig, file=file.with_name(f"{model}-sample.yaml"))
+        assert config.data == sampled.out

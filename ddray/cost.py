@@ -1,0 +1,241 @@
+"""What a distillation costs: floating-point operations, memory, GPU hours.
+
+Arithmetic on sizes, for networks on the meta device too. A multiplication and an addition count as
+two operations; what is no matrix product is left out, and causal attention counts as full, as is
+usual for figures of utilisation. Imports ddray.config, errors, shards and the zoo.
+
+Shapes: B rows of a step, T condition tokens, L image tokens, S = T + L, V codebook size, C model
+width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ddray.config import DistillConfig
+from ddray.errors import ShardError, StorageError, one_line
+from ddray.models.zoo import empty_student
+from ddray.shards import TrajectorySet
+
+# Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
+# from NVIDIA's data sheets. The first that fits counts.
+_PEAKS = {
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+}
+_ASSUMED_MFU = 0.4
+
+# Bytes that a block keeps for its backward pass, for each position and unit of C; of a logit and
+# what becomes of it in the loss; and of all else. Measured (tests/core/test_cost.py).
+_BLOCK_BYTES = {"float32": 94, "bfloat16": 57, "float16": 57}
+_LOGIT_BYTES = {"float32": 12, "bfloat16": 14, "float16": 14}
+_REST_BYTES = 21
+
+
+def forward_flops(student: nn.Module) -> int:
+    """Operations of a student's forward pass over one trajectory.
+
+    Args:
+        student: network of a family of `STUDENT_OF`.
+    """
+    condition, tokens = _lengths(student)
+    positions = condition + tokens
+    products = sum(
+        2 * module.weight.numel() * _times(name, condition, tokens)
+        for name, module in student.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    return products + 4 * positions**2 * _width(student) * len(_blocks(student))
+
+
+def _times(name: str, condition: int, tokens: int) -> int:
+    """How often a linear layer is applied for a row."""
+    if ".ada_lin" in name or name.startswith("shared_ada_lin"):
+        return 1  # to the class
+    if name.startswith("layerwise_n_d_embed"):
+        return 0  # to two vectors, whatever the number of rows
+    if name.startswith("cls_embedding"):
+        return condition
+    return condition + tokens if name.startswith(("layers", "blocks")) else tokens
+
+
+def step_flops(student: nn.Module, batch_size: int) -> int:
+    """Operations of a training step of B rows: the backward pass takes twice the forward's.
+
+    What activation checkpointing computes again is not in it: that is no progress.
+    """
+    return 3 * forward_flops(student) * batch_size
+
+
+def mfu(
+    flops_per_step: float, seconds_per_step: float, device_name: str, workers: int
+) -> float | None:
+    """Share of the devices' 16-bit peak that a training reaches; None for an unknown device.
+
+    Args:
+        flops_per_step: of `step_flops`, over all workers.
+        seconds_per_step: measured.
+        device_name: as `torch.cuda.get_device_name()` gives it.
+        workers: devices.
+    """
+    peaks = _peaks(device_name)
+    return None if peaks is None else flops_per_step / seconds_per_step / peaks[0] / workers
+
+
+def _peaks(device_name: str) -> tuple[float, float] | None:
+    return next((peaks for part, peaks in _PEAKS.items() if part in device_name), None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker.
+
+    Attributes:
+        weights: float32, as the network has them.
+        masters: ZeRO's float32 copy that the optimizer moves.
+        gradients: float32.
+        moments: AdamW's two.
+        average: the moving average.
+        autocast: 16-bit copies of the weights, where the forward pass is in 16 bits.
+        activations: what the backward pass needs, about.
+        offloaded: of these, on the CPU.
+    """
+
+    weights: float
+    masters: float
+    gradients: float
+    moments: float
+    average: float
+    autocast: float
+    activations: float
+    offloaded: float
+
+    @property
+    def on_device(self) -> float:
+        """What must fit on the worker's device, beside buffers of DeepSpeed and fragments."""
+        states = self.weights + self.masters + self.gradients + self.moments + self.average
+        return states + self.autocast + self.activations - self.offloaded
+
+
+def memory(student: nn.Module, config: DistillConfig, workers: int) -> Memory:
+    """What a worker holds, by ZeRO stage.
+
+    Args:
+        student: network, on any device.
+        config: the job.
+        workers: over which ZeRO parts it.
+    """
+    whole = 4.0 * sum(parameter.numel() for parameter in student.parameters())
+    part = whole / workers if config.zero else whole
+    masters = part if config.zero else 0.0
+    gradients = {0: whole, 1: whole + part, 2: part, 3: part}[config.zero]
+    on_cpu = masters + 2 * part + part if config.offload_optimizer else 0.0
+    return Memory(
+        weights=part if config.zero == 3 else whole,
+        masters=masters,
+        gradients=gradients,
+        moments=2 * part,
+        average=part,
+        autocast=0.0 if config.precision == "float32" else whole / 2,
+        activations=_activation_bytes(student, config, workers),
+        offloaded=on_cpu,
+    )
+
+
+def _activation_bytes(student: nn.Module, config: DistillConfig, workers: int) -> float:
+    rows = config.batch_size // workers // config.accumulation
+    condition, tokens = _lengths(student)
+    block, depth = _BLOCK_BYTES[config.precision], len(_blocks(student))
+    # With checkpointing a block keeps its input, in a VAR also the marks of noise and data, and
+    # one block at a time the rest.
+    inputs = 8 if hasattr(student, "layerwise_n_d_embed") else 4
+    kept = inputs * depth + block if config.activation_checkpointing else block * depth
+    hidden = (condition + tokens) * _width(student) * (kept + _REST_BYTES)
+    return float(rows * (hidden + tokens * _vocabulary(student) * _LOGIT_BYTES[config.precision]))
+
+
+def _lengths(student: Any) -> tuple[int, int]:
+    """T and L."""
+    return getattr(student.config, "cls_token_num", 1), sum(student.stages)
+
+
+def _width(student: Any) -> int:
+    return int(student.code_layer.out_features)
+
+
+def _vocabulary(student: Any) -> int:
+    return int(student.config.vocab_size)
+
+
+def _blocks(student: Any) -> nn.ModuleList:
+    blocks: nn.ModuleList = getattr(student, "layers", None) or student.blocks
+    return blocks
+
+
+def estimate(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[str, Any]:
+    """What a run will take, for `--dry-run`.
+
+    Args:
+        config: the job; its set need not be there if it names a teacher.
+        assumed_mfu: share of a GPU's peak that is reached, recomputation counted as work.
+
+    Returns:
+        Values by name, for people.
+
+    Raises:
+        ConfigError: for an unknown teacher.
+    """
+    plan, teacher = None, config.teacher
+    try:
+        plan = TrajectorySet.open(config.data).plan
+        teacher = teacher or plan.teacher
+    except (ShardError, StorageError) as error:
+        if teacher is None:
+            return {"cost": f"unknown without set or teacher: {one_line(error)}"}
+    assert teacher is not None
+    student, workers = empty_student(teacher), config.workers[1]
+    flops, needed = step_flops(student, config.batch_size), memory(student, config, workers)
+    rows = config.steps * config.batch_size
+    told: dict[str, Any] = {
+        "student": f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} million parameters",
+        "rows": f"{rows} ({rows / plan.count:.1f} epochs of {plan.count})" if plan else rows,
+        "teraflops_per_step": _rounded(flops / 1e12),
+        "exaflops": _rounded(flops * config.steps / 1e18),
+        "gigabytes_a_worker": _gigabytes(needed),
+    }
+    if config.use_gpu:
+        again = 4 / 3 if config.activation_checkpointing else 1.0
+        told["gpu_hours"] = _gpu_hours(flops * config.steps * again, config, assumed_mfu)
+        told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in {config.precision}; not measured"
+    return told
+
+
+def _gigabytes(needed: Memory) -> str:
+    parts = {
+        "weights and optimizer": needed.on_device - needed.activations,
+        "activations": needed.activations,
+        "on the CPU": needed.offloaded,
+    }
+    return ", ".join(f"{_rounded(x / 1e9):g} {what}" for what, x in parts.items() if x)
+
+
+def _gpu_hours(flops: float, config: DistillConfig, assumed_mfu: float) -> str:
+    which = int(config.precision == "float32")
+    workers = config.workers[1]
+    parts = []
+    for name in ("H100", "A100"):
+        hours = flops / (_PEAKS[name][which] * assumed_mfu) / 3600
+        parts.append(
+            f"{_rounded(hours):g} of {name}s ({_rounded(hours / workers):g} h on {workers})"
+        )
+    return " or ".join(parts)
+
+
+def _rounded(value: float) -> float:
+    """To three digits."""
+    return float(f"{value:.3g}")

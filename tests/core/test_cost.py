@@ -1,0 +1,143 @@
+"""The arithmetic of costs against what torch counts: parameters, operations, bytes kept."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddray.conditioning import Captions
+from ddray.config import DistillConfig
+from ddray.cost import estimate, forward_flops, memory, mfu, step_flops
+from ddray.distill import recompute_activations
+from ddray.errors import ConfigError
+from ddray.losses import distillation_loss
+from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
+from ddray.models.var_dd import VARStudent, VARStudentConfig
+from ddray.models.zoo import empty_student
+
+ROWS = 4
+
+
+def _llamagen(**other: Any) -> LlamaGenStudent:
+    sizes = {"dim": 256, "n_layer": 3, "n_head": 4, "vocab_size": 512, "num_classes": 10}
+    return LlamaGenStudent(LlamaGenStudentConfig(**{**sizes, "block_size": 64, **other}))
+
+
+def _var(**other: Any) -> VARStudent:
+    sizes = {"depth": 3, "embed_dim": 256, "num_heads": 4, "vocab_size": 512, "num_classes": 10}
+    scales = {"patch_nums": (1, 2, 3, 4, 5), "codebook_dim": 8}
+    return VARStudent(VARStudentConfig(**{**sizes, **scales, **other}))
+
+
+STUDENTS = {
+    "llamagen": _llamagen,
+    "captions": lambda: _llamagen(cls_token_num=12, caption_dim=32),
+    "var": _var,
+    "var, shared": lambda: _var(shared_aln=True),
+}
+
+
+def _loss(student: Any) -> torch.Tensor:
+    tokens, codes = sum(student.stages), torch.randn(512, 8)
+    cond: Any = torch.zeros(ROWS, dtype=torch.int64)
+    if student.conditioning == "text":
+        cond = Captions(torch.randn(ROWS, 12, 32), torch.ones(ROWS, 12, dtype=torch.bool))
+    noise, t = torch.randn(ROWS, tokens, 8), torch.zeros(ROWS, dtype=torch.int64)
+    target = torch.randint(512, (ROWS, tokens))
+    return distillation_loss(student, student.stages, codes, noise, target, cond, t).total
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    student = STUDENTS[name]()
+    # Attention as plain products, which the counter sees on a CPU.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = _loss(student)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    counted = forward.get_total_flops()
+    # The layers that act on two vectors a batch, whatever its size.
+    marks = sum(
+        2 * 2 * layer.weight.numel() for layer in getattr(student, "layerwise_n_d_embed", ())
+    )
+    assert ROWS * forward_flops(student) == counted - marks
+    # No gradient goes to noise or captions.
+    assert step_flops(student, ROWS) == pytest.approx(
+        counted + backward.get_total_flops(), rel=0.02
+    )
+
+
+def _kept_bytes(student: Any, precision: str) -> int:
+    """Of all that autograd keeps, weights and their 16-bit copies left out."""
+    weights = [*student.parameters(), *student.buffers()]
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    shapes = {shape for w in weights if w.dim() == 2 for shape in (w.shape, w.T.shape)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out and tensor.shape not in shapes:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+        _loss(student)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llamagen", "var"])
+def test_activations_are_what_autograd_keeps_and_the_gradient_of_the_logits(
+    name: str, precision: str
+) -> None:
+    student = STUDENTS[name]()
+    config = DistillConfig(batch_size=ROWS, precision=precision)  # type: ignore[arg-type]
+    assert 1.0 < memory(student, config, 1).activations / _kept_bytes(student, precision) < 1.25
+
+
+def test_a_block_that_is_computed_again_keeps_its_input() -> None:
+    shallow, deep = _llamagen(n_layer=2), _llamagen(n_layer=6)
+    for student in (shallow, deep):
+        recompute_activations(student)
+    config = DistillConfig(batch_size=ROWS, activation_checkpointing=True)
+    estimated = [memory(student, config, 1).activations for student in (shallow, deep)]
+    kept = [_kept_bytes(student, "float32") for student in (shallow, deep)]
+    assert estimated[1] - estimated[0] == kept[1] - kept[0] == 4 * ROWS * 65 * 256 * 4
+
+
+def test_states_are_parted_by_the_stages_of_zero() -> None:
+    student = empty_student("llamagen-b-256")
+    whole = 4 * 98_321_672  # bytes of the published student in float32
+    held = {}
+    for zero in (0, 1, 2, 3):
+        needed = memory(student, DistillConfig(batch_size=64, zero=zero), 8)
+        held[zero] = (needed.on_device - needed.activations) / whole
+        assert needed.offloaded == 0
+    # Weights, gradients, two moments, average; parted ones an eighth; masters from stage 1 on.
+    assert held == pytest.approx({0: 5, 1: 2 + 5 / 8, 2: 1 + 5 / 8, 3: 6 / 8})
+    on_cpu = memory(student, DistillConfig(batch_size=64, zero=2, offload_optimizer=True), 8)
+    assert on_cpu.offloaded == pytest.approx(whole * 4 / 8)
+
+
+def test_utilisation_is_a_share_of_the_peak_of_known_devices() -> None:
+    assert mfu(989e12, 2.0, "NVIDIA H100 80GB HBM3", 1) == 0.5
+    assert mfu(8 * 312e12, 4.0, "NVIDIA A100-SXM4-80GB", 8) == 0.25
+    assert mfu(756e12, 1.0, "NVIDIA H100 PCIe", 1) == 1.0
+    assert mfu(1e12, 1.0, "cpu", 1) is None
+
+
+def test_an_estimate_needs_no_weights_and_no_set() -> None:
+    job = {"data": "/nowhere", "use_gpu": True, "batch_size": 256, "precision": "bfloat16"}
+    told = estimate(DistillConfig(teacher="var-d16", workers=8, **job))  # type: ignore[arg-type]
+    assert told["student"] == "328.2 million parameters"
+    # Three times the forward pass of 256 rows, 1000 steps, at 0.4 x 989 teraflops.
+    hours = 3 * 256 * forward_flops(empty_student("var-d16")) * 1000 / (0.4 * 989e12) / 3600
+    assert told["gpu_hours"].startswith(f"{hours:.3g} of H100s")
+    unknown = estimate(DistillConfig(**job))  # type: ignore[arg-type]
+    assert unknown["cost"].startswith("unknown without set or teacher: ")
+    with pytest.raises(ConfigError, match="no student is known for family 'var-dd'"):
+        estimate(DistillConfig(teacher="digits-var-dd", **job))  # type: ignore[arg-type]
