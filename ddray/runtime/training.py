@@ -231,8 +231,11 @@ def _fit(config: DistillConfig, name: str, job: dict[str, Any], events: EventLog
         TrainingFailedError,
     )
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # It must outlive every node that the run may lose: it lies on the driver's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     fewest, most = config.workers
     trainer = TorchTrainer(
         work,
@@ -258,8 +261,9 @@ def _fit(config: DistillConfig, name: str, job: dict[str, Any], events: EventLog
         watch.run(trainer.fit)
     except TrainingFailedError as error:
         raise TrainingError(
-            f"the workers failed: {watch.failure or _reason(error)}; checkpoints in {config.out} "
-            "stay, and a rerun goes on from the last one"
+            watch.failure
+            or f"the workers failed: {watch.reason or _reason(error)}; checkpoints in "
+            f"{config.out} stay, and a rerun goes on from the last one"
         ) from error
     if watch.failure is not None:
         raise TrainingError(watch.failure)
@@ -287,12 +291,15 @@ class _Watch:
     Attributes:
         step: the last one that was seen.
         failure: what no restart would mend.
+        reason: why the last attempt failed, if a worker could say so.
         terminated: whether SIGTERM has come.
     """
 
     def __init__(self, board: Any, config: DistillConfig, events: EventLog):
         self._board, self._config, self._events = board, config, events
-        self.step, self.failure, self.terminated = 0, None, False
+        self.step, self.terminated = 0, False
+        self.failure: str | None = None
+        self.reason: str | None = None
 
     def run(self, fit: Callable[[], object]) -> None:
         """Train in a thread until it ends; raises what it raises.
@@ -322,7 +329,8 @@ class _Watch:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):
-            self.step, note, told, self.failure = ray.get(self._board.look.remote(), timeout=5)
+            seen = ray.get(self._board.look.remote(), timeout=5)
+            self.step, note, told, self.failure, self.reason = seen
             bar.advance_to(self.step, note)
             for event in told:
                 self._events.add(**event)

@@ -30,12 +30,14 @@ class Board:
         self._seen: dict[int, float] = {}
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
+        self._reason: str | None = None
         self._stop = False
 
     def sign_on(self, rank: int, world: int, worker: Any) -> str | None:
         """A worker begins; returns why the run has failed for good, if it has."""
         self._workers = {r: w for r, w in self._workers.items() if r < world} | {rank: worker}
         self._seen = {r: s for r, s in self._seen.items() if r < world} | {rank: time.monotonic()}
+        self._reason = None
         return self._failure
 
     def beat(self, rank: int) -> bool:
@@ -55,14 +57,18 @@ class Board:
         """What no restart would mend: workers that sign on from now on are told to end."""
         self._failure = self._failure or reason
 
+    def complain(self, reason: str) -> None:
+        """Why an attempt has failed, where a restart may help."""
+        self._reason = reason
+
     def stop(self) -> None:
         """Ask the workers for a last checkpoint."""
         self._stop = True
 
-    def look(self) -> tuple[int, str, list[dict[str, Any]], str | None]:
-        """Step, note, events since the last look, failure."""
+    def look(self) -> tuple[int, str, list[dict[str, Any]], str | None, str | None]:
+        """Step, note, events since the last look, failure, why the last attempt failed."""
         events, self._events = self._events, []
-        return self._step, self._note, events, self._failure
+        return self._step, self._note, events, self._failure, self._reason
 
     def silent(self, for_s: float) -> dict[int, Any]:
         """Workers whose process has said nothing for so long, by rank; each is named once."""

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import ddray
+from ddray.shards import shard_name
 from tests.chaos.job import Job, is_alive, write_set
 from tests.runtime.tiny import distilling
 
@@ -25,7 +27,7 @@ STEPS, EVERY = 400, 50
 RUN: dict[str, Any] = {
     "steps": STEPS,
     "checkpoint_every": EVERY,
-    "log_every": 10,
+    "log_every": 1,
     "workers": (2, 2),
     "zero": 2,
 }
@@ -76,7 +78,7 @@ def _finished(out: Path, job: Job) -> list[float]:
     assert "Traceback" not in stderr
     assert ddray.load_student(out / "student", device="cpu").config["step"] == STEPS
     history = _lines(out / "metrics.jsonl")
-    assert [line["step"] for line in history] == list(range(10, STEPS + 1, 10))
+    assert [line["step"] for line in history] == list(range(1, STEPS + 1))
     return [line["loss"] for line in history]
 
 
@@ -184,3 +186,92 @@ def test_a_checkpoint_that_lacks_the_part_of_a_rank_is_named(
     line = _refusal(start(*_distill(stopped.data, out)))
     assert part.name in line
     assert str(part.parent.parent) in line
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_frozen_worker_is_replaced(
+    start: Callable[..., Job], data: Path, undisturbed: list[float], tmp_path: Path, workers: int
+) -> None:
+    job = start(*_distill(data, tmp_path, workers=(workers, workers), step_timeout_s=8))
+    job.until(_is_midway(tmp_path))
+    worker, frozen_at = job.workers("ray::RayTrainWorker")[-1], time.time()
+    worker.suspend()
+    losses = _finished(tmp_path, job)
+    if workers == 2:
+        assert losses == pytest.approx(undisturbed, **SAME)
+    noticed = _events(tmp_path, "frozen") + _events(tmp_path, "hung")
+    assert 6 < min(event["time"] for event in noticed) - frozen_at < 20
+    assert len(_events(tmp_path, "resumed")) == 1
+    assert not is_alive(worker)
+
+
+def _resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def test_a_full_disk_names_the_checkpoint_and_with_room_a_rerun_goes_on(
+    start: Callable[..., Job], data: Path, small_disk: Path
+) -> None:
+    out = small_disk / "run"
+    _resize(small_disk, "1200k")
+    line = _refusal(start(*_distill(data, out, workers=(1, 1), keep_checkpoints=STEPS)))
+    assert line.startswith("ddray: error: no space left for the checkpoint step-0000")
+    assert f"make room at {out}, then rerun: it goes on from the last checkpoint" in line
+    _resize(small_disk, "100m")
+    _finished(out, start(*_distill(data, out, workers=(1, 1), keep_checkpoints=STEPS)))
+    (resumed,) = _events(out, "resumed")
+    assert resumed["step"] > 0
+
+
+def test_memory_that_does_not_suffice_is_told_with_what_to_lower(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    line = _refusal(start(*_distill(data, tmp_path, batch_size=2**21)))
+    assert f"with {2**20} trajectories at once (batch_size={2**21} over 2 workers" in line
+    assert "raise accumulation" in line
+    assert not _events(tmp_path, "resumed")
+
+
+def _copy(data: Path, to: Path, shards: int) -> Path:
+    """The set as it is when so many of its shards are there."""
+    (to / "shards").mkdir(parents=True)
+    shutil.copy(data / "manifest.json", to)
+    for k in range(shards):
+        shutil.copy(data / shard_name(k), to / shard_name(k))
+    return to
+
+
+FOLLOW: dict[str, Any] = {"follow": True, "stall_timeout_s": 60}
+
+
+def test_a_damaged_shard_that_comes_late_is_named_by_whoever_reads_it(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    growing = _copy(data, tmp_path / "set", 1)
+    job = start(*_distill(growing, tmp_path / "run", **FOLLOW))
+    job.until(lambda: len(_lines(tmp_path / "run" / "events.jsonl")) > 0)
+    for k in (1, 2):
+        (growing / shard_name(k)).write_bytes((data / shard_name(k)).read_bytes()[:-40])
+    assert Path(shard_name(1)).stem in _refusal(job)
+
+
+def test_a_set_that_does_not_grow_is_waited_for_no_longer_than_told(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    growing = _copy(data, tmp_path / "set", 1)
+    line = _refusal(start(*_distill(growing, tmp_path / "run", follow=True, stall_timeout_s=5)))
+    assert "stall_timeout_s" in line
+
+
+def test_a_set_that_grows_gives_the_losses_of_the_complete_one(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    growing = _copy(data, tmp_path / "set", 1)
+    job = start(*_distill(growing, tmp_path / "run", **FOLLOW))
+    job.until(lambda: bool(job.workers("ray::RayTrainWorker")))
+    for k in (1, 2):
+        time.sleep(8)
+        shutil.copy(data / shard_name(k), growing / shard_name(k))
+    losses = _finished(tmp_path / "run", job)
+    whole = start(*_distill(data, tmp_path / "whole", **FOLLOW))
+    assert losses == pytest.approx(_finished(tmp_path / "whole", whole), **SAME)
