@@ -124,6 +124,12 @@ def independent_tokens(
     return tokens
 
 
+def makes_digits(teacher: Teacher) -> bool:
+    """Whether images are grey 28x28 of ten classes: fd_digits is defined on those."""
+    image = teacher.decode(torch.zeros(1, teacher.num_tokens, dtype=torch.long))
+    return (teacher.num_classes, *image.shape[1:]) == (10, 1, 28, 28)
+
+
 def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:
     student = load_student(config.student)
     name = config.teacher or student.config.get("teacher")
@@ -132,8 +138,7 @@ def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:
     teacher = load_teacher(name)
     if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
         raise ConfigError(f"{config.student} and {name} have different tokenizers")
-    image = teacher.decode(torch.zeros(1, teacher.num_tokens, dtype=torch.long))
-    if (teacher.num_classes, *image.shape[1:]) != (10, 1, 28, 28):
+    if not makes_digits(teacher):
         raise ConfigError(
             f"{name} does not make grey 28x28 digits of ten classes; fd_digits is defined on those"
         )

@@ -86,6 +86,11 @@ def classify(classifier: DigitsClassifier, images: Tensor) -> tuple[Tensor, Tens
     return torch.cat(features), torch.cat(classes)
 
 
+def code_features(codes_BLE: Tensor) -> Tensor:
+    """Mean and deviation of an image's codes [B, 2E]: features that need no outside network."""
+    return torch.cat((codes_BLE.mean(1), codes_BLE.std(1)), 1)
+
+
 class DigitsMetric:
     """The bundled classifier and the statistics of the held-out digits, ready to judge images.
 

@@ -16,6 +16,7 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 _FLUSH_EVERY_S = 30.0
 
 _IDENTITY = "identity"
@@ -52,6 +53,13 @@ def claim(
 def write_json(storage: Storage, name: str, values: Mapping[str, Any]) -> None:
     """Write a file of JSON that people read too."""
     storage.write(name, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
+    """What a file of lines of JSON holds; nothing where there is none."""
+    if not storage.exists(name):
+        return []
+    return [json.loads(line) for line in storage.read(name).splitlines()]
 
 
 class LineLog:

@@ -10,12 +10,44 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ddray.errors import StorageError
 from ddray.run_folder import METRICS_FILE
 from ddray.storage import open_storage
 
 TENSORBOARD_FOLDER = "tensorboard"
 _FLUSH_EVERY_S = 30.0
+
+
+def draw(out: str, line: dict[str, Any], picture: npt.NDArray[np.uint8]) -> None:
+    """Give TensorBoard the figures and the picture of an evaluation.
+
+    Args:
+        out: URI of the run.
+        line: the figures, and the step.
+        picture: uint8 [H, W, C].
+    """
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory(prefix="ddray-") as folder:
+        with SummaryWriter(folder, filename_suffix=f".step-{line['step']}") as board:
+            _add_scalars(board, line)
+            board.add_image("same_noise", picture, line["step"], dataformats="HWC")
+        _copy(folder, out)
+
+
+def _add_scalars(board: Any, line: dict[str, Any]) -> None:
+    for name, value in line.items():
+        if name != "step":
+            board.add_scalar(name, value, line["step"])
+
+
+def _copy(folder: str, out: str) -> None:
+    storage = open_storage(out)
+    for file in Path(folder).iterdir():
+        storage.write(f"{TENSORBOARD_FOLDER}/{file.name}", file.read_bytes())
 
 
 class TrainingLog:
@@ -43,9 +75,7 @@ class TrainingLog:
     def add(self, line: dict[str, Any]) -> None:
         """Log one line; it has a "step", and all its numbers are drawn over that."""
         self.lines.append(line)
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, line["step"])
+        _add_scalars(self._board, line)
         if time.monotonic() - self._written_at >= _FLUSH_EVERY_S:
             self.flush()
 
@@ -55,8 +85,7 @@ class TrainingLog:
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         with contextlib.suppress(StorageError):
             self._storage.write(METRICS_FILE, lines.encode())
-            for file in Path(self._folder.name).iterdir():
-                self._storage.write(f"{TENSORBOARD_FOLDER}/{file.name}", file.read_bytes())
+            _copy(self._folder.name, self._storage.uri)
         self._written_at = time.monotonic()
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from ddray import __version__
 from ddray.conditions import check_encoder
 from ddray.config import DistillConfig
@@ -24,11 +26,13 @@ from ddray.models.zoo import load_teacher
 from ddray.progress import Progress
 from ddray.run_folder import (
     CONFIG_FILE,
+    EVALUATIONS_FILE,
     EVENTS_FILE,
     METRICS_FILE,
     SUMMARY_FILE,
     EventLog,
     claim,
+    read_lines,
     write_json,
 )
 from ddray.runtime.cluster import connect, require
@@ -38,6 +42,7 @@ from ddray.schedule import default_schedule
 from ddray.shard_order import default_lanes
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
+from ddray.student_check import BEST_FOLDER, PICTURES_FOLDER, check_student, require_classes
 from ddray.training_log import TENSORBOARD_FOLDER
 
 _POLL_S = 1.0
@@ -50,7 +55,10 @@ _RUN_FILES = (
     EVENTS_FILE,
     METRICS_FILE,
     SUMMARY_FILE,
+    EVALUATIONS_FILE,
     "bad-steps/",
+    f"{BEST_FOLDER}/",
+    f"{PICTURES_FOLDER}/",
     f"{STUDENT_FOLDER}/",
     f"{TENSORBOARD_FOLDER}/",
     "checkpoints-",
@@ -183,6 +191,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     config = _with_schedule(config, teacher)
     sound = trainable_shards(trajectories, allow_partial=config.allow_partial, follow=config.follow)
     shards = None if config.follow or len(sound) == trajectories.plan.num_shards else sound
+    if config.evaluate_every:
+        require_classes(trajectories.plan)
     lanes = _lanes(config, trajectories.plan.num_shards)
     identity = _identity(config, lanes, shards, trajectories.plan.hash)
     _claim_folder(config, identity)
@@ -195,7 +205,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     storage = open_storage(config.out)
     with connect(), EventLog(storage, workers=config.workers, steps=config.steps) as events:
         require("distillation", config.workers[0], config.threads, int(config.use_gpu))
-        step = _fit(config, name, job, events)
+        step = _fit(config, name, job, config.teacher or trajectories.plan.teacher, events)
     history = read_history(config.out)
     last = history[-1] if history else {}
     summary: dict[str, Any] = {
@@ -213,13 +223,33 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
 def read_history(out: str) -> list[dict[str, float]]:
     """The lines of a run's `metrics.jsonl`."""
-    storage = open_storage(out)
-    if not storage.exists(METRICS_FILE):
-        return []
-    return [json.loads(line) for line in storage.read(METRICS_FILE).splitlines()]
+    return read_lines(open_storage(out), METRICS_FILE)
 
 
-def _fit(config: DistillConfig, name: str, job: dict[str, Any], events: EventLog) -> int:
+def _validation(config: DistillConfig, teacher: str, board: Any) -> Any:
+    """What Train runs beside the training, in a task of its own, on checkpoints."""
+    from ray.train import ValidationConfig
+
+    def validate(checkpoint: Any) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        with checkpoint.as_directory() as folder:
+            line = check_student(
+                f"{folder}/{STUDENT_FOLDER}",
+                config.data,
+                config.out,
+                config.evaluate_count,
+                teacher,
+            )
+        if config.patience and line["worse_in_a_row"] >= config.patience:
+            board.stop.remote()
+        return line
+
+    return ValidationConfig(validate, ray_remote_kwargs={"num_cpus": 1, "max_retries": 1})
+
+
+def _fit(
+    config: DistillConfig, name: str, job: dict[str, Any], teacher: str, events: EventLog
+) -> int:
     """Train; returns the last step."""
     import ray
     from ray.train import (
@@ -239,6 +269,7 @@ def _fit(config: DistillConfig, name: str, job: dict[str, Any], events: EventLog
     fewest, most = config.workers
     trainer = TorchTrainer(
         work,
+        validation_config=_validation(config, teacher, board) if config.evaluate_every else None,
         train_loop_config={**job, "board": board},
         # A hung collective is the watchdog's to notice; this is for a group that never meets.
         torch_config=TorchConfig(timeout_s=int(max(config.step_timeout_s, _MEETING_S))),
