@@ -298,6 +298,8 @@ class _Run:
         if self.bad_steps:
             return  # These weights may be what is wrong.
         every = self.config.evaluate_every
+        # The parts of other workers, left by an upload that never ended, are not to lie among ours.
+        name = f"step-{self.step:07d}-workers-{self.world}"
         with self.watchdog.patient(f"checkpoint of step {self.step}"):
             # Else copies would pile up before a slow storage, and more than two intervals be lost.
             ray.train.get_all_reported_checkpoints(
@@ -309,7 +311,7 @@ class _Run:
                 ray.train.report(
                     {"step": self.step},
                     checkpoint=ray.train.Checkpoint.from_directory(folder),
-                    checkpoint_dir_name=f"step-{self.step:07d}",
+                    checkpoint_dir_name=name,
                     checkpoint_upload_mode=CheckpointUploadMode.SYNC
                     if wait
                     else CheckpointUploadMode.ASYNC,
@@ -321,7 +323,7 @@ class _Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 if not _is_full_disk(error):
                     raise
-                raise self._no_space(f"step-{self.step:07d}", folder, error) from error
+                raise self._no_space(name, folder, error) from error
         self._saved = self.step
 
     def _upload(self, checkpoint: Any, name: str) -> Any:

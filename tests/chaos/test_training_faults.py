@@ -58,7 +58,7 @@ def _events(out: Path, event: str) -> list[dict[str, Any]]:
 
 def _saved(out: Path) -> list[int]:
     """Steps whose checkpoint lies there, or is being written."""
-    return sorted(int(folder.name[5:]) for folder in out.glob("checkpoints-*/step-*"))
+    return sorted(int(folder.name[5:12]) for folder in out.glob("checkpoints-*/step-*"))
 
 
 def _is_midway(out: Path) -> Callable[[], bool]:
@@ -161,6 +161,7 @@ def test_a_stopped_run_leaves_a_checkpoint_of_its_last_step_and_goes_on_from_it(
     )
     assert not any(map(is_alive, stopped.tree))
     assert not (stopped.out / "summary.json").exists()
+    assert len(_events(stopped.out, "stopped")) == 1
     out = stopped.again(tmp_path / "run")
     losses = _finished(out, start(*_distill(stopped.data, out)))
     assert losses == pytest.approx(undisturbed, **SAME)
@@ -182,7 +183,7 @@ def test_a_checkpoint_that_lacks_the_part_of_a_rank_is_named(
     start: Callable[..., Job], stopped: Stopped, tmp_path: Path
 ) -> None:
     out = stopped.again(tmp_path / "run")
-    (part,) = out.glob(f"*/step-{stopped.step:07d}/deepspeed/*pp_rank_1_*optim*")
+    (part,) = out.glob(f"*/step-{stopped.step:07d}-*/deepspeed/*pp_rank_1_*optim*")
     part.unlink()
     line = _refusal(start(*_distill(stopped.data, out)))
     assert part.name in line
