@@ -190,6 +190,17 @@ def test_a_checkpoint_that_lacks_the_part_of_a_rank_is_named(
     assert str(part.parent.parent) in line
 
 
+def test_a_list_of_checkpoints_that_is_cut_is_named(
+    start: Callable[..., Job], stopped: Stopped, tmp_path: Path
+) -> None:
+    out = stopped.again(tmp_path / "run")
+    (snapshot,) = out.glob("checkpoints-*/checkpoint_manager_snapshot.json")
+    snapshot.write_bytes(snapshot.read_bytes()[:100])
+    line = _refusal(start(*_distill(stopped.data, out)))
+    assert f"{snapshot} is damaged" in line
+    assert "--fresh" in line
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_frozen_worker_is_replaced(
     start: Callable[..., Job], data: Path, undisturbed: list[float], tmp_path: Path, workers: int
