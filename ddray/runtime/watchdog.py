@@ -40,9 +40,14 @@ class Board:
         self._reason = None
         return self._failure
 
+    def sign_off(self, rank: int) -> None:
+        """A worker has ended, well or not, and will say no more."""
+        self._seen.pop(rank, None)
+
     def beat(self, rank: int) -> bool:
         """A worker's process is alive; returns whether the run shall stop."""
-        self._seen[rank] = time.monotonic()
+        if rank in self._seen:
+            self._seen[rank] = time.monotonic()
         return self._stop
 
     def put(self, step: int, note: str) -> None:
@@ -115,6 +120,7 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._board.sign_off.remote(self._rank)
 
     def _watch(self) -> None:
         import ray
