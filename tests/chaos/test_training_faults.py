@@ -226,7 +226,7 @@ def test_a_full_disk_names_the_checkpoint_and_with_room_a_rerun_goes_on(
     start: Callable[..., Job], data: Path, small_disk: Path
 ) -> None:
     out = small_disk / "run"
-    _resize(small_disk, "1200k")
+    _resize(small_disk, "8m")
     line = _refusal(start(*_distill(data, out, workers=(1, 1), keep_checkpoints=STEPS)))
     assert line.startswith("ddray: error: no space left for the checkpoint step-0000")
     assert f"make room at {out}, then rerun: it goes on from the last checkpoint" in line
