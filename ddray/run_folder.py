@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ddray.errors import ConfigError, StorageError, one_line
+from ddray.errors import ConfigError, StoppedError, StorageError, one_line
 from ddray.storage import NotFoundError, Storage
 
 CONFIG_FILE = "config.json"
@@ -106,7 +106,7 @@ class LineLog:
 class EventLog:
     """`events.jsonl`: what happened when.
 
-    As a context it ends with "finished", or with "failed" and the reason.
+    As a context it ends with "finished", or with "stopped" or "failed" and the reason.
 
     Args:
         storage: the folder.
@@ -132,7 +132,8 @@ class EventLog:
         if error is None:
             self.add("finished")
         else:
-            self.add("failed", reason=one_line(error))
+            ended = "stopped" if isinstance(error, StoppedError) else "failed"
+            self.add(ended, reason=one_line(error))
         self._log.flush()
 
 

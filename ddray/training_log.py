@@ -66,7 +66,8 @@ class TrainingLog:
 
         self.lines = lines
         self._storage = open_storage(out)
-        self._folder = tempfile.TemporaryDirectory(prefix="ddray-")
+        # Below the current folder: a worker's is Ray's, which deletes it, whoever dies.
+        self._folder = tempfile.TemporaryDirectory(prefix="ddray-", dir=Path.cwd())
         purge = int(lines[-1]["step"]) + 1 if lines else 0
         self._board = SummaryWriter(self._folder.name, purge_step=purge)
         self._written_at = 0.0

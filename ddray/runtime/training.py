@@ -19,7 +19,7 @@ import torch
 from ddray import __version__
 from ddray.conditions import check_encoder
 from ddray.config import DistillConfig
-from ddray.errors import ConfigError, StoppedError, TrainingError
+from ddray.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from ddray.generate import Teacher
 from ddray.inspect_set import trainable_shards
 from ddray.models.zoo import load_teacher
@@ -41,7 +41,7 @@ from ddray.runtime.watchdog import Board
 from ddray.schedule import default_schedule
 from ddray.shard_order import default_lanes
 from ddray.shards import TrajectorySet
-from ddray.storage import open_storage
+from ddray.storage import NotFoundError, Storage, open_storage
 from ddray.student_check import BEST_FOLDER, PICTURES_FOLDER, check_student, require_classes
 from ddray.training_log import TENSORBOARD_FOLDER
 
@@ -150,6 +150,20 @@ def _finished_summary(config: DistillConfig) -> dict[str, Any] | None:
     return None
 
 
+def _check_list(storage: Storage, name: str) -> None:
+    """Refuse Train's list of checkpoints if it is cut: Train does not write it atomically."""
+    file = f"{name}/checkpoint_manager_snapshot.json"
+    try:
+        json.loads(storage.read(file))
+    except NotFoundError:
+        return
+    except ValueError as error:
+        raise CheckpointError(
+            f"{storage.join(file)} is damaged, by a full disk or a kill while it was written; "
+            "restore it, or rerun with --fresh"
+        ) from error
+
+
 def _lanes(config: DistillConfig, num_shards: int) -> int:
     """Lanes of the data: every number of workers that the run may have must divide them."""
     fewest, most = config.workers
@@ -177,6 +191,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         Summary: steps, final losses, samples/s, where the student lies.
 
     Raises:
+        CheckpointError: damaged checkpoints of an earlier run.
         ConfigError: a teacher, schedule or earlier run that does not fit.
         ShardError: an incomplete or damaged set.
         StoppedError: after SIGTERM, with a checkpoint of the last step.
@@ -203,6 +218,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     name = f"checkpoints-{_digest(identity)}"
     job = {"config": config.model_dump(mode="json"), "lanes": lanes, "shards": shards}
     storage = open_storage(config.out)
+    _check_list(storage, name)
     with connect(), EventLog(storage, workers=config.workers, steps=config.steps) as events:
         require("distillation", config.workers[0], config.threads, int(config.use_gpu))
         step = _fit(config, name, job, config.teacher or trajectories.plan.teacher, events)
@@ -261,8 +277,11 @@ def _fit(
         TrainingFailedError,
     )
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # It must outlive every node that the run may lose: it lies on the driver's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     fewest, most = config.workers
     trainer = TorchTrainer(
         work,
@@ -289,9 +308,12 @@ def _fit(
         watch.run(trainer.fit)
     except TrainingFailedError as error:
         raise TrainingError(
-            f"the workers failed: {watch.failure or _reason(error)}; checkpoints in {config.out} "
-            "stay, and a rerun goes on from the last one"
+            watch.failure
+            or f"the workers failed: {watch.reason or _reason(error)}; checkpoints in "
+            f"{config.out} stay, and a rerun goes on from the last one"
         ) from error
+    except ray.exceptions.RayError as error:
+        raise TrainingError(f"Ray Train has failed: {_reason(error)}") from error
     if watch.failure is not None:
         raise TrainingError(watch.failure)
     if watch.terminated:
@@ -318,12 +340,15 @@ class _Watch:
     Attributes:
         step: the last one that was seen.
         failure: what no restart would mend.
+        reason: why the last attempt failed, if a worker could say so.
         terminated: whether SIGTERM has come.
     """
 
     def __init__(self, board: Any, config: DistillConfig, events: EventLog):
         self._board, self._config, self._events = board, config, events
-        self.step, self.failure, self.terminated = 0, None, False
+        self.step, self.terminated = 0, False
+        self.failure: str | None = None
+        self.reason: str | None = None
 
     def run(self, fit: Callable[[], object]) -> None:
         """Train in a thread until it ends; raises what it raises.
@@ -353,7 +378,8 @@ class _Watch:
         import ray
 
         with contextlib.suppress(ray.exceptions.RayError):
-            self.step, note, told, self.failure = ray.get(self._board.look.remote(), timeout=5)
+            seen = ray.get(self._board.look.remote(), timeout=5)
+            self.step, note, told, self.failure, self.reason = seen
             bar.advance_to(self.step, note)
             for event in told:
                 self._events.add(**event)

@@ -49,6 +49,10 @@ _LOOK_EVERY_S = 5.0
 _WAIT_S = 0.5
 
 
+class _ElsewhereError(Exception):
+    """Another worker cannot go on, and says why."""
+
+
 class Agreement:
     """What one worker has met, all know before any goes on.
 
@@ -154,7 +158,7 @@ class _Run:
                 self.step, lines = self._resume(folder, uri)
         self.log = TrainingLog(config.out, lines) if self.rank == 0 else None
         self._saved = self.step
-        self._looked_at = time.monotonic()
+        self._looked_at, self._preempted = time.monotonic(), list[int]()
         self._start = {"loading_s": loaded - began, "engine_s": self._looked_at - loaded}
 
     def _engine(self, weights: dict[str, Tensor] | None = None) -> Engine:
@@ -212,7 +216,7 @@ class _Run:
             look = time.monotonic() - self._looked_at > _LOOK_EVERY_S
             failed, stop, look = self.agree(failure is not None, self.watchdog.stop, look)
             if failed:
-                raise failure or RuntimeError("another worker could not read its data")
+                raise failure or _ElsewhereError
             if stop:
                 break
             if look and self._is_preempted() and self._saved < self.step:
@@ -354,35 +358,64 @@ class _Run:
             wait: until it is in the storage; else it is copied there while training goes on.
         """
         import ray.train
-        from ray.train import CheckpointUploadMode
+        from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 
         if self.bad_steps:
             return  # These weights may be what is wrong.
         every = self.config.evaluate_every
+        # The parts of other workers, left by an upload that never ended, are not to lie among ours.
+        name = f"step-{self.step:07d}-workers-{self.world}"
         with self.watchdog.patient(f"checkpoint of step {self.step}"):
-            folder = tempfile.mkdtemp(prefix="ddray-")
+            # Else copies would pile up before a slow storage, and more than two intervals be lost.
+            ray.train.get_all_reported_checkpoints(
+                consistency_mode=CheckpointConsistencyMode.COMMITTED
+            )
+            folder = tempfile.mkdtemp(prefix="ddray-", dir=Path.cwd())
             try:
                 self._write_parts(folder)
                 ray.train.report(
                     {"step": self.step},
                     checkpoint=ray.train.Checkpoint.from_directory(folder),
-                    checkpoint_dir_name=f"step-{self.step:07d}",
+                    checkpoint_dir_name=name,
                     checkpoint_upload_mode=CheckpointUploadMode.SYNC
                     if wait
                     else CheckpointUploadMode.ASYNC,
                     delete_local_checkpoint_after_upload=True,
+                    checkpoint_upload_fn=self._upload,
                     validation=bool(every) and self.step % every == 0,
                 )
             except (OSError, RuntimeError, StorageError) as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 if not _is_full_disk(error):
                     raise
-                raise TrainingError(
-                    f"no space left for the checkpoint of step {self.step}: {one_line(error)}; "
-                    f"make room in {tempfile.gettempdir()} and at {self.config.out}, then rerun: "
-                    "it goes on from the last checkpoint"
-                ) from error
+                raise self._no_space(name, folder, error) from error
         self._saved = self.step
+
+    def _upload(self, checkpoint: Any, name: str) -> Any:
+        """Copy this rank's part of a checkpoint to the run's storage; in a thread of Train's.
+
+        What is raised here ends the attempt but says too little: Train would try again and again.
+        """
+        import ray
+        import ray.train
+
+        try:
+            return (
+                ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+            )
+        except Exception as error:  # Arrow's are those of every storage it knows
+            if _is_full_disk(error):
+                failure = self._no_space(name, self.config.out, error)
+                ray.get(self.board.fail.remote(one_line(failure)))
+            else:
+                ray.get(self.board.complain.remote(f"cannot write {name}: {one_line(error)}"))
+            raise
+
+    def _no_space(self, name: str, where: str, error: BaseException) -> TrainingError:
+        return TrainingError(
+            f"no space left for the checkpoint {name}: {one_line(error)}; make room at {where}, "
+            "then rerun: it goes on from the last checkpoint"
+        )
 
     def _write_parts(self, folder: str) -> None:
         averaged = self.engine.averaged()
@@ -405,8 +438,12 @@ class _Run:
         averaged = self.engine.averaged()
         if self.log is not None:
             self._write_student(f"{self.config.out}/{STUDENT_FOLDER}", averaged)
-            self.log.close()
             self.board.put.remote(self.step, "")
+
+    def close(self) -> None:
+        """Write the log's last lines, whatever has ended the run."""
+        if self.log is not None:
+            self.log.close()
 
     def _write_student(self, uri: str, averaged: dict[str, Tensor]) -> None:
         teacher = self.teacher
@@ -423,13 +460,18 @@ class _Run:
         save_folder(uri, card, model=averaged, tokenizer=teacher.tokenizer.state_dict())
 
     def _is_preempted(self) -> bool:
-        """Whether the cluster has said that a node of this run is about to go; all ranks call."""
+        """Whether the cluster has said that a node of this run is about to go; all ranks call.
+
+        Until it goes the run goes on, with a checkpoint at each look: Train then takes up the last.
+        """
         import ray.train
 
         self._looked_at = time.monotonic()
         info = ray.train.get_preemption_info()
-        if info is not None and self.rank == 0:
-            self.board.tell.remote("preemption", workers=info.preempted_ranks)
+        ranks = [] if info is None else info.preempted_ranks
+        if ranks != self._preempted and self.rank == 0:
+            self.board.tell.remote("preemption", step=self.step, workers=ranks)
+        self._preempted = ranks
         return info is not None
 
 
@@ -507,11 +549,14 @@ def work(arguments: dict[str, Any]) -> None:
     with Watchdog(board, rank, config.step_timeout_s) as watchdog:
         try:
             run = _Run(config, arguments["lanes"], arguments["shards"], board, watchdog)
-            run.train()
-            run.finish()
+            with contextlib.closing(run):
+                run.train()
+                run.finish()
         except Exception as error:
             if _is_out_of_memory(error):
                 ray.get(board.fail.remote(_out_of_memory(error, config, world)))
-            elif isinstance(error, DDRayError) and not isinstance(error, StorageError):
+            elif isinstance(error, StorageError):
+                ray.get(board.complain.remote(one_line(error)))
+            elif isinstance(error, DDRayError):
                 ray.get(board.fail.remote(one_line(error)))
             raise

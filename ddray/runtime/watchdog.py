@@ -30,17 +30,24 @@ class Board:
         self._seen: dict[int, float] = {}
         self._events: list[dict[str, Any]] = []
         self._failure: str | None = None
+        self._reason: str | None = None
         self._stop = False
 
     def sign_on(self, rank: int, world: int, worker: Any) -> str | None:
         """A worker begins; returns why the run has failed for good, if it has."""
         self._workers = {r: w for r, w in self._workers.items() if r < world} | {rank: worker}
         self._seen = {r: s for r, s in self._seen.items() if r < world} | {rank: time.monotonic()}
+        self._reason = None
         return self._failure
+
+    def sign_off(self, rank: int) -> None:
+        """A worker has ended, well or not, and will say no more."""
+        self._seen.pop(rank, None)
 
     def beat(self, rank: int) -> bool:
         """A worker's process is alive; returns whether the run shall stop."""
-        self._seen[rank] = time.monotonic()
+        if rank in self._seen:
+            self._seen[rank] = time.monotonic()
         return self._stop
 
     def put(self, step: int, note: str) -> None:
@@ -55,14 +62,18 @@ class Board:
         """What no restart would mend: workers that sign on from now on are told to end."""
         self._failure = self._failure or reason
 
+    def complain(self, reason: str) -> None:
+        """Why an attempt has failed, where a restart may help."""
+        self._reason = reason
+
     def stop(self) -> None:
         """Ask the workers for a last checkpoint."""
         self._stop = True
 
-    def look(self) -> tuple[int, str, list[dict[str, Any]], str | None]:
-        """Step, note, events since the last look, failure."""
+    def look(self) -> tuple[int, str, list[dict[str, Any]], str | None, str | None]:
+        """Step, note, events since the last look, failure, why the last attempt failed."""
         events, self._events = self._events, []
-        return self._step, self._note, events, self._failure
+        return self._step, self._note, events, self._failure, self._reason
 
     def silent(self, for_s: float) -> dict[int, Any]:
         """Workers whose process has said nothing for so long, by rank; each is named once."""
@@ -109,6 +120,7 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._board.sign_off.remote(self._rank)
 
     def _watch(self) -> None:
         import ray

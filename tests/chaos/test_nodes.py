@@ -1,12 +1,9 @@
 """Trajectory sampling on a cluster of several nodes, some of which come late or are lost."""
 
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +17,12 @@ from ddray.runtime.pool import fill
 from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.shards import TrajectorySet
 from ddray.trajectories import make_plan
-from tests.runtime.tiny import contents, sampling, write_teacher
+from tests.runtime.tiny import contents, sampling
 
 pytestmark = pytest.mark.chaos
 
 # So many evaluations only to make a shard last: time to strike.
 SLOW: dict[str, Any] = {"count": 96, "shard_rows": 8, "batch_size": 8, "num_evals": 2400}
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head of one CPU, to which this process is connected."""
-    # Not tmp_path: the names of Ray's sockets below it would be too long.
-    temp_dir = tempfile.mkdtemp(prefix="ddr", dir="/tmp")
-    # There Cluster notes its address, wherever its own folder is, and does not make the folder.
-    Path("/tmp/ray").mkdir(exist_ok=True)
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "include_dashboard": False,
-            "object_store_memory": 100 * 2**20,
-            "temp_dir": temp_dir,
-        },
-    )
-    ray.init(address=cluster.address, logging_level="fatal", log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-    shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def _after_shards(out: Path, number: int, act: Any) -> threading.Thread:
