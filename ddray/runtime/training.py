@@ -22,7 +22,8 @@ from ddray.config import DistillConfig
 from ddray.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from ddray.generate import Teacher
 from ddray.inspect_set import trainable_shards
-from ddray.models.zoo import load_teacher
+from ddray.models.catalog import BUNDLED_MODELS
+from ddray.models.zoo import continue_student, load_teacher
 from ddray.progress import Progress
 from ddray.run_folder import (
     CONFIG_FILE,
@@ -198,12 +199,17 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         TrainingError: workers failed more often than allowed, or losses are not finite.
     """
     # Workers elsewhere have another current folder: from here on, locations are absolute.
+    places = ["data", "out"]
+    if config.init is not None and config.init not in BUNDLED_MODELS:
+        places.append("init")
     config = config.model_copy(
-        update={name: open_storage(getattr(config, name)).uri for name in ("data", "out")}
+        update={name: open_storage(getattr(config, name)).uri for name in places}
     )
     trajectories = TrajectorySet.open(config.data)
     teacher = _load_matching_teacher(config, trajectories)
     config = _with_schedule(config, teacher)
+    if config.init is not None:
+        continue_student(config.init, teacher)
     sound = trainable_shards(trajectories, allow_partial=config.allow_partial, follow=config.follow)
     shards = None if config.follow or len(sound) == trajectories.plan.num_shards else sound
     if config.evaluate_every:

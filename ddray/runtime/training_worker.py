@@ -23,6 +23,7 @@ from ddray import __version__
 from ddray.checkpoint import load_folder, save_folder
 from ddray.conditions import load_encoder
 from ddray.config import DistillConfig
+from ddray.cost import mfu, step_flops
 from ddray.critics import new_critics
 from ddray.distill import (
     batch_loss,
@@ -169,6 +170,7 @@ class _Run:
             network, self.card = continue_student(self.config.init, self.teacher)
         if self.config.activation_checkpointing:
             recompute_activations(network)
+        self._flops = step_flops(network, self.config.batch_size)
         if weights is not None:
             network.load_state_dict(weights, strict=False)
         return Engine(network, self.teacher.codebook, self.config, self.world)
@@ -346,6 +348,9 @@ class _Run:
         line["samples_per_s"] = means.steps * config.batch_size / seconds
         if config.use_gpu:
             line["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            step_s = config.batch_size / line["samples_per_s"]
+            share = mfu(self._flops, step_s, torch.cuda.get_device_name(), self.world)
+            line |= {} if share is None else {"mfu": share}
         self.log.add(line)
         self.board.put.remote(
             self.step, f"loss {line['loss']:.3f}, {line['samples_per_s']:.0f} samples/s"

@@ -178,6 +178,31 @@ def test_two_workers_learn_what_one_learns(
     assert student.generate([0, 1], seed=1).shape == (2, 16, 4)
 
 
+def test_critics_of_two_workers_say_what_those_of_one_say(
+    ray_local: None, data: Path, tmp_path: Path
+) -> None:
+    critics = {"score_weight": 1.0, "score_start": 2, "adversary_weight": 1.0, "adversary_start": 2}
+    runs = [distilling(data, tmp_path / str(n), steps=8, workers=n, **critics) for n in (1, 2)]
+    for run in runs:
+        distill(run)
+    one, two = (read_history(run.out) for run in runs)
+    # The weights of both losses are 0 for the first two steps.
+    assert one[1]["loss"] - one[1]["cross_entropy"] < 1 < one[2]["loss"] - one[2]["cross_entropy"]
+    for name in ("loss", "imitator_nats", "teacher_nats", "discriminator", "cross_entropy_t0"):
+        assert [x[name] for x in two] == pytest.approx([x[name] for x in one], rel=5e-3), name
+
+
+def test_a_run_can_begin_with_a_student(single: DistillConfig, data: Path, tmp_path: Path) -> None:
+    run = distilling(data, tmp_path / "run", steps=2, init=f"{single.out}/student")
+    distill(run)
+    assert _losses(run.out)[0] < 0.95 * _losses(single.out)[0]
+    other = write_teacher(tmp_path / "teacher", seed=5)
+    theirs = _write_set(other, tmp_path / "set")
+    with pytest.raises(ConfigError, match="init=.* was distilled from .*, not from"):
+        distill(distilling(theirs, tmp_path / "other", init=f"{single.out}/student"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_finished_run_is_not_run_again(single: DistillConfig) -> None:
     before = contents(Path(single.out), "student")
     changed = Path(single.out) / "student" / "model.safetensors"
