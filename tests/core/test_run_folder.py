@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ddray.errors import ConfigError, ShardError
+from ddray.errors import ConfigError, ShardError, StoppedError
 from ddray.run_folder import CONFIG_FILE, EVENTS_FILE, EventLog, claim, write_json
 from ddray.storage import open_storage
 
@@ -75,3 +75,11 @@ def test_an_error_is_told_even_where_its_event_cannot_be_written(tmp_path: Path)
         shutil.rmtree(folder)
         folder.write_text("no folder any more")
         raise ShardError("lost")
+
+
+def test_an_end_that_was_asked_for_is_no_failure(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    with pytest.raises(StoppedError), EventLog(storage):
+        raise StoppedError("stopped at step 3 of 9")
+    last = json.loads(storage.read("events.jsonl").splitlines()[-1])
+    assert (last["event"], last["reason"]) == ("stopped", "stopped at step 3 of 9")
