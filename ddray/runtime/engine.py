@@ -90,9 +90,10 @@ class Engine:
         self._optimizer = self._engine.optimizer
         self._average = MovingAverage(self._masters(), config.ema_decay)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, x_BLE: Tensor, cond: Any, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """The forward pass."""
-        return self._engine(*inputs)
+        logits_BLV, codes_BLE = self._engine(x_BLE, cond, t_B)
+        return logits_BLV, codes_BLE
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro batch."""

@@ -1,18 +1,16 @@
 """A worker's side of a distillation: the loop around the plain step, checkpoints, what goes wrong.
 
-All workers agree on every step before they take it, so that none waits for one that cannot. The
-engine is ddray.runtime.engine, the driver's side ddray.runtime.training. Imports ddray.conditions,
-config, distill, losses, trajectory_stream, checkpoint, training_log and the zoo.
+The step is ddray.training_step, the engine ddray.runtime.engine, the driver's side
+ddray.runtime.training. Imports ddray.checkpoint, conditions, config, cost, critics, distill,
+trajectory_stream, training_log and the zoo.
 """
 
 import contextlib
 import json
-import math
 import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,20 @@ from ddray.config import DistillConfig
 from ddray.cost import mfu, step_flops
 from ddray.critics import new_critics
 from ddray.distill import (
-    batch_loss,
     default_code_precision,
     learning_rate,
     recompute_activations,
 )
 from ddray.errors import DDRayError, StorageError, TrainingError, one_line
-from ddray.losses import Losses
 from ddray.models.zoo import continue_student, load_teacher, new_student
 from ddray.runtime.engine import Engine, check_parts, whole_weights
+from ddray.runtime.failures import is_full_disk, is_out_of_memory, out_of_memory
 from ddray.runtime.watchdog import Watchdog
 from ddray.shard_order import check_state
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
 from ddray.training_log import TrainingLog
+from ddray.training_step import Agreement, Means, TrainingStep
 from ddray.trajectory_stream import Batch, TrajectoryStream
 
 STUDENT_FOLDER = "student"
@@ -52,43 +50,6 @@ _WAIT_S = 0.5
 
 class _ElsewhereError(Exception):
     """Another worker cannot go on, and says why."""
-
-
-class Agreement:
-    """What one worker has met, all know before any goes on.
-
-    Args:
-        world: number of workers.
-        device: where collectives run.
-    """
-
-    def __init__(self, world: int, device: torch.device):
-        self._world, self._device = world, device
-
-    def __call__(self, *flags: bool) -> list[bool]:
-        """Whether any worker has raised each flag; every worker must call."""
-        if self._world == 1:
-            return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32, device=self._device)
-        torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
-        return [bool(flag) for flag in raised.tolist()]
-
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Average over all workers, in place; every worker must call."""
-        if self._world == 1:
-            return
-        tensors = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        parts = (flat / self._world).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-    def mean(self, values: Tensor) -> list[float]:
-        """The mean over all workers; every worker must call."""
-        if self._world > 1:
-            torch.distributed.all_reduce(values)
-        return (values / self._world).tolist()
 
 
 class _Run:
@@ -157,6 +118,16 @@ class _Run:
                 self.engine = self._engine()
             else:
                 self.step, lines = self._resume(folder, uri)
+        self.training_step = TrainingStep(
+            self.engine,
+            self.critics,
+            self.teacher,
+            config,
+            self.schedule,
+            self.agree,
+            self.rank,
+            self.world,
+        )
         self.log = TrainingLog(config.out, lines) if self.rank == 0 else None
         self._saved = self.step
         self._looked_at, self._preempted = time.monotonic(), list[int]()
@@ -211,7 +182,7 @@ class _Run:
             self.save(wait=True)
 
     def _train(self, batches: Iterator[Batch]) -> None:
-        config, means = self.config, _Means()
+        config, means = self.config, Means()
         since = time.monotonic()
         while self.step < config.steps:
             batch, failure = self._next(batches)
@@ -224,14 +195,19 @@ class _Run:
             if look and self._is_preempted() and self._saved < self.step:
                 self.save(wait=True)
             assert batch is not None
-            self._take_step(batch, means)
+            figures, loss = self.training_step.take(batch, self.step)
+            if figures is None:
+                self._note_bad_step(batch, loss)
+            else:
+                self.bad_steps = 0
+                means.add(figures)
             self.step += 1
             if self._start:
                 self._tell_start(time.monotonic() - since)
             self.watchdog.moved(f"step {self.step}")
             if self.step % config.log_every == 0 or self.step == config.steps:
                 self._note(means, time.monotonic() - since)
-                means, since = _Means(), time.monotonic()
+                means, since = Means(), time.monotonic()
             if self.step % config.checkpoint_every == 0 and self.step < config.steps:
                 began = time.monotonic()
                 self.save(wait=False)
@@ -263,62 +239,6 @@ class _Run:
         except DDRayError as error:
             return None, error
 
-    def _take_step(self, batch: Batch, means: "_Means") -> None:
-        """One step of the optimizer, or none where a loss is not finite on any worker."""
-        config = self.config
-        rate = learning_rate(self.step, config.steps, config.lr, config.warmup, config.decay)
-        # The t of a row follows from step and slot, whatever the number of workers; a slot takes
-        # another t at the next step, as a lane of the data may always fill the same one.
-        each = config.batch_size // self.world // config.accumulation
-        first = self.step + self.rank * each * config.accumulation
-        values: list[dict[str, Tensor]] = []
-        for number, micro_batch in enumerate(batch.split(config.accumulation)):
-            losses = batch_loss(
-                self.engine,
-                micro_batch,
-                self.teacher.stages,
-                self.teacher.codebook,
-                first=first + number * each,
-                schedule=self.schedule,
-                logits_weight=config.logits_weight,
-                code_weight=config.code_weight,
-            )
-            total, said = losses.total, self._figures(losses)
-            for critic in self.critics:
-                loss, more = critic.loss(losses.prediction, 1 / config.accumulation)
-                total, said = total + loss, said | more
-            (bad,) = self.agree(not math.isfinite(total.item()))
-            if bad:
-                self._discard()
-                self._note_bad_step(batch, total.item())
-                return
-            self.engine.backward(total)
-            self.engine.step(rate, self.step)
-            values.append({"loss": total.detach(), **said})
-        for critic in self.critics:
-            critic.update(self.agree.average)
-        self.bad_steps = 0
-        means.add(values)
-
-    def _figures(self, losses: Losses) -> dict[str, Tensor]:
-        """What is logged of a batch; by t where every batch has rows of every t."""
-        figures = {
-            "cross_entropy": losses.cross_entropy,
-            "code_error": losses.code_error,
-            "token_accuracy": losses.token_accuracy,
-        }
-        if len(losses.cross_entropy_B) < len(self.schedule):
-            return figures
-        for t in self.schedule:
-            here_B = losses.prediction.t_B == t
-            figures[f"cross_entropy_t{t}"] = (losses.cross_entropy_B * here_B).sum() / here_B.sum()
-        return figures
-
-    def _discard(self) -> None:
-        self.engine.discard()
-        for critic in self.critics:
-            critic.discard()
-
     def _note_bad_step(self, batch: Batch, loss: float) -> None:
         """Write down the rows of a step that had no finite loss; end after too many of them."""
         self.bad_steps += 1
@@ -334,7 +254,7 @@ class _Run:
                 f"lower lr (now {self.config.lr:g}) or use precision=float32"
             )
 
-    def _note(self, means: "_Means", seconds: float) -> None:
+    def _note(self, means: Means, seconds: float) -> None:
         config = self.config
         if not means.steps:
             return  # Every step was skipped.
@@ -391,7 +311,7 @@ class _Run:
                 )
             except (OSError, RuntimeError, StorageError) as error:
                 shutil.rmtree(folder, ignore_errors=True)
-                if not _is_full_disk(error):
+                if not is_full_disk(error):
                     raise
                 raise self._no_space(name, folder, error) from error
         self._saved = self.step
@@ -409,7 +329,7 @@ class _Run:
                 ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
             )
         except Exception as error:  # Arrow's are those of every storage it knows
-            if _is_full_disk(error):
+            if is_full_disk(error):
                 failure = self._no_space(name, self.config.out, error)
                 ray.get(self.board.fail.remote(one_line(failure)))
             else:
@@ -480,26 +400,6 @@ class _Run:
         return info is not None
 
 
-class _Means:
-    """Sums of what a step has learned, until they are logged."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._names: list[str] = []
-        self._sums = torch.zeros(())
-
-    def add(self, parts: list[dict[str, Tensor]]) -> None:
-        """The figures of the micro batches of one step, the same ones at every step."""
-        self._names = [*parts[0]]
-        means = torch.stack([torch.stack([*part.values()]) for part in parts]).mean(0)
-        self._sums = self._sums.to(means) + means
-        self.steps += 1
-
-    def over(self, agree: Agreement) -> dict[str, float]:
-        """The means over all steps and workers; every worker must call."""
-        return dict(zip(self._names, agree.mean(self._sums / self.steps), strict=True))
-
-
 @contextlib.contextmanager
 def _checkpoint() -> Iterator[tuple[str | None, str]]:
     """The folder of the last checkpoint that Train has kept, and its URI, if there is one."""
@@ -511,33 +411,6 @@ def _checkpoint() -> Iterator[tuple[str | None, str]]:
     else:
         with checkpoint.as_directory() as folder:
             yield folder, checkpoint.path
-
-
-def _out_of_memory(error: BaseException, config: DistillConfig, workers: int) -> str:
-    """What to do about a worker that got no more memory."""
-    rows = config.batch_size // workers // config.accumulation
-    peak = ""
-    if config.use_gpu and torch.cuda.is_available():
-        peak = f" at {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    return (
-        f"out of memory on {socket.gethostname()}{peak} with {rows} trajectories at once "
-        f"(batch_size={config.batch_size} over {workers} workers, "
-        f"accumulation={config.accumulation}): {one_line(error)}; raise accumulation, set "
-        "activation_checkpointing, raise zero, or lower batch_size"
-    )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # PyTorch has no class of its own for a CPU that has none left.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    # PyTorch reports its own failed write, and Arrow its own, both without the reason's number.
-    signs = ("No space left", "PytorchStreamWriter failed", "inline_container", "Disk quota")
-    return any(sign in str(error) for sign in signs)
 
 
 def work(arguments: dict[str, Any]) -> None:
@@ -558,8 +431,8 @@ def work(arguments: dict[str, Any]) -> None:
                 run.train()
                 run.finish()
         except Exception as error:
-            if _is_out_of_memory(error):
-                ray.get(board.fail.remote(_out_of_memory(error, config, world)))
+            if is_out_of_memory(error):
+                ray.get(board.fail.remote(out_of_memory(error, config, world)))
             elif isinstance(error, StorageError):
                 ray.get(board.complain.remote(one_line(error)))
             elif isinstance(error, DDRayError):
