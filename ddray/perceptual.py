@@ -34,6 +34,11 @@ from ddray.models.autoencoder import Encoder
 _LPIPS_SIDE = 64
 
 
+def _squared_difference(own_BXHW: Tensor, theirs_BXHW: Tensor) -> Tensor:
+    """Of features scaled to length one; where there are none, they stay zero."""
+    return (F.normalize(own_BXHW, dim=1) - F.normalize(theirs_BXHW, dim=1)).square()
+
+
 def encoder_distance(encoder: Encoder, images_BXHW: Tensor, targets_BXHW: Tensor) -> Tensor:
     """Squared distance of features of length one, the mean over places and then over depths.
 
@@ -45,12 +50,8 @@ def encoder_distance(encoder: Encoder, images_BXHW: Tensor, targets_BXHW: Tensor
     Returns:
         float32 [B], from 0 to 4: twice one minus the mean cosine of the angle between features.
     """
-    depths = []
     both = zip(encoder.features(images_BXHW), encoder.features(targets_BXHW), strict=True)
-    for own_BXHW, theirs_BXHW in both:
-        difference = F.normalize(own_BXHW, dim=1) - F.normalize(theirs_BXHW, dim=1)
-        depths.append(difference.square().sum(1).mean((1, 2)))
-    return torch.stack(depths).mean(0)
+    return torch.stack([_squared_difference(*pair).sum(1).mean((1, 2)) for pair in both]).mean(0)
 
 
 class Lpips:
@@ -87,8 +88,18 @@ class Lpips:
 
     def __call__(self, images_BXHW: Tensor, targets_BXHW: Tensor) -> Tensor:
         """Distances float32 [B] of images of 1 or 3 channels, about [-1, 1]."""
-        distance_B111: Tensor = self._network(*map(_as_photographs, (images_BXHW, targets_BXHW)))
-        return distance_B111.flatten()
+        own, theirs = map(self._features, (images_BXHW, targets_BXHW))
+        # Not by the network's own forward: the gradient of its square root is NaN at a place
+        # without features.
+        depths = [
+            head(_squared_difference(*pair)).mean((1, 2, 3))
+            for head, *pair in zip(self._network.lins, own, theirs, strict=True)
+        ]
+        return torch.stack(depths).sum(0)
+
+    def _features(self, images_BXHW: Tensor) -> tuple[Tensor, ...]:
+        network = self._network
+        return tuple(network.net(network.scaling_layer(_as_photographs(images_BXHW))))
 
 
 def _as_photographs(images_BXHW: Tensor) -> Tensor:

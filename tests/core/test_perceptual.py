@@ -162,15 +162,28 @@ def lpips_file(tmp_path_factory):
     return file
 
 
-def test_lpips_of_the_real_package(lpips_file, monkeypatch):
+def test_lpips_is_that_of_the_package(lpips_file):
     network = Lpips(lpips_file)
     images, targets = (torch.rand(2, 1, 28, 28) * 2 - 1 for _ in range(2))
     assert network(images, images).abs().max() == 0
     found = network(images, targets)
-    assert found.shape == (2,) and (found > 0).all()
+    enlarged = (
+        torch.nn.functional.interpolate(x, size=(64, 64), mode="bilinear").repeat(1, 3, 1, 1)
+        for x in (images, targets)
+    )
+    theirs = network._network(*enlarged).flatten()
+    assert (found > 0).all()
+    torch.testing.assert_close(found, theirs)
     # Grey is read as three equal channels.
     repeated = (x.repeat(1, 3, 1, 1) for x in (images, targets))
     torch.testing.assert_close(network(*repeated), found)
+    # Where nothing is seen at all, the package's own gradient is NaN.
+    black = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    network(black, torch.rand(1, 3, 64, 64)).sum().backward()
+    assert black.grad.isfinite().all()
+
+
+def test_a_job_with_lpips_reaches_both_heads(lpips_file, monkeypatch):
     monkeypatch.chdir(lpips_file.parent)
     config = DistillConfig(perceptual="lpips", perceptual_weights_file=lpips_file.name)
     config = with_lpips_checked(config)
@@ -178,8 +191,8 @@ def test_lpips_of_the_real_package(lpips_file, monkeypatch):
     teacher = tiny_teacher()
     said = prediction(teacher)
     Perceptual(config, teacher, code_precision=8.0).loss(said)[0].backward()
-    assert said.logits_BLV.grad[said.asked_BL].abs().sum() > 0
-    assert said.codes_BLE.grad.isfinite().all()
+    for head in (said.logits_BLV, said.codes_BLE):
+        assert head.grad[said.asked_BL].abs().sum() > 0
 
 
 def test_lpips_needs_its_file_whole(lpips_file, tmp_path):
