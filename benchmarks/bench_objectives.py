@@ -1,28 +1,31 @@
 """What each part of a student's objective is worth: Frechet distance after so many steps with it.
 
-    python benchmarks/bench_objectives.py --teacher digits-llamagen --data URI --steps 400 \
-        --start digits-llamagen-dd --row score [--json FILE]
+    python benchmarks/bench_objectives.py --data URI --start digits-llamagen-dd --steps 400 \
+        --json benchmarks/results/objectives-digits-llamagen.json
 
-Plain torch, one process: the step of `ddray distill` without Ray and DeepSpeed. All rows of a call
-start from the same student and read the same batches; every row is one seed. Images are judged on a
-seed that the final evaluation does not use. `--set key=value` overrides the config of all rows.
+The step of `ddray distill` in plain torch, one process, one thread. All rows start from the same
+student and read the same batches; every row is one seed. The teacher's own samples are judged in
+the same call. Images have a seed that the final evaluation does not use. `--set key=value`
+overrides the config of all rows; rows are added to a file that has the same settings.
 """
 
 import argparse
 import json
+import os
+import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddray.adversary import Adversary
-from ddray.checkpoint import save_folder
+import ddray
 from ddray.config import DistillConfig, load_config
+from ddray.critics import new_critics
 from ddray.distill import (
     MovingAverage,
-    TrajectoryBatches,
     batch_loss,
     default_code_precision,
     learning_rate,
@@ -32,154 +35,259 @@ from ddray.distill import (
 from ddray.generate import Student, Teacher
 from ddray.metrics import DigitsMetric
 from ddray.models.zoo import METRIC_FOLDER, continue_student, load_teacher, new_student
-from ddray.score_distillation import ScoreDistillation
+from ddray.report import Column, markdown_table
+from ddray.schedule import default_schedule
+from ddray.shard_order import default_lanes
 from ddray.shards import TrajectorySet
+from ddray.trajectory_stream import TrajectoryStream
 
 SELECTION_SEED = 555
+TOGETHER = 64
+LOG_EVERY = 20
 
 FINE_TUNING = {"batch_size": 32, "lr": 5e-4, "ema_decay": 0.995, "decay": 0.4}
 
+START = "start"
 ROWS: dict[str, dict[str, Any]] = {
-    "start": {},
+    START: {},
     "plain": {},
     "score": {"score_weight": 1.0},
     "adversary": {"adversary_weight": 0.1},
+    "both": {"score_weight": 1.0, "adversary_weight": 0.1},
+    "perceptual": {"perceptual": "tokenizer"},
 }
 
 
-def train(
-    config: DistillConfig, teacher: Teacher, network: nn.Module, trajectories: TrajectorySet
-) -> dict[str, Any]:
-    """Run the steps of a config; `network` ends with the averaged weights."""
-    plan = trajectories.plan
-    batches = TrajectoryBatches(*trajectories.rows(0, plan.count), plan.seed, config.seed)
-    precision = default_code_precision(teacher.stages)
-    critics: list[Any] = []
-    if config.score_weight:
-        critics.append(ScoreDistillation(config, teacher, code_precision=precision, cfg=plan.cfg))
-    if config.adversary_weight:
-        critics.append(Adversary(config, teacher, code_precision=precision))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(network, teacher.codebook, config.weight_decay),
-        config.lr,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-    weights = [*network.parameters()]
-    average = MovingAverage(weights, config.ema_decay)
-    sums: dict[str, float] = {}
-    began, cpu = time.monotonic(), time.process_time()
-    for step in range(config.steps):
-        rate = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
-        set_learning_rate(optimizer, rate)
-        losses = batch_loss(
-            network,
-            batches,
-            teacher.stages,
-            teacher.codebook,
-            first=step * config.batch_size,
-            count=config.batch_size,
-            schedule=config.schedule or (0,),
-            logits_weight=config.logits_weight,
-            code_weight=config.code_weight,
+class Bench:
+    """Rows of one call: the same teacher, set, start and images.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.trajectories = TrajectorySet.open(args.data)
+        self.plan = self.trajectories.plan
+        self.teacher = load_teacher(self.plan.teacher, device="cpu")
+        self.metric = DigitsMetric(METRIC_FOLDER)
+
+    def config(self, row: str) -> DistillConfig:
+        """The job of a row."""
+        schedule = self.args.schedule or default_schedule(self.teacher.stages)
+        values = {"steps": self.args.steps, "schedule": schedule, **FINE_TUNING, **ROWS[row]}
+        values |= {"data": self.args.data, "init": self.args.start, "seed": self.args.seed}
+        return load_config(DistillConfig, preset=values, settings=self.args.set)
+
+    def settings(self) -> dict[str, Any]:
+        """What rows of one table have in common."""
+        varied = {key for row in ROWS.values() for key in row}
+        common = self.config(START).model_dump(mode="json", exclude=varied | {"data", "out"})
+        return {
+            "config": common,
+            "set": self.args.set,
+            "plan_hash": self.plan.hash,
+            "trajectories": self.plan.count,
+            "images": self.args.count,
+            "images_seed": SELECTION_SEED,
+        }
+
+    def judge(self, make: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+        """Figures of make(classes, indices), which gives tokens or codes."""
+        index = torch.arange(self.args.count)
+        labels = index % self.teacher.num_classes
+        parts = zip(labels.split(TOGETHER), index.split(TOGETHER), strict=True)
+        return self.metric(torch.cat([self.teacher.decode(make(*part)) for part in parts]), labels)
+
+    def judge_teacher(self) -> dict[str, float]:
+        """Of the teacher, sampled as the set was."""
+        names = ("cfg", "top_k", "top_p", "temperature")
+        sampling = {name: getattr(self.plan, name) for name in names}
+        return self.judge(
+            lambda labels, index: self.teacher.sample(
+                labels, seed=SELECTION_SEED, index=index, **sampling
+            )
         )
-        total = losses.total
-        logged = {"cross_entropy": losses.cross_entropy, "token_accuracy": losses.token_accuracy}
-        for critic in critics:
-            loss, scalars = critic.loss(losses.prediction)
-            total, logged = total + loss, logged | scalars
-        total.backward()
-        nn.utils.clip_grad_norm_(weights, config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        for critic in critics:
-            critic.update()
-        # As if far into a run: the average of a short one would forget its start too soon.
-        average.update(weights, step + 10**6)
-        for name, value in logged.items():
-            sums[name] = sums.get(name, 0.0) + float(value) / config.log_every
-        if (step + 1) % config.log_every == 0:
-            print(f"{step + 1:6d}", *(f"{k} {v:.3f}" for k, v in sums.items()), flush=True)
-            last, sums = sums, {}
-    for weight, smooth in zip(weights, average.average, strict=True):
-        weight.data.copy_(smooth)
-    steps = max(config.steps, 1)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Train a row and judge it along every schedule that it was trained for."""
+        config, teacher = self.config(name), self.teacher
+        assert config.schedule is not None
+        torch.manual_seed(config.seed)
+        start = config.init
+        network, card = new_student(teacher) if start is None else continue_student(start, teacher)
+        precision = config.code_precision
+        if precision is None:
+            precision = default_code_precision(teacher.stages)
+        steps = 0 if name == START else config.steps
+        load = os.getloadavg()[0]
+        figures = train(config, steps, teacher, network, self.trajectories, precision)
+        card = {**card, "code_precision": precision}
+        student = Student(network.eval(), teacher.tokenizer, card, name)
+        quality = {}
+        for stop in range(1, len(config.schedule) + 1):
+            schedule = config.schedule[:stop]
+
+            def jump(labels: Tensor, index: Tensor, schedule: tuple[int, ...] = schedule) -> Tensor:
+                return student.generate(labels, index=index, seed=SELECTION_SEED, schedule=schedule)
+
+            quality[",".join(map(str, schedule))] = self.judge(jump)
+        loads = [load, os.getloadavg()[0]]
+        return {
+            "objective": ROWS[name],
+            "steps": steps,
+            **figures,
+            "load": loads,
+            "quality": quality,
+        }
+
+
+def train(
+    config: DistillConfig,
+    steps: int,
+    teacher: Teacher,
+    network: nn.Module,
+    trajectories: TrajectorySet,
+    code_precision: float,
+) -> dict[str, float]:
+    """Run steps of a job; `network` ends with the averaged weights."""
+    torch.manual_seed(config.seed)
+    critics = new_critics(config, teacher, trajectories.plan, code_precision)
+    weights = [*network.parameters()]
+    groups = parameter_groups(network, teacher.codebook, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
+    average = MovingAverage(weights, config.ema_decay)
+    stream = TrajectoryStream(
+        trajectories,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        code_width=teacher.codebook.shape[1],
+        lanes=default_lanes(config.batch_size),
+    )
+    sums: dict[str, float] = {}
+    means: dict[str, float] = {}
+    wall, cpu = time.perf_counter(), time.process_time()
+    with stream:
+        for step, batch in zip(range(steps), stream.batches(), strict=False):
+            rate = learning_rate(step, steps, config.lr, config.warmup, config.decay)
+            set_learning_rate(optimizer, rate)
+            losses = batch_loss(
+                network,
+                batch,
+                teacher.stages,
+                teacher.codebook,
+                first=step,
+                schedule=config.schedule or (0,),
+                logits_weight=config.logits_weight,
+                code_weight=config.code_weight,
+            )
+            said = {name: getattr(losses, name) for name in ("cross_entropy", "token_accuracy")}
+            total = losses.total
+            for critic in critics:
+                loss, more = critic.loss(losses.prediction, 1.0)
+                total, said = total + loss, said | more
+            total.backward()
+            nn.utils.clip_grad_norm_(weights, config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            for critic in critics:
+                critic.update(lambda gradients: None)
+            average.update(weights, step)
+            for name, value in said.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            since = step % LOG_EVERY + 1
+            if since == LOG_EVERY or step + 1 == steps:
+                means, sums = {name: value / since for name, value in sums.items()}, {}
+                print(f"{step + 1:6d}", *(f"{k} {v:.3f}" for k, v in means.items()), flush=True)
+    with torch.no_grad():
+        for weight, smooth in zip(weights, average.average, strict=True):
+            weight.copy_(smooth)
+    if not steps:
+        return {}
     return {
-        **(last if config.steps >= config.log_every else {}),
-        "seconds_per_step": (time.monotonic() - began) / steps,
+        **means,
+        "seconds_per_step": (time.perf_counter() - wall) / steps,
         "cpu_seconds_per_step": (time.process_time() - cpu) / steps,
     }
 
 
-@torch.no_grad()
-def judge(student: Student, teacher: Teacher, schedules: list[tuple[int, ...]], count: int) -> Any:
-    """Frechet distance and class accuracy along each schedule, and of the teacher's samples."""
-    metric, index = DigitsMetric(METRIC_FOLDER), torch.arange(count)
-    labels = index % teacher.num_classes
-
-    def measure(make: Any) -> dict[str, float]:
-        parts = zip(labels.split(64), index.split(64), strict=True)
-        images: list[Tensor] = [teacher.decode(make(*part)) for part in parts]
-        return metric(torch.cat(images), labels)
-
-    rows = {}
+def table(result: dict[str, Any]) -> str:
+    """Rows in Markdown: distances, their ratios to the teacher's, accuracies, time of a step."""
+    rows = result["rows"]
+    schedules = [*next(iter(rows.values()))["quality"]]
+    columns = [Column("name", "objective")]
     for schedule in schedules:
+        columns += [
+            Column(f"fd {schedule}", f'fd_digits, "{schedule}"', "", ".2f"),
+            Column(f"ratio {schedule}", "x teacher", "", ".2f"),
+            Column(f"accuracy {schedule}", "class accuracy", "%", ".1f"),
+        ]
+    columns += [
+        Column("token_accuracy", "tokens", "%", ".1f"),
+        Column("cpu", "CPU seconds a step", "", ".3f"),
+    ]
+    base = result["teacher"]["fd_digits"]
+    lines = []
+    for name, row in rows.items():
+        line: dict[str, Any] = {"name": name, "cpu": row.get("cpu_seconds_per_step")}
+        if "token_accuracy" in row:
+            line["token_accuracy"] = 100 * row["token_accuracy"]
+        for schedule, found in row["quality"].items():
+            line[f"fd {schedule}"] = found["fd_digits"]
+            line[f"ratio {schedule}"] = found["fd_digits"] / base
+            line[f"accuracy {schedule}"] = 100 * found["class_accuracy"]
+        lines.append(line)
+    return markdown_table(lines, columns)
 
-        def jump(cond: Tensor, rows: Tensor, schedule: tuple[int, ...] = schedule) -> Tensor:
-            return student.generate(cond, index=rows, seed=SELECTION_SEED, schedule=schedule)
 
-        rows[",".join(map(str, schedule))] = measure(jump)
-    return rows
+def _earlier_rows(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Rows of a file that is being added to; ends the call where its settings are others."""
+    if file is None or not file.exists():
+        return {}
+    earlier = json.loads(file.read_text())
+    if earlier["settings"] != settings:
+        raise SystemExit(f"{file} was measured with other settings; name another file")
+    return dict(earlier["rows"])
 
 
 def main() -> None:
-    """Train and judge the rows asked for."""
+    """Train and judge the rows asked for; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", default="digits-llamagen")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--data", required=True, help="URI of the set, which names the teacher")
     parser.add_argument("--start", help="student to start from; absent = the teacher")
-    parser.add_argument("--row", action="append", choices=[*ROWS], help="absent = all")
+    parser.add_argument("--rows", default=",".join(ROWS), help="absent = all")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--schedule", help='such as "0,16"; absent = as `ddray distill`')
+    parser.add_argument("--count", type=int, default=2000, help="images of each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="key=value")
-    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--json", type=Path, help="file that rows are added to")
-    parser.add_argument("--save", help="folder of the last row's student")
-    arguments = parser.parse_args()
-    teacher = load_teacher(arguments.teacher, device="cpu")
-    trajectories = TrajectorySet.open(arguments.data)
-    for name in arguments.row or [*ROWS]:
-        steps = 0 if name == "start" else arguments.steps
-        values = {**FINE_TUNING, **ROWS[name]}
-        config = load_config(DistillConfig, preset=values, settings=arguments.set)
-        config = config.model_copy(update={"steps": steps})
-        start = arguments.start
-        network, card = continue_student(start, teacher) if start else new_student(teacher)
-        figures = train(config, teacher, network, trajectories)
-        card["code_precision"] = default_code_precision(teacher.stages)
-        student = Student(network.eval(), teacher.tokenizer, card, name)
-        schedule = config.schedule or (0,)
-        schedules = [(0,), *((0, t) for t in schedule[1:])]
-        row = {
-            "row": name,
-            "teacher": teacher.name,
-            "start": start,
-            "steps": steps,
-            "settings": values,
-            "set": arguments.set,
-            "images": arguments.images,
-            **figures,
-            "quality": judge(student, teacher, schedules, arguments.images),
-        }
-        print(json.dumps(row))
-        if arguments.json:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if arguments.save:
-            card = {**card, "schedule": [*schedule], "teacher": teacher.name}
-            state = network.state_dict()
-            for implied in getattr(network, "constants", dict)():
-                state.pop(implied)
-            save_folder(arguments.save, card, model=state, tokenizer=teacher.tokenizer.state_dict())
+    args = parser.parse_args()
+    names = args.rows.split(",")
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        parser.error(f"unknown row {unknown[0]!r}; known are {', '.join(ROWS)}")
+    torch.set_num_threads(args.threads)
+    bench = Bench(args)
+    settings = bench.settings()
+    rows = _earlier_rows(args.json, settings)
+    result = {
+        "settings": settings,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"ddray": ddray.__version__, "torch": torch.__version__},
+        "teacher": {"name": bench.teacher.name, **bench.judge_teacher()},
+        "rows": rows,
+    }
+    for name in names:
+        print(name, flush=True)
+        rows[name] = bench.row(name)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{bench.teacher.name}: fd_digits {result['teacher']['fd_digits']:.2f}, class accuracy")
+    print(f"{100 * result['teacher']['class_accuracy']:.1f} %, {args.count} images\n")
+    print(table(result))
 
 
 if __name__ == "__main__":

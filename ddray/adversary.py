@@ -30,6 +30,28 @@ def straight_through(scores_BLV: Tensor, codebook_VE: Tensor) -> Tensor:
     return codebook_VE[scores_BLV.argmax(-1)] + mean_BLE - mean_BLE.detach()
 
 
+def sequence_codes(
+    prediction: Prediction, codebook_VE: Tensor, code_precision: float
+) -> tuple[Tensor, Tensor]:
+    """A student's whole sequences as codes, and the teacher's.
+
+    Args:
+        prediction: both heads, as the distillation loss of a batch made them.
+        codebook_VE: float32.
+        code_precision: with which the student is going to be read.
+
+    Returns:
+        float32 [B, L, E] each: by straight-through where tokens were asked for, data elsewhere; and
+        the data.
+    """
+    scores_BLV = token_scores(
+        prediction.logits_BLV, prediction.codes_BLE.float(), codebook_VE, code_precision
+    )
+    theirs_BLE = codebook_VE[prediction.tokens_BL]
+    own_BLE = straight_through(scores_BLV, codebook_VE)
+    return torch.where(prediction.asked_BL[..., None], own_BLE, theirs_BLE), theirs_BLE
+
+
 class _Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -116,14 +138,8 @@ class Adversary:
             Scalar with gradient towards the student, weighted, 0 for the first `adversary_start`
             steps; and scalars to log.
         """
-        scores_BLV = token_scores(
-            prediction.logits_BLV, prediction.codes_BLE.float(), self._codebook, self._precision
-        )
-        codes_BLE = self._codebook[prediction.tokens_BL]
-        own_BLE = straight_through(scores_BLV, self._codebook)
-        real = self._latent(codes_BLE) / self._unit
-        fake = self._latent(torch.where(prediction.asked_BL[..., None], own_BLE, codes_BLE))
-        fake = fake / self._unit
+        own_BLE, theirs_BLE = sequence_codes(prediction, self._codebook, self._precision)
+        real, fake = (self._latent(codes) / self._unit for codes in (theirs_BLE, own_BLE))
         self.discriminator.requires_grad_(False)
         loss = F.softplus(-self.discriminator(fake, prediction.cond)).mean()
         self.discriminator.requires_grad_(True)

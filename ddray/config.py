@@ -37,6 +37,11 @@ def _parse_list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _parse_off(value: Any) -> Any:
+    """The word `off`, which YAML reads as a truth value."""
+    return "off" if value is False else value
+
+
 def _ordered_workers(workers: tuple[int, int]) -> None:
     if workers[0] > workers[1]:
         raise ValueError(f"workers {workers[0]}:{workers[1]} must be MIN:MAX")
@@ -157,6 +162,13 @@ class DistillConfig(Job):
         0.1, description="on the slope of the discriminator at real samples (R1)"
     )
     adversary_width: CountT = Field(64, description="channels of the discriminator")
+    perceptual: Annotated[Literal["off", "tokenizer", "lpips"], BeforeValidator(_parse_off)] = (
+        Field("off", description="distance of decoded images: tokenizer (its encoder), lpips")
+    )
+    perceptual_weight: Annotated[float, Field(gt=0)] = 1.0
+    perceptual_weights_file: str | None = Field(
+        None, description="of LPIPS: backbone and heads, see docs/distilling.md"
+    )
     seed: SeedT = 0
     checkpoint_every: CountT = 500
     keep_checkpoints: CountT = 2
@@ -206,6 +218,11 @@ class DistillConfig(Job):
         if self.follow and self.allow_partial:
             raise ValueError(
                 "follow waits for every shard and cannot be combined with allow_partial"
+            )
+        if (self.perceptual == "lpips") != (self.perceptual_weights_file is not None):
+            raise ValueError(
+                f"perceptual={self.perceptual} with perceptual_weights_file="
+                f"{self.perceptual_weights_file}: lpips needs the file, the others have none"
             )
         if self.schedule is None:
             return self

@@ -1,7 +1,8 @@
 """What judges a student's whole sequences, beside the loss of its single tokens.
 
 A critic takes the prediction that the distillation loss has made, gives the student one more loss,
-and learns from the prediction itself. Imports ddray.adversary, score_distillation, config and plan.
+and may learn from the prediction itself. Imports ddray.adversary, perceptual, score_distillation,
+config and plan.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from ddray.adversary import Adversary
 from ddray.config import DistillConfig
 from ddray.generate import Teacher
 from ddray.losses import Prediction
+from ddray.perceptual import Perceptual
 from ddray.plan import Plan
 from ddray.score_distillation import ScoreDistillation
 
@@ -65,4 +67,6 @@ def new_critics(
         )
     if config.adversary_weight:
         critics.append(Adversary(config, teacher, code_precision=code_precision))
+    if config.perceptual != "off":
+        critics.append(Perceptual(config, teacher, code_precision=code_precision))
     return critics

@@ -8,7 +8,7 @@ cells.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -224,12 +224,20 @@ class Encoder(nn.Module):
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
 
-    def forward(self, image_BXHW: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, z_channels, H / patch, W / patch]."""
+    def features(self, image_BXHW: Tensor) -> Iterator[Tensor]:
+        """What is known of images after each level, and last after the middle, [B, X, H, W]."""
         h = self.conv_in(image_BXHW)
         for level in self.get_submodule(self._levels).children():
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+            yield h
+        yield self.mid(h)
+
+    def forward(self, image_BXHW: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to [B, z_channels, H / patch, W / patch]."""
+        # One after the other: no more of them than one is in memory.
+        for deeper in self.features(image_BXHW):
+            h = deeper
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out
 
 

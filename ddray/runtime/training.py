@@ -24,6 +24,7 @@ from ddray.generate import Teacher
 from ddray.inspect_set import trainable_shards
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import continue_student, load_teacher
+from ddray.perceptual import with_lpips_checked
 from ddray.progress import Progress
 from ddray.run_folder import (
     CONFIG_FILE,
@@ -205,6 +206,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     config = config.model_copy(
         update={name: open_storage(getattr(config, name)).uri for name in places}
     )
+    config = with_lpips_checked(config)
     trajectories = TrajectorySet.open(config.data)
     teacher = _load_matching_teacher(config, trajectories)
     config = _with_schedule(config, teacher)
