@@ -29,6 +29,7 @@ from ddray.distill import (
     recompute_activations,
 )
 from ddray.errors import DDRayError, StorageError, TrainingError, one_line
+from ddray.generate import Teacher
 from ddray.models.zoo import continue_student, load_teacher, new_student
 from ddray.runtime.engine import Engine, check_parts, whole_weights
 from ddray.runtime.failures import is_full_disk, is_out_of_memory, out_of_memory
@@ -50,6 +51,36 @@ _WAIT_S = 0.5
 
 class _ElsewhereError(Exception):
     """Another worker cannot go on, and says why."""
+
+
+def open_stream(
+    trajectories: TrajectorySet,
+    teacher: Teacher,
+    config: DistillConfig,
+    *,
+    lanes: int | None = None,
+    shards: list[int] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> TrajectoryStream:
+    """This worker's batches, conditions as the teacher takes them."""
+    text = trajectories.plan.conditioning == "text"
+    return TrajectoryStream(
+        trajectories,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        code_width=teacher.codebook.shape[1],
+        lanes=lanes,
+        buffer_shards=config.buffer_shards,
+        rank=rank,
+        world=world,
+        shards=shards,
+        follow=config.follow,
+        encode=load_encoder(trajectories.plan, teacher) if text else None,
+        condition=teacher.condition if text else None,
+        device=teacher.device,
+        stall_timeout_s=config.stall_timeout_s,
+    )
 
 
 class _Run:
@@ -86,22 +117,14 @@ class _Run:
         plan = self.trajectories.plan
         self.teacher = load_teacher(config.teacher or plan.teacher, device=device)
         self.agree = Agreement(self.world, device)
-        text = plan.conditioning == "text"
-        self.stream = TrajectoryStream(
+        self.stream = open_stream(
             self.trajectories,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            code_width=self.teacher.codebook.shape[1],
+            self.teacher,
+            config,
             lanes=lanes,
-            buffer_shards=config.buffer_shards,
+            shards=shards,
             rank=self.rank,
             world=self.world,
-            shards=shards,
-            follow=config.follow,
-            encode=load_encoder(plan, self.teacher) if text else None,
-            condition=self.teacher.condition if text else None,
-            device=device,
-            stall_timeout_s=config.stall_timeout_s,
         )
         self.code_precision = (
             default_code_precision(self.teacher.stages)

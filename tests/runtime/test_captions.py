@@ -185,7 +185,7 @@ def test_captions_without_features_are_encoded_by_the_worker(teacher: str, tmp_p
     np.testing.assert_array_equal(trajectories.read_shard(0)[2], np.concatenate(expected))
     # A student is shown what its teacher was shown.
     run = distilling(tmp_path / "set", tmp_path / "run")
-    with open_stream(trajectories, model, run, 0, 1) as stream:
+    with open_stream(trajectories, model, run) as stream:
         batch = next(stream.batches())
     shown = batch.cond_B
     asked = model.condition(encode([words[int(i) % 4] for i in batch.index_B]))
@@ -246,6 +246,6 @@ def test_captions_that_were_exchanged_are_noticed(
     (tmp_path / captions_name(0)).write_bytes((whole / captions_name(1)).read_bytes())
     trajectories = TrajectorySet.open(str(tmp_path))
     model = ddray.load_teacher(teacher, device="cpu")
-    stream = open_stream(trajectories, model, distilling(tmp_path, tmp_path), 0, 1)
+    stream = open_stream(trajectories, model, distilling(tmp_path, tmp_path))
     with stream, pytest.raises(ShardError, match="was sampled from other captions than it holds"):
         next(stream.batches())
