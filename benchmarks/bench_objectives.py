@@ -52,8 +52,8 @@ ROWS: dict[str, dict[str, Any]] = {
     START: {},
     "plain": {},
     "score": {"score_weight": 1.0},
-    "adversary": {"adversary_weight": 0.1},
-    "both": {"score_weight": 1.0, "adversary_weight": 0.1},
+    "adversary": {"adversary_weight": 1.0},
+    "both": {"score_weight": 1.0, "adversary_weight": 1.0},
     "perceptual": {"perceptual": "tokenizer"},
 }
 
