@@ -72,7 +72,8 @@ def test_events_and_summary_say_who_did_what_and_how_busy_they_were(
     assert summary["actor_seconds"] == pytest.approx(sum(e["seconds"] for e in made), abs=0.02)
     assert 0 < summary["busy_share"] <= 1
     assert (summary["gpu_seconds"], summary["retries"]) == (0, 0)
-    (last,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    # A line now and then; on a slow machine more than the one at the end.
+    *_, last = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     assert (last["rows"], last["actors"], last["retries"]) == (
         50,
         len({event["actor"] for event in made}),
