@@ -12,7 +12,6 @@ from ddray.evaluate import evaluate, independent_tokens
 from ddray.evaluation_report import bars, build_report, tables_as_text, write_evaluation
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import BUNDLED, METRIC_FOLDER, load_student, load_teacher
-from ddray.schedule import default_schedule
 from tests.core.tiny import chi_square_p_value
 
 BUNDLED_TEACHERS = ("digits-llamagen", "digits-var")
@@ -64,7 +63,8 @@ def test_a_bundled_student_belongs_to_its_teacher(name):
     assert student.config["teacher"] == name
     assert student.config["teacher_fingerprint"] == teacher.fingerprint
     assert student.tokenizer.fingerprint == teacher.tokenizer.fingerprint
-    assert student.config["schedule"] == [*default_schedule(teacher.stages)]
+    first, second = student.config["schedule"]
+    assert first == 0 < second < len(teacher.stages)
 
 
 @pytest.mark.parametrize("name", BUNDLED_TEACHERS)
