@@ -5,14 +5,11 @@ arXiv 1406.2661, non-saturating; class by projection, arXiv 1802.05637; zero-cen
 gradient at real samples, arXiv 1801.04406). The latent is where adversarial latent distillation
 (arXiv 2403.12015) judges too: small, and no image is decoded. Tokens enter by straight-through: the
 code of the token that inference reads, with the gradient of the expected code. Imports
-ddray.config, conditioning, generate and losses.
+ddray.config, conditioning, generate, learning_critic and losses.
 
 Shapes: B batch, L tokens, V codebook size, E code width, C discriminator width, P cells along a
 side.
 """
-
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from ddray.conditioning import Condition
 from ddray.config import DistillConfig
 from ddray.generate import Teacher, token_scores
+from ddray.learning_critic import LearningCritic
 from ddray.losses import Prediction
 
 
@@ -101,8 +99,8 @@ class Discriminator(nn.Module):
         return logit_B
 
 
-class Adversary:
-    """The discriminator, its optimizer, and both sides' losses. One per worker, all the same.
+class Adversary(LearningCritic):
+    """The discriminator, its optimizer, and both sides' losses.
 
     Args:
         config: the job; of it the `adversary_*` fields.
@@ -122,10 +120,10 @@ class Adversary:
         num_classes = teacher.num_classes if teacher.conditioning == "class" else 0
         shape = (example.shape[1], example.shape[2], num_classes, config.adversary_width)
         self.discriminator = Discriminator(*shape).to(teacher.device)
-        self._optimizer = torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             self.discriminator.parameters(), config.adversary_lr, betas=(0.5, 0.95), fused=True
         )
-        self.step = 0
+        super().__init__("discriminator", self.discriminator, optimizer)
 
     def loss(self, prediction: Prediction, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's loss; the discriminator's own gradient is accumulated on the way.
@@ -161,32 +159,3 @@ class Adversary:
         (share * (cost + self._config.adversary_penalty / 2 * penalty)).backward()
         right = ((real_B > 0).float().mean() + (fake_B < 0).float().mean()) / 2
         return {"discriminator": cost.detach(), "discriminator_accuracy": right}
-
-    def update(self, average: Callable[[Iterable[Tensor]], None] = lambda gradients: None) -> None:
-        """One step of the discriminator on the gradients since the last one.
-
-        Args:
-            average: averages gradients over the workers in place.
-        """
-        average([p.grad for p in self.discriminator.parameters() if p.grad is not None])
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.step += 1
-
-    def discard(self) -> None:
-        """Forget the gradients since the last step."""
-        self._optimizer.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a later run needs to go on."""
-        return {
-            "discriminator": self.discriminator.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "step": self.step,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.discriminator.load_state_dict(state["discriminator"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]

@@ -11,14 +11,13 @@ teacher does, the student gives it too often. In one step per position,
 whose gradient is that of the divergence KL(student | teacher), position by position: the
 categorical form of conditional score distillation ("Distilled Decoding 2", arXiv 2510.21003, where
 the scores are of code embeddings) with the two models of DMD (arXiv 2311.18828). It needs no image,
-no trajectory of its own and no sampling loop. Imports ddray.config, generate and losses.
+no trajectory of its own and no sampling loop. Imports ddray.config, generate, learning_critic and
+losses.
 
 Shapes: B batch, L tokens, V codebook size.
 """
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +25,12 @@ from torch import Tensor, nn
 
 from ddray.config import DistillConfig
 from ddray.generate import Teacher, token_scores
+from ddray.learning_critic import LearningCritic
 from ddray.losses import Prediction
 
 
-def _leave(gradients: Iterable[Tensor]) -> None:
-    """What one worker alone does with its gradients: nothing."""
-
-
-class ScoreDistillation:
+class ScoreDistillation(LearningCritic):
     """The imitator, its optimizer, and what both models say about a student's sequences.
-
-    One per worker; all hold the same imitator, as they average its gradients.
 
     Args:
         config: the job; of it the `score_*` and `imitator_*` fields.
@@ -59,14 +53,14 @@ class ScoreDistillation:
         self._precision, self._cfg, self._temperature = code_precision, cfg, temperature
         self.imitator: nn.Module = copy.deepcopy(teacher.model).float()
         self.imitator.train().requires_grad_(True)
-        self._optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.imitator.parameters(),
             config.imitator_lr,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.step = 0
+        super().__init__("imitator", self.imitator, optimizer, config.grad_clip)
 
     def loss(self, prediction: Prediction, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's loss; the imitator's own gradient is accumulated on the way.
@@ -100,34 +94,3 @@ class ScoreDistillation:
             "imitator_nats": cost.detach(),
             "score": loss.detach(),
         }
-
-    def update(self, average: Callable[[Iterable[Tensor]], None] = _leave) -> None:
-        """One step of the imitator on the gradients since the last one.
-
-        Args:
-            average: averages gradients over the workers in place.
-        """
-        gradients = [p.grad for p in self.imitator.parameters() if p.grad is not None]
-        average(gradients)
-        nn.utils.clip_grad_norm_(self.imitator.parameters(), self._config.grad_clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.step += 1
-
-    def discard(self) -> None:
-        """Forget the gradients since the last step."""
-        self._optimizer.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a later run needs to go on."""
-        return {
-            "imitator": self.imitator.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "step": self.step,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.imitator.load_state_dict(state["imitator"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
