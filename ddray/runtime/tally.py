@@ -4,6 +4,7 @@ Imports nothing from ddray.
 """
 
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 
@@ -54,7 +55,8 @@ class Tally:
         process = (done.node, done.actor, done.pid)
         if process not in self._latest and done.actor in {actor for _, actor, _ in self._latest}:
             self.retries += 1
-        self._latest[process] = done
+        # Shards of one process need not arrive in the order in which it made them.
+        self._latest[process] = max(self._latest.get(process, done), done, key=attrgetter("busy_s"))
         if done.shard in self._seen:
             self.retries += 1
             return False

@@ -25,6 +25,13 @@ def test_busy_time_is_that_of_each_process_at_its_latest_shard() -> None:
     assert tally.note(0.5) == "2 actors on 1 GPUs 88% busy"
 
 
+def test_shards_of_one_process_may_arrive_in_any_order() -> None:
+    tally = Tally()
+    tally.add(done(1, busy_s=4.0, alive_s=5.0))
+    tally.add(done(0))
+    assert (tally.busy_s, tally.busy_share) == (4.0, 0.8)
+
+
 def test_a_shard_that_comes_twice_counts_once_and_is_a_retry() -> None:
     tally = Tally()
     assert tally.add(done(0))
