@@ -26,9 +26,7 @@ from ddray.config import DistillConfig, load_config
 from ddray.critics import new_critics
 from ddray.distill import (
     MovingAverage,
-    batch_loss,
     default_code_precision,
-    learning_rate,
     parameter_groups,
     set_learning_rate,
 )
@@ -39,6 +37,7 @@ from ddray.report import Column, markdown_table
 from ddray.schedule import default_schedule
 from ddray.shard_order import default_lanes
 from ddray.shards import TrajectorySet
+from ddray.training_step import Agreement, Means, TrainingStep
 from ddray.trajectory_stream import TrajectoryStream
 
 SELECTION_SEED = 555
@@ -142,6 +141,55 @@ class Bench:
         }
 
 
+class PlainEngine:
+    """What moves the weights in one process: ddray.runtime.engine without Ray and DeepSpeed.
+
+    Args:
+        network: the student.
+        codebook_VE: float32.
+        config: the job.
+    """
+
+    def __init__(self, network: nn.Module, codebook_VE: Tensor, config: DistillConfig):
+        self._network, self._config = network, config
+        self._weights = [*network.parameters()]
+        groups = parameter_groups(network, codebook_VE, config.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
+        self._average = MovingAverage(self._weights, config.ema_decay)
+        self._micro_batches = 0
+
+    def __call__(self, x_BLE: Tensor, cond: Any, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward pass."""
+        logits_BLV, codes_BLE = self._network(x_BLE, cond, t_B)
+        return logits_BLV, codes_BLE
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro batch."""
+        (loss / self._config.accumulation).backward()
+
+    def step(self, rate: float, step: int) -> None:
+        """After every micro batch: after the last one of a step, move weights and average."""
+        self._micro_batches += 1
+        if self._micro_batches % self._config.accumulation:
+            return
+        set_learning_rate(self._optimizer, rate)
+        nn.utils.clip_grad_norm_(self._weights, self._config.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._average.update(self._weights, step)
+
+    def discard(self) -> None:
+        """Forget the gradients of the micro batches since the last step."""
+        self._optimizer.zero_grad()
+        self._micro_batches = 0
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Put the averaged weights into the network."""
+        for weight, smooth in zip(self._weights, self._average.average, strict=True):
+            weight.copy_(smooth)
+
+
 def train(
     config: DistillConfig,
     steps: int,
@@ -150,13 +198,12 @@ def train(
     trajectories: TrajectorySet,
     code_precision: float,
 ) -> dict[str, float]:
-    """Run steps of a job; `network` ends with the averaged weights."""
+    """Run the first steps of a job; `network` ends with the averaged weights."""
+    assert config.schedule is not None
     torch.manual_seed(config.seed)
     critics = new_critics(config, teacher, trajectories.plan, code_precision)
-    weights = [*network.parameters()]
-    groups = parameter_groups(network, teacher.codebook, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
-    average = MovingAverage(weights, config.ema_decay)
+    engine, alone = PlainEngine(network, teacher.codebook, config), Agreement(1, teacher.device)
+    take = TrainingStep(engine, critics, teacher, config, config.schedule, alone).take
     stream = TrajectoryStream(
         trajectories,
         batch_size=config.batch_size,
@@ -164,48 +211,22 @@ def train(
         code_width=teacher.codebook.shape[1],
         lanes=default_lanes(config.batch_size),
     )
-    sums: dict[str, float] = {}
-    means: dict[str, float] = {}
+    means, said = Means(), dict[str, float]()
     wall, cpu = time.perf_counter(), time.process_time()
     with stream:
         for step, batch in zip(range(steps), stream.batches(), strict=False):
-            rate = learning_rate(step, steps, config.lr, config.warmup, config.decay)
-            set_learning_rate(optimizer, rate)
-            losses = batch_loss(
-                network,
-                batch,
-                teacher.stages,
-                teacher.codebook,
-                first=step,
-                schedule=config.schedule or (0,),
-                logits_weight=config.logits_weight,
-                code_weight=config.code_weight,
-            )
-            said = {name: getattr(losses, name) for name in ("cross_entropy", "token_accuracy")}
-            total = losses.total
-            for critic in critics:
-                loss, more = critic.loss(losses.prediction, 1.0)
-                total, said = total + loss, said | more
-            total.backward()
-            nn.utils.clip_grad_norm_(weights, config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            for critic in critics:
-                critic.update(lambda gradients: None)
-            average.update(weights, step)
-            for name, value in said.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-            since = step % LOG_EVERY + 1
-            if since == LOG_EVERY or step + 1 == steps:
-                means, sums = {name: value / since for name, value in sums.items()}, {}
-                print(f"{step + 1:6d}", *(f"{k} {v:.3f}" for k, v in means.items()), flush=True)
-    with torch.no_grad():
-        for weight, smooth in zip(weights, average.average, strict=True):
-            weight.copy_(smooth)
+            figures, loss = take(batch, step)
+            if figures is None:
+                raise SystemExit(f"the loss of step {step} is {loss}")
+            means.add(figures)
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                said, means = means.over(alone), Means()
+                print(f"{step + 1:6d}", *(f"{k} {v:.3f}" for k, v in said.items()), flush=True)
+    engine.take_average()
     if not steps:
         return {}
     return {
-        **means,
+        **said,
         "seconds_per_step": (time.perf_counter() - wall) / steps,
         "cpu_seconds_per_step": (time.process_time() - cpu) / steps,
     }

@@ -1,10 +1,11 @@
 """Distillation through Ray Train and DeepSpeed against a plain torch loop, two workers against one.
 
-    python benchmarks/bench_training.py [--steps 120] [--rounds 2] [--json FILE]     (five minutes)
+    python benchmarks/bench_training.py [--steps 120] [--rounds 2] [--json FILE]     (six minutes)
 
 All of it trains the same student on the same set with one thread a worker, in processes with the
 same settings of the allocator; tokens are random, as no time depends on them. What is compared runs
-in turns, as the speed of a machine drifts. Two workers have as many rows each as one has, and once
+in turns, as the speed of a machine drifts. Two plain loops at once say what the second core adds
+where nothing is exchanged. Two workers have as many rows each as one has, and once
 the same batch between them, where each pays for all that a step costs beside its rows. Wall rates
 are medians over the lines that a run logs, the first ones left out. Where other work shares the
 cores, rows per second of the workers' own CPU time say more. The start is that of a run on a Ray
@@ -112,11 +113,21 @@ class WorkerTime:
                 self._seen.append((time.time(), total))
 
 
-def plain_loop(config: DistillConfig) -> dict[str, float]:
-    """The same training in one process without Ray and DeepSpeed."""
+def plain_loops(config: DistillConfig) -> dict[str, float]:
+    """The same training without Ray and DeepSpeed, in as many processes as the job has workers.
+
+    They know nothing of each other: what two do in the time of one is the most that two workers
+    can do on this machine.
+    """
+    count = config.workers[1]
+    each = config.model_copy(update={"batch_size": config.batch_size // count})
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        return process.submit(_plain_loop, config).result()
+    with ProcessPoolExecutor(count, mp_context=spawn) as processes:
+        found = [*processes.map(_plain_loop, [each] * count)]
+    return {
+        "rows_per_s": sum(run["rows_per_s"] for run in found),
+        "rows_per_cpu_s": statistics.mean(run["rows_per_cpu_s"] for run in found),
+    }
 
 
 def _plain_loop(config: DistillConfig) -> dict[str, float]:
@@ -207,7 +218,8 @@ def write_set(folder: str, teacher: str) -> None:
 def bench(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Figures of every run, in turns."""
     ways: dict[str, tuple[int, int, Callable[[DistillConfig], dict[str, float]]]] = {
-        "plain loop": (1, BATCH, plain_loop),
+        "plain loop": (1, BATCH, plain_loops),
+        "two plain loops": (2, 2 * BATCH, plain_loops),
         "one worker": (1, BATCH, through_ray),
         "two workers": (2, 2 * BATCH, through_ray),
         "two workers, the same batch": (2, BATCH, through_ray),
@@ -277,7 +289,7 @@ def main() -> None:
     loads = [os.getloadavg()[0]]
     rates, start = tables(bench(args))
     loads.append(os.getloadavg()[0])
-    _, one, two, _ = rates
+    _, _, one, two, _ = rates
     bars = {
         "one_worker_to_plain_loop": (one["ratio"], LEAST_SHARE),
         "two_workers_to_one": (two["rows_per_s"] / one["rows_per_s"], LEAST_SPEEDUP),

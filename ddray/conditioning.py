@@ -29,6 +29,10 @@ class Captions:
     def __len__(self) -> int:
         return len(self.mask_BT)
 
+    def __getitem__(self, rows: slice | Tensor) -> "Captions":
+        """Some rows, as of a tensor of class ids."""
+        return Captions(self.features_BTD[rows], self.mask_BT[rows])
+
     def pooled(self, x_BTC: Tensor) -> Tensor:
         """Mean of per-position states over each caption's own positions, [B, 1, C]."""
         weight = self.mask_BT[..., None].to(x_BTC.dtype)

@@ -37,6 +37,14 @@ class Prediction(NamedTuple):
     cond: Condition
     t_B: Tensor
 
+    def detached(self, where_BL: Tensor) -> "Prediction":
+        """The same, without gradient at some tokens."""
+        where_BL1 = where_BL[..., None]
+        return self._replace(
+            logits_BLV=torch.where(where_BL1, self.logits_BLV.detach(), self.logits_BLV),
+            codes_BLE=torch.where(where_BL1, self.codes_BLE.detach(), self.codes_BLE),
+        )
+
 
 class Losses(NamedTuple):
     """Scalars, averaged over the tokens that the student had to predict.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ddray.config import DistillConfig
 from ddray.critics import Critic
-from ddray.distill import batch_loss, learning_rate
-from ddray.generate import Teacher
-from ddray.losses import Losses
+from ddray.distill import batch_loss, jump_stages, learning_rate
+from ddray.generate import Teacher, given_tokens
+from ddray.losses import Losses, Prediction
 from ddray.trajectory_stream import Batch
 
 
@@ -156,10 +156,21 @@ class TrainingStep:
             code_weight=config.code_weight,
         )
         total, figures = losses.total, self._figures(losses)
+        judged = self._judged(losses.prediction, first) if self._critics else losses.prediction
         for critic in self._critics:
-            loss, more = critic.loss(losses.prediction, 1 / config.accumulation)
+            loss, more = critic.loss(judged, 1 / config.accumulation)
             total, figures = total + loss, figures | more
         return total, {"loss": total.detach(), **figures}
+
+    def _judged(self, prediction: Prediction, first: int) -> Prediction:
+        """What critics may move: not the tokens of a jump that the next one keeps.
+
+        Those are the first ones behind t. The cross entropy alone makes them nearly the teacher's
+        own, and a critic would trade that for sequences that are safe to continue in this jump.
+        """
+        following = (*self._schedule[1:], self._schedule[-1])
+        next_B = jump_stages(following, first, len(prediction.t_B), prediction.t_B.device)
+        return prediction.detached(given_tokens(self._teacher.stages, next_B))
 
     def _figures(self, losses: Losses) -> dict[str, Tensor]:
         """What is logged of a batch; by t where every batch has rows of every t."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddray.conditioning import Captions, Condition
+from ddray.conditioning import Condition
 from ddray.conditions import Conditions
 from ddray.errors import ConfigError
 from ddray.generate import AskedFor
@@ -63,15 +63,9 @@ class Batch(NamedTuple):
             raise ConfigError(f"{rows} rows of a worker do not divide into {parts} micro batches")
         size = rows // parts
         return [
-            Batch(self.noise_BLE[c], self.tokens_BL[c], _cut(self.cond_B, c), self.index_B[c])
+            Batch(self.noise_BLE[c], self.tokens_BL[c], self.cond_B[c], self.index_B[c])
             for c in (slice(first, first + size) for first in range(0, rows, size))
         ]
-
-
-def _cut(cond_B: Condition, cut: slice) -> Condition:
-    if isinstance(cond_B, Captions):
-        return Captions(cond_B.features_BTD[cut], cond_B.mask_BT[cut])
-    return cond_B[cut]
 
 
 class _HostBatch(NamedTuple):

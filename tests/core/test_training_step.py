@@ -35,6 +35,8 @@ class PlainEngine:
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         logits, codes = self.network(*inputs)
+        self.logits: Tensor = logits
+        self.logits.retain_grad()
         return logits, codes
 
     def backward(self, loss: Tensor) -> None:
@@ -144,6 +146,24 @@ def test_a_critic_is_asked_for_every_micro_batch_and_learns_once(teacher: Teache
     assert critic.updates == 1
     assert float(figures["doubt"]) == 0.25
     assert float(figures["loss"]) == pytest.approx(float(without["loss"]) + 0.25, rel=1e-6)
+
+
+class Lover(Doubter):
+    """A critic that wants every logit to be larger."""
+
+    def loss(self, prediction: Any, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+        return -prediction.logits_BLV.sum(), {}
+
+
+def test_a_critic_moves_no_token_that_the_next_jump_keeps(teacher: Teacher) -> None:
+    config = DistillConfig(batch_size=ROWS, logits_weight=0, code_weight=0)
+    engine = PlainEngine(teacher, 1)
+    step = TrainingStep(engine, (Lover(0.0),), teacher, config, (0, 1, 3), ALONE)
+    step.take(_batch(teacher), 0)
+    moved_BL = engine.logits.grad.abs().sum(-1) > 0
+    # Rows take t = 0, 1, 3 in turns; what lies behind 1, 3 and 3 is not kept.
+    first_B = torch.tensor([(1, 3, 3)[row % 3] for row in range(ROWS)])
+    assert torch.equal(moved_BL, torch.arange(teacher.num_tokens) >= first_B[:, None])
 
 
 def test_means_are_over_the_steps_that_were_taken() -> None:
