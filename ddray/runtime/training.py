@@ -90,13 +90,16 @@ _FREE_TO_CHANGE = {
 
 
 def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -> Teacher:
-    plan = trajectories.plan
-    teacher = load_teacher(config.teacher or plan.teacher, device="cpu")
+    plan, name = trajectories.plan, config.teacher or trajectories.plan.teacher
+    teacher = sampled = load_teacher(name, device="cpu")
+    if plan.dtype != "float32":
+        # Weights have another fingerprint in another type.
+        sampled = load_teacher(name, device="cpu", dtype=plan.dtype)
     for what, here, there in (
-        ("teacher", teacher.fingerprint, plan.teacher_fingerprint),
-        ("tokenizer", teacher.tokenizer.fingerprint, plan.tokenizer_fingerprint),
+        ("teacher", sampled.fingerprint, plan.teacher_fingerprint),
+        ("tokenizer", sampled.tokenizer.fingerprint, plan.tokenizer_fingerprint),
     ):
-        if here != there and plan.dtype == "float32":
+        if here != there:
             raise ConfigError(
                 f"{config.data} was sampled from another {what} ({there[:12]}) than "
                 f"{teacher.name}'s ({here[:12]}); give the teacher it names: {plan.teacher}"

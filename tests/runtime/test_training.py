@@ -251,11 +251,16 @@ def test_an_incomplete_set_is_refused_unless_it_is_allowed(
     assert len(read_history(str(tmp_path / "run"))) == 2
 
 
-def test_a_set_of_another_teacher_is_refused(data: Path, tmp_path: Path) -> None:
-    other = write_teacher(tmp_path / "teacher", seed=5)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_set_of_another_teacher_is_refused(teacher: str, tmp_path: Path, dtype: str) -> None:
+    data, other = tmp_path / "set", write_teacher(tmp_path / "teacher", seed=5)
+    model = ddray.load_teacher(teacher, device="cpu", dtype=dtype)
+    TrajectorySet.create(str(data), make_plan(sampling(teacher, data, dtype=dtype), model))
     with pytest.raises(ConfigError, match="was sampled from another teacher"):
         distill(distilling(data, tmp_path / "run", teacher=other))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ShardError, match="lacks 3 of 3 shards"):
+        distill(distilling(data, tmp_path / "run"))
 
 
 def test_a_schedule_beyond_the_stages_is_refused(data: Path, tmp_path: Path) -> None:
