@@ -98,13 +98,25 @@ class Bench:
         parts = zip(labels.split(TOGETHER), index.split(TOGETHER), strict=True)
         return self.metric(torch.cat([self.teacher.decode(make(*part)) for part in parts]), labels)
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the teacher was sampled for the set."""
+        return {key: getattr(self.plan, key) for key in ("cfg", "top_k", "top_p", "temperature")}
+
     def judge_teacher(self) -> dict[str, float]:
         """Of the teacher, sampled as the set was."""
-        names = ("cfg", "top_k", "top_p", "temperature")
-        sampling = {name: getattr(self.plan, name) for name in names}
         return self.judge(
             lambda labels, index: self.teacher.sample(
-                labels, seed=SELECTION_SEED, index=index, **sampling
+                labels, seed=SELECTION_SEED, index=index, **self.sampling
+            )
+        )
+
+    def judge_student(self, student: Student, schedule: str) -> dict[str, float]:
+        """Of a student along a schedule, parts of the teacher's sampled as the set was."""
+        involved = {"teacher": self.teacher, **self.sampling} if "teacher" in schedule else {}
+        return self.judge(
+            lambda labels, index: student.generate(
+                labels, index=index, seed=SELECTION_SEED, schedule=schedule, **involved
             )
         )
 
@@ -123,14 +135,10 @@ class Bench:
         figures = train(config, steps, teacher, network, self.trajectories, precision)
         card = {**card, "code_precision": precision}
         student = Student(network.eval(), teacher.tokenizer, card, name)
-        quality = {}
-        for stop in range(1, len(config.schedule) + 1):
-            schedule = config.schedule[:stop]
-
-            def jump(labels: Tensor, index: Tensor, schedule: tuple[int, ...] = schedule) -> Tensor:
-                return student.generate(labels, index=index, seed=SELECTION_SEED, schedule=schedule)
-
-            quality[",".join(map(str, schedule))] = self.judge(jump)
+        quality = {
+            schedule: self.judge_student(student, schedule)
+            for schedule in judged_schedules(config.schedule, len(teacher.stages))
+        }
         loads = [load, os.getloadavg()[0]]
         return {
             "objective": ROWS[name],
@@ -139,6 +147,15 @@ class Bench:
             "load": loads,
             "quality": quality,
         }
+
+
+def judged_schedules(schedule: tuple[int, ...], stages: int) -> list[str]:
+    """One jump, two, ...; and of two: the tokens that the second keeps, and the second, alone."""
+    found = [",".join(map(str, schedule[:stop])) for stop in range(1, len(schedule) + 1)]
+    if len(schedule) == 2:
+        second = schedule[1]
+        found += [f"0,teacher:{second}-{stages}", f"teacher:0-{second},{second}"]
+    return found
 
 
 class PlainEngine:
@@ -238,6 +255,9 @@ def table(result: dict[str, Any]) -> str:
     schedules = [*next(iter(rows.values()))["quality"]]
     columns = [Column("name", "objective")]
     for schedule in schedules:
+        if "teacher" in schedule:
+            columns.append(Column(f"ratio {schedule}", f'"{schedule}", x teacher', "", ".2f"))
+            continue
         columns += [
             Column(f"fd {schedule}", f'fd_digits, "{schedule}"', "", ".2f"),
             Column(f"ratio {schedule}", "x teacher", "", ".2f"),
