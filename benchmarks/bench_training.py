@@ -5,11 +5,11 @@
 All of it trains the same student on the same set with one thread a worker, in processes with the
 same settings of the allocator; tokens are random, as no time depends on them. What is compared runs
 in turns, as the speed of a machine drifts. Two plain loops at once say what the second core adds
-where nothing is exchanged. Two workers have as many rows each as one has, and once
-the same batch between them, where each pays for all that a step costs beside its rows. Wall rates
-are medians over the lines that a run logs, the first ones left out. Where other work shares the
-cores, rows per second of the workers' own CPU time say more. The start is that of a run on a Ray
-that is there already, files in the page cache.
+where nothing is exchanged. Two workers have as many rows each as one has, and once the same batch
+between them, where each pays for all that a step costs beside its rows. Wall rates are medians over
+the lines that a run logs, the first ones left out. Where other work shares the cores, rows per
+second of the workers' own CPU time say more. The start is that of a run on a Ray that is there
+already, files in the page cache.
 """
 
 import argparse
