@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import ddray
+from ddray.shards import shard_name
 from tests.chaos.job import Job, is_alive, write_set
 from tests.runtime.tiny import distilling
 
@@ -166,6 +168,17 @@ def test_a_stopped_run_leaves_a_checkpoint_of_its_last_step_and_goes_on_from_it(
     assert [event["step"] for event in _events(out, "resumed")] == [stopped.step]
 
 
+def test_fewer_workers_go_on_from_the_same_weights_and_average(
+    start: Callable[..., Job], stopped: Stopped, undisturbed: list[float], tmp_path: Path
+) -> None:
+    out = stopped.again(tmp_path / "run")
+    losses = _finished(out, start(*_distill(stopped.data, out, workers=(1, 1))))
+    (resumed,) = _events(out, "resumed")
+    assert (resumed["step"], resumed["workers"], resumed["workers_before"]) == (stopped.step, 1, 2)
+    assert resumed["optimizer_moments"] == "restarted"
+    assert losses == pytest.approx(undisturbed, rel=0.1)
+
+
 def test_a_checkpoint_that_lacks_the_part_of_a_rank_is_named(
     start: Callable[..., Job], stopped: Stopped, tmp_path: Path
 ) -> None:
@@ -175,6 +188,17 @@ def test_a_checkpoint_that_lacks_the_part_of_a_rank_is_named(
     line = _refusal(start(*_distill(stopped.data, out)))
     assert part.name in line
     assert str(part.parent.parent) in line
+
+
+def test_a_list_of_checkpoints_that_is_cut_is_named(
+    start: Callable[..., Job], stopped: Stopped, tmp_path: Path
+) -> None:
+    out = stopped.again(tmp_path / "run")
+    (snapshot,) = out.glob("checkpoints-*/checkpoint_manager_snapshot.json")
+    snapshot.write_bytes(snapshot.read_bytes()[:100])
+    line = _refusal(start(*_distill(stopped.data, out)))
+    assert f"{snapshot} is damaged" in line
+    assert "--fresh" in line
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -194,11 +218,77 @@ def test_a_frozen_worker_is_replaced(
     assert not is_alive(worker)
 
 
-def test_a_full_disk_names_the_checkpoint_and_what_to_do(
+def _resize(disk: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def test_a_full_disk_names_the_checkpoint_and_with_room_a_rerun_goes_on(
     start: Callable[..., Job], data: Path, small_disk: Path
 ) -> None:
-    subprocess.run(["mount", "-o", "remount,size=1200k", str(small_disk)], check=True)
     out = small_disk / "run"
-    line = _refusal(start(*_distill(data, out, workers=(1, 1))))
-    assert line.startswith("ddray: error: no space left for the checkpoint step-0000050")
+    _resize(small_disk, "8m")
+    line = _refusal(start(*_distill(data, out, workers=(1, 1), keep_checkpoints=STEPS)))
+    assert line.startswith("ddray: error: no space left for the checkpoint step-0000")
     assert f"make room at {out}, then rerun: it goes on from the last checkpoint" in line
+    _resize(small_disk, "100m")
+    _finished(out, start(*_distill(data, out, workers=(1, 1), keep_checkpoints=STEPS)))
+    (resumed,) = _events(out, "resumed")
+    assert resumed["step"] > 0
+
+
+def test_memory_that_does_not_suffice_is_told_with_what_to_lower(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    rows = 2**16
+    job = start(*_distill(data, tmp_path, workers=(1, 1), batch_size=rows))
+    job.until(lambda: bool(job.workers("ray::RayTrainWorker")))
+    # Far more than the process is before its first step, far less than that step asks for.
+    job.workers("ray::RayTrainWorker")[0].rlimit(psutil.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+    line = _refusal(job)
+    assert f"with {rows} trajectories at once (batch_size={rows} over 1 workers" in line
+    assert "raise accumulation" in line
+
+
+def _copy(data: Path, to: Path, shards: int) -> Path:
+    """The set as it is when so many of its shards are there."""
+    (to / "shards").mkdir(parents=True)
+    shutil.copy(data / "manifest.json", to)
+    for k in range(shards):
+        shutil.copy(data / shard_name(k), to / shard_name(k))
+    return to
+
+
+FOLLOW: dict[str, Any] = {"follow": True, "stall_timeout_s": 60}
+
+
+def test_a_damaged_shard_that_comes_late_is_named_by_whoever_reads_it(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    growing = _copy(data, tmp_path / "set", 1)
+    job = start(*_distill(growing, tmp_path / "run", **FOLLOW))
+    job.until(lambda: len(_lines(tmp_path / "run" / "events.jsonl")) > 0)
+    for k in (1, 2):
+        (growing / shard_name(k)).write_bytes((data / shard_name(k)).read_bytes()[:-40])
+    assert Path(shard_name(1)).stem in _refusal(job)
+
+
+def test_a_set_that_does_not_grow_is_waited_for_no_longer_than_told(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    growing = _copy(data, tmp_path / "set", 1)
+    line = _refusal(start(*_distill(growing, tmp_path / "run", follow=True, stall_timeout_s=5)))
+    assert "stall_timeout_s" in line
+
+
+def test_a_set_that_grows_gives_the_losses_of_the_complete_one(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    growing = _copy(data, tmp_path / "set", 1)
+    job = start(*_distill(growing, tmp_path / "run", **FOLLOW))
+    job.until(lambda: bool(job.workers("ray::RayTrainWorker")))
+    for k in (1, 2):
+        time.sleep(8)
+        shutil.copy(data / shard_name(k), growing / shard_name(k))
+    losses = _finished(tmp_path / "run", job)
+    whole = start(*_distill(data, tmp_path / "whole", **FOLLOW))
+    assert losses == pytest.approx(_finished(tmp_path / "whole", whole), **SAME)
