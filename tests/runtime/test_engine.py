@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -173,14 +172,15 @@ def _share(averaged: dict[str, Any]) -> dict[str, Any]:
     return values[0]
 
 
-def _process(rank: int, world: int, port: int, case: str, folder: str) -> None:
+def _process(rank: int, world: int, case: str, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     from ddray.runtime.engine import import_deepspeed
 
     import_deepspeed(use_gpu=False)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
+    # A file: a port that is free now may be taken by the time it is asked for.
+    meeting = f"file://{folder}/{case}.meeting"
+    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=world)
     results = globals()[case](rank, world, folder)
     if rank == 0:
         torch.save(results, f"{folder}/{case}.pt")
@@ -188,11 +188,8 @@ def _process(rank: int, world: int, port: int, case: str, folder: str) -> None:
 
 
 def _in_processes(world: int, case: Callable[..., Any], folder: Path) -> dict[str, Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    arguments = [(rank, world, port, case.__name__, str(folder)) for rank in range(world)]
+    arguments = [(rank, world, case.__name__, str(folder)) for rank in range(world)]
     processes = [context.Process(target=_process, args=given) for given in arguments]
     for process in processes:
         process.start()
