@@ -5,8 +5,10 @@
 
 The step of `ddray distill` in plain torch, one process, one thread. All rows start from the same
 student and read the same batches; every row is one seed. The teacher's own samples are judged in
-the same call. Images have a seed that the final evaluation does not use. `--set key=value`
-overrides the config of all rows; rows are added to a file that has the same settings.
+the same call. Of two jumps each is judged by itself too, beside a part of the teacher's: the tokens
+that the second one keeps, and the second one on the teacher's tokens. Images have a seed that the
+final evaluation does not use. `--set key=value` overrides the config of all rows; rows are added to
+a file that has the same settings.
 """
 
 import argparse
