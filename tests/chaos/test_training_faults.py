@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -176,7 +177,9 @@ def test_fewer_workers_go_on_from_the_same_weights_and_average(
     (resumed,) = _events(out, "resumed")
     assert (resumed["step"], resumed["workers"], resumed["workers_before"]) == (stopped.step, 1, 2)
     assert resumed["optimizer_moments"] == "restarted"
-    assert losses == pytest.approx(undisturbed, rel=0.1)
+    # Without their moments the next steps take another path, to the same place.
+    assert losses[: stopped.step] == pytest.approx(undisturbed[: stopped.step], **SAME)
+    assert fmean(losses[-EVERY:]) == pytest.approx(fmean(undisturbed[-EVERY:]), rel=0.05)
 
 
 def test_a_checkpoint_that_lacks_the_part_of_a_rank_is_named(
