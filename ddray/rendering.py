@@ -2,8 +2,8 @@
 
 The same request must give the same bytes whatever shares its batch, and float32 results vary in
 their last bits with the number of rows of a pass. But not with every number: on a CPU, passes of
-one row alone sum in another order. So a renderer measures at its start which sizes of a
-pass agree bit by bit, and uses no others. Imports ddray.generate, models.zoo, report, seeding and
+one row alone sum in another order. So a renderer measures at its start which sizes of a pass agree
+bit by bit, and uses no others. Imports ddray.generate, models.zoo, report, schedule, seeding and
 text_encoder.
 
 Shapes: N images, C channels (1 or 3), H and W pixels, L tokens, E code width.
@@ -23,11 +23,9 @@ from ddray.errors import ConfigError
 from ddray.generate import AskedFor, Student, Teacher
 from ddray.models.zoo import load_student, load_teacher
 from ddray.report import to_uint8
+from ddray.schedule import TEACHER_ALONE
 from ddray.seeding import noise
 from ddray.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder
-
-TEACHER_ALONE = "teacher"
-"""Schedule of images by the teacher alone, from the same noise, stage by stage."""
 
 # Rows of the largest pass. More rows gain a CPU nothing (measured on digits: 8.4 ms an image at 8,
 # 7.8 at 64, 14 at 1), and a pass of a GPU is as fast with 16 as with one.
