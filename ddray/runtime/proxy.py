@@ -21,10 +21,14 @@ log = logging.getLogger("ray.serve")
 # as in x-request-id, the proxy dies with a plain 500.
 _STEERING = {b"serve_multiplexed_model_id", b"x_session_id"}
 _SERVES_OWN = "/-/"
-# For so long after a refusal others are refused here: passing each on would take more of a busy
-# machine than making its images. Far shorter than the queue, so no device runs dry.
-_CLOSED_S = 0.05
+# How the number of requests that are passed on at a time is found, as TCP finds its window: each
+# refusal of the ingress lowers it by a factor, and each window of answers raises it by a tenth, but
+# no less than so many.
+_LOWER, _RAISE, _LEAST_RAISE = 0.8, 0.1, 4.0
 _BUSY = RequestError(503, "the service is busy; try again", "overloaded", retry_after_s=1)
+_LOST = RequestError(
+    503, "the front of the service was lost; try again", "unavailable", retry_after_s=2
+)
 
 
 def middlewares() -> list[Middleware]:
@@ -41,7 +45,9 @@ class Guard:
 
     def __init__(self, app: ASGIApp):
         self._app = app
-        self._closed_until = -math.inf
+        # A request that is passed on to be refused takes more of a busy machine than its images
+        # would, and waits for its refusal behind all others.
+        self._in_flight, self._window, self._lowered_at = 0, math.inf, -math.inf
         self._refused = metrics.Counter(
             "ddray_refused_total", "Requests refused by the proxy.", tag_keys=("application",)
         )
@@ -52,17 +58,42 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope["headers"] = [(name, value) for name, value in scope["headers"] if _keep(name, value)]
-        if time.monotonic() < self._closed_until and _asks_for_images(scope):
+        if not _asks_for_images(scope):
+            await self._pass_on(scope, receive, send)
+            return
+        if self._in_flight >= self._window:
             self._refused.inc(1, {"application": "ddray"})
             await answer(_BUSY)(scope, receive, send)
             return
-        replaced = False
+        self._in_flight += 1
+        try:
+            await self._pass_on(scope, receive, self._watched(send))
+        finally:
+            self._in_flight -= 1
+
+    def _watched(self, send: Send) -> Send:
+        """Learn from an answer how many requests may be passed on."""
+        began = time.monotonic()
 
         async def sending(message: Message) -> None:
-            nonlocal replaced
             if message["type"] == "http.response.start":
-                if _is_overload(message) and _asks_for_images(scope):
-                    self._closed_until = time.monotonic() + _CLOSED_S
+                # Once for all that were on their way together.
+                if _is_overload(message) and began > self._lowered_at:
+                    self._window = max(1.0, _LOWER * min(self._in_flight, self._window))
+                    self._lowered_at = time.monotonic()
+                elif message["status"] == 200:
+                    self._window += max(_RAISE, _LEAST_RAISE / self._window)
+            await send(message)
+
+        return sending
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = replaced = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started, replaced
+            if message["type"] == "http.response.start":
+                started = True
                 error = _reworded(message)
                 if error is not None:
                     replaced = True
@@ -70,7 +101,13 @@ class Guard:
             if not replaced:
                 await send(message)
 
-        await self._app(scope, receive, sending)
+        try:
+            await self._app(scope, receive, sending)
+        except Exception:  # what Serve leaves to its HTTP server, as when an ingress dies
+            log.warning("Serve's proxy raised", exc_info=True)
+            if started:
+                raise
+            await answer(_LOST)(scope, receive, send)
 
 
 def _keep(name: bytes, value: bytes) -> bool:
@@ -100,8 +137,7 @@ def _reworded(start: Message) -> RequestError | None:
         return RequestError(504, "no answer in time; try again later", "timeout", retry_after_s=2)
     if status == 404:
         return RequestError(503, "nothing is served yet; try again", "not_ready", retry_after_s=2)
-    message = "the front of the service was lost, or is at its limit; try again"
-    return RequestError(503, message, "unavailable", retry_after_s=1)
+    return _LOST
 
 
 def _request_id(start: Message) -> dict[str, str]:

@@ -315,4 +315,7 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
         while True:
             time.sleep(3600)
     finally:
+        # First the application, so that what was begun can still be answered: a shutdown takes the
+        # proxy away at once.
+        serve.delete(APP_NAME)
         serve.shutdown()
