@@ -136,7 +136,7 @@ def _reworded(start: Message) -> RequestError | None:
     if status == 408:
         return RequestError(504, "no answer in time; try again later", "timeout", retry_after_s=2)
     if status == 404:
-        return RequestError(503, "nothing is served yet; try again", "not_ready", retry_after_s=2)
+        return RequestError(503, "nothing is served now; try again", "not_ready", retry_after_s=2)
     return _LOST
 
 

@@ -85,17 +85,21 @@ def test_a_killed_ingress_fails_at_most_what_it_had_in_hand(pair: Service) -> No
     async def scenario() -> tuple[Load, int, float]:
         async with clients(pair, count, n=4, pause_s=0.1) as load:
             await until(lambda: load.statuses["200"] > count, "load")
-            before, in_flight = pair.ingress().pid, load.in_flight
-            pair.ingress().kill()
+            before = pair.ingress()
+            await until(lambda: load.in_flight >= 3, "requests in hand")
+            in_flight = load.in_flight
+            before.kill()
             began, done = time.monotonic(), load.statuses["200"]
             await until(lambda: load.statuses["200"] > done + 2 * count, "answers again")
             back_s = time.monotonic() - began
-            assert pair.ingress().pid != before
+            assert pair.ingress() != before
         return load, in_flight, back_s
 
     load, in_flight, back_s = asyncio.run(scenario())
     print(f"{in_flight} in flight, back after {back_s:.1f} s, failed: {load.failures}")
     assert len(load.failures) <= in_flight, load.failures
+    assert set(load.statuses) <= {"200", "503"}
+    assert all('"code": "unavailable"' in failure for failure in load.failures)
 
 
 def test_a_frozen_replica_is_replaced_and_its_requests_are_made_elsewhere(pair: Service) -> None:
@@ -353,18 +357,19 @@ def _stop(service: Service, number: signal.Signals, status: int) -> None:
     """Signal a service under load; what was begun may finish, and then all is gone."""
     job = service.job
 
-    async def scenario() -> tuple[Load, float, list[psutil.Process]]:
+    async def scenario() -> tuple[Load, int, float, list[psutil.Process]]:
         async with clients(service, 8, n=4, pause_s=0.1) as load:
             await until(lambda: load.statuses["200"] > 16, "load")
             tree, began = job.tree(), time.monotonic()
+            due = load.statuses["200"] + load.in_flight
             if number == signal.SIGINT:
                 os.killpg(job.process.pid, number)  # as a terminal does: the whole group gets it
             else:
                 os.kill(job.process.pid, number)
             await until(lambda: job.process.poll() is not None, "end")
-            return load, time.monotonic() - began, tree
+            return load, due, time.monotonic() - began, tree
 
-    load, ended_s, tree = asyncio.run(scenario())
+    load, due, ended_s, tree = asyncio.run(scenario())
     stderr = job.process.communicate()[1]
     print(f"ended in {ended_s:.1f} s: {dict(load.statuses)}; {load.failures[:3]}")
     assert job.process.returncode == status, stderr
@@ -372,6 +377,7 @@ def _stop(service: Service, number: signal.Signals, status: int) -> None:
     assert "SIGTERM received" not in stderr
     # Serve lets requests finish, for at most 20 s, and itself needs a little.
     assert ended_s < 60
+    assert load.statuses["200"] >= due
     assert "cut" not in load.statuses
     deadline = time.monotonic() + 30
     while any(map(is_alive, tree)) and time.monotonic() < deadline:
@@ -398,15 +404,14 @@ def test_replicas_come_and_go_with_the_load(serve: Callable[..., Service]) -> No
 
 def test_a_service_that_sleeps_wakes_for_a_request(serve: Callable[..., Service]) -> None:
     service = serve("--replicas", "0:1", "--upscale-delay-s", "0", "--downscale-delay-s", "3")
+    assert not service.replicas()
 
-    async def scenario() -> tuple[Load, list[float]]:
-        load, slept = Load(), []
+    async def scenario() -> tuple[Load, float]:
+        load = Load()
         async with service.client() as http:
-            for _ in range(2):
-                slept.append(await until(lambda: not service.replicas(), "sleep"))
-                await load.ask(http, prompt=1, n=1, seed=1)
-        return load, slept
+            await load.ask(http, prompt=1, n=1, seed=1)
+        return load, await until(lambda: not service.replicas(), "sleep")
 
-    load, slept = asyncio.run(scenario())
-    print(f"asleep after {slept} s, awake after {load.seconds} s")
-    assert dict(load.statuses) == {"200": 2}, load.failures
+    load, asleep_s = asyncio.run(scenario())
+    print(f"awake in {load.slowest():.1f} s, asleep again {asleep_s:.1f} s later")
+    assert dict(load.statuses) == {"200": 1}, load.failures
