@@ -342,7 +342,11 @@ def find_schedule(steps: int | str, card: ModelCard) -> str:
             f"{unknown[0]}, only at {known}"
         )
         raise RequestError(400, message, "invalid_value", "steps")
-    return "".join(steps.split())
+    # One spelling: requests share a batch, and a series of a metric, by it.
+    return ",".join(
+        f"teacher:{step.first}-{step.last}" if isinstance(step, TeacherStages) else str(step)
+        for step in schedule
+    )
 
 
 def find_prompt(prompt: int | str, card: ModelCard) -> int | str:
