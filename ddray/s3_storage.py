@@ -160,6 +160,8 @@ class S3Storage(Storage):
                 retries={"mode": "standard", "max_attempts": _ATTEMPTS},
                 connect_timeout=10,
                 read_timeout=60,
+                # Links of us-east-1 would otherwise be signed in a way that new buckets refuse.
+                signature_version="s3v4",
             )
             # A session of its own: boto3's default session is not safe between threads.
             self._lazy_client = boto3.session.Session().client("s3", config=config)
