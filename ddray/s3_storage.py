@@ -130,6 +130,12 @@ class S3Storage(Storage):
             page = self._client().list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1)
         return any(entry["Key"] == key for entry in page.get("Contents", ()))
 
+    def version(self, name: str) -> str:
+        """Return ETag and time of the object; see `Storage.version`."""
+        with _s3_errors("read", self.join(name)):
+            head = self._client().head_object(Bucket=self.bucket, Key=self._key(name))
+        return f"{head['ETag']}-{head['LastModified'].isoformat()}"
+
     def delete(self, name: str) -> None:
         """Delete `name`; see `Storage.delete`."""
         with _s3_errors("delete", self.join(name)):

@@ -82,7 +82,7 @@ class StudentReplica:
         self._batcher: Batcher[Order, npt.NDArray[np.uint8]] = Batcher(
             self._run, limit=1, started=self._started
         )
-        self._succeeded_at = 0.0
+        self._succeeded_at, self._model = 0.0, next(iter(stock.students))
         self._stage_s = metrics.Histogram(
             "ddray_stage_seconds",
             "Time of a request in the queue, in the model, in the encoder.",
@@ -141,7 +141,8 @@ class StudentReplica:
         """
         if time.monotonic() - self._succeeded_at < _FRESH_S:
             return
-        model = next(iter(self._stock.students))
+        # Of the student of late: another one might have to be loaded in its place.
+        model = self._model
         await self._run(_Kind(model, "0", None), [Order(model, 0, 1, 0, 1, "0")])
 
     async def _run(self, kind: _Kind, orders: list[Order]) -> Sequence["npt.NDArray[np.uint8]"]:
@@ -167,7 +168,7 @@ class StudentReplica:
         self._queued.set(self._batcher.queued)
 
     def _succeed(self, model: str, schedule: str, images: int) -> None:
-        self._succeeded_at = time.monotonic()
+        self._succeeded_at, self._model = time.monotonic(), model
         # Schedules of clients' own would each be a series of their own.
         shown = schedule if "teacher" not in schedule else "with teacher"
         self._images.inc(images, {"model": model, "schedule": shown})

@@ -1,9 +1,11 @@
 """The image service on Ray Serve: its two deployments, and how they start.
 
 Requests of all clients share batches, and yet an image depends on its own request alone.
-Imports ddray.api_keys, checkpoint, config, errors, models, serving_api and runtime.
+Imports ddray.api_keys, checkpoint, config, errors, models, serving_api, storage, text_encoder and
+runtime.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -13,11 +15,13 @@ import time
 import urllib.request
 import webbrowser
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ddray import __version__
 from ddray.api_keys import read_keys
 from ddray.checkpoint import read_config
 from ddray.config import ServeConfig
@@ -28,6 +32,8 @@ from ddray.runtime.cluster import require
 from ddray.runtime.ingress import Doors, Ingress
 from ddray.runtime.replica import Stock, StudentReplica
 from ddray.serving_api import ModelCard
+from ddray.storage import open_storage
+from ddray.text_encoder import FLAN_T5_XL, encoder_width
 
 log = logging.getLogger("ray.serve")
 
@@ -47,34 +53,54 @@ def build_app(config: ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: if there is no such student, two have one name, or the keys cannot be read.
+        CheckpointError: if there is no such text encoder.
     """
     cards, students = {}, {}
     for student in config.student:
-        card, place = _described(student, config.teacher)
+        card, place = _described(student, config)
         if card.id in cards:
             raise ConfigError(f"two of the students are called {card.id!r}; rename a folder")
         cards[card.id], students[card.id] = card, place
-    return ingress_deployment(config, cards).bind(
-        replica_deployment(config).bind(
-            Stock(
-                students,
-                config.teacher,
-                config.text_encoder,
-                config.rows,
-                config.threads,
-                config.models_per_replica,
-            )
-        ),
-        Doors(
-            cards,
-            read_keys(config.api_keys_file),
-            config.cors_origins,
-            config.images_uri,
-            config.url_expires_s,
-            config.access_log,
-            may_sleep=config.replicas[0] == 0,
-        ),
+    stock = Stock(
+        students,
+        config.teacher,
+        config.text_encoder,
+        config.rows,
+        config.threads,
+        config.models_per_replica,
     )
+    doors = Doors(
+        cards,
+        read_keys(config.api_keys_file),
+        config.cors_origins,
+        config.images_uri,
+        config.url_expires_s,
+        config.access_log,
+        may_sleep=config.replicas[0] == 0,
+    )
+    undated = replace(doors, cards={name: replace(card, created=0) for name, card in cards.items()})
+    teachers = {card.teacher for card in cards.values() if card.teacher}
+    files = {place: _versions(place) for place in (*students.values(), *sorted(teachers))}
+    replicas = _kept_while(replica_deployment(config), stock, files)
+    return _kept_while(ingress_deployment(config), undated).bind(replicas.bind(stock), doors)
+
+
+def _kept_while(deployment: serve.Deployment, *same: object) -> serve.Deployment:
+    """A deployment whose replicas stay as long as all this is the same.
+
+    `serve.run` gives every deployment without a version a new one, which replaces all replicas; and
+    it takes versions only from its own code.
+    """
+    digest = hashlib.sha256(repr((__version__, same)).encode()).hexdigest()
+    return deployment.options(version=digest[:16], _internal=True)
+
+
+def _versions(model: str) -> dict[str, str]:
+    """Versions of a model's files; what is bundled changes with ddray alone."""
+    if model in BUNDLED_MODELS:
+        return {}
+    storage = open_storage(model)
+    return {name: storage.version(name) for name in storage.list()}
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -119,7 +145,7 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
-def ingress_deployment(config: ServeConfig, cards: dict[str, ModelCard]) -> serve.Deployment:
+def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     """What answers HTTP."""
     share = -(-config.admission_limit // config.ingress_replicas)
     return serve.deployment(
@@ -134,20 +160,29 @@ def ingress_deployment(config: ServeConfig, cards: dict[str, ModelCard]) -> serv
     )
 
 
-def _described(student: str, with_teacher: bool) -> tuple[ModelCard, str]:
+def _described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
     """What a student can make, and where it is in words that mean the same on every node."""
     where = resolve(student)
-    config = dict(where if isinstance(where, Mapping) else read_config(where))
+    if isinstance(where, Mapping):
+        raise ConfigError(
+            f"{student} is a set of sizes without weights; make a model folder of the published "
+            f"files, and serve that: `ddray models show {student}` says where they are"
+        )
+    config = read_config(where)
     valid = [name for name, family in FAMILIES.items() if family.kind == "student"]
     if config.get("family") not in valid:
         raise ConfigError(
             f"{student} is of family {config.get('family')!r}, which is no student; "
             f"students are {', '.join(valid)}"
         )
-    teacher = str(config.get("teacher", "")) if with_teacher else ""
-    if with_teacher and not teacher:
+    teacher = str(config.get("teacher", "")) if wanted.teacher else ""
+    if wanted.teacher and not teacher:
         raise ConfigError(f"the config of {student} names no teacher that could be deployed")
+    if teacher:
+        resolve(teacher)
     network, side = empty_network(config, student), image_side(config, student)
+    if network.conditioning == "text":
+        _check_encoder(wanted.text_encoder or FLAN_T5_XL, student, network.config.caption_dim)
     card = ModelCard(
         id=config.get("name") or _name_of(student),
         created=int(time.time()),
@@ -161,6 +196,14 @@ def _described(student: str, with_teacher: bool) -> tuple[ModelCard, str]:
     )
     everywhere = student in BUNDLED_MODELS or "://" in student
     return card, student if everywhere else os.path.abspath(student)
+
+
+def _check_encoder(encoder: str, student: str, needed: int) -> None:
+    width = encoder_width(encoder)
+    if width != needed:
+        raise ConfigError(
+            f"text_encoder={encoder!r} makes features of width {width}; {student} takes {needed}"
+        )
 
 
 def _name_of(student: str) -> str:

@@ -248,7 +248,11 @@ def test_captions_lose_the_space_around_them_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [3, "", "  ", "a\nb", "a\x00b", "a\ud800", "x" * (MAX_CAPTION + 1)]
+    "prompt",
+    [
+        *(3, "", "  ", "a\nb", "a\x00b", "a\ud800", "x" * (MAX_CAPTION + 1)),
+        *("<br>", "&lt;br&gt;", "https://example.org/cat.png", "<b> </b> www.example.org"),
+    ],
 )
 def test_what_is_no_caption_is_refused(prompt: int | str) -> None:
     error = _refusal({"prompt": prompt, "model": "texts"})
@@ -261,6 +265,15 @@ def test_a_wrong_caption_is_answered_with_what_it_must_be() -> None:
     assert caught.value.message == (
         "prompt='' is not allowed: texts takes a caption of 1 to 2000 characters on one line"
     )
+
+
+def test_a_caption_of_markup_alone_is_refused_before_it_fails_a_batch() -> None:
+    with pytest.raises(RequestError) as caught:
+        find_prompt(" <br> ", TEXTS)
+    assert caught.value.message == (
+        "prompt=' <br> ' is not allowed: behind markup and addresses it is empty"
+    )
+    assert find_prompt("<b>A cat</b>", TEXTS) == "<b>A cat</b>"  # the encoder cleans it
 
 
 def test_steps_are_the_first_jump_or_all_of_them() -> None:

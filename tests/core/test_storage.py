@@ -40,6 +40,16 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 # What both kinds do.
 
 
+def test_the_version_of_a_name_changes_when_it_is_written_again(storage: Storage) -> None:
+    storage.write("x", b"first")
+    first = storage.version("x")
+    assert storage.version("x") == first
+    storage.write("x", b"other")
+    assert storage.version("x") != first
+    with pytest.raises(NotFoundError):
+        storage.version("y")
+
+
 def test_what_is_written_is_read_and_listed(storage: Storage) -> None:
     assert storage.list() == {}
     assert storage.write("shards/b.parquet", b"12345")
