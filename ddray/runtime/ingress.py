@@ -227,7 +227,7 @@ class Ingress:
             routes.get(path, include_in_schema=path.endswith("z"))(getattr(self, name))
             # What load balancers and link checkers ask.
             routes.head(path, include_in_schema=False)(getattr(self, name))
-        self._schema = to_json(routes.openapi())
+        self._schema = routes.openapi()
         doors = self._doors
         return Access(routes, doors.key_digests, doors.cors_origins, doors.access_log)
 
@@ -281,9 +281,10 @@ class Ingress:
             await self._ask(self._replicas.ready, deadline, "no student is ready yet", "not_ready")
         return _json({"status": "ready"})
 
-    async def openapi(self) -> Response:
+    async def openapi(self, request: Request) -> Response:
         """The interface as an OpenAPI schema."""
-        return Response(self._schema, media_type="application/json")
+        prefix = request.scope.get("root_path", "")
+        return _json({**self._schema, "servers": [{"url": prefix}]} if prefix else self._schema)
 
     async def page(self) -> Response:
         """A page to try it."""
