@@ -139,10 +139,11 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
         if isinstance(default, config.Job):
             continue
         text = field.description or ""
-        if isinstance(default, bool):
+        if isinstance(default, bool) or field.annotation == bool | None:
             keys.add_argument(flag, action="store_const", const=True, dest=f"key_{name}", help=text)
             continue
-        shown = ":".join(map(str, default)) if name == "workers" and verb != "distill" else default
+        pair = name == "replicas" or (name == "workers" and verb != "distill")
+        shown = ":".join(map(str, default)) if pair else default
         shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
         suffix = "" if shown in (None, "") else f" (default: {shown})"
         keys.add_argument(flag, metavar="X", dest=f"key_{name}", help=f"{text}{suffix}".strip())

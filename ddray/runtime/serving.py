@@ -59,6 +59,9 @@ def build_app(config: ServeConfig) -> serve.Application:
         ConfigError: if there is no such student, two have one name, or the keys cannot be read.
         CheckpointError: if there is no such text encoder.
     """
+    if config.teacher is None:
+        bundled = set(config.student) <= set(BUNDLED_MODELS)
+        config = config.model_copy(update={"teacher": bundled})
     cards, students = {}, {}
     for student in config.student:
         card, place = _described(student, config)
@@ -67,7 +70,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         cards[card.id], students[card.id] = card, place
     stock = Stock(
         students,
-        config.teacher,
+        bool(config.teacher),
         config.text_encoder,
         config.rows,
         config.threads,
