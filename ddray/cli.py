@@ -139,10 +139,11 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
         if isinstance(default, config.Job):
             continue
         text = field.description or ""
-        if isinstance(default, bool):
+        if isinstance(default, bool) or field.annotation == bool | None:
             keys.add_argument(flag, action="store_const", const=True, dest=f"key_{name}", help=text)
             continue
-        shown = ":".join(map(str, default)) if name == "workers" and verb != "distill" else default
+        pair = name == "replicas" or (name == "workers" and verb != "distill")
+        shown = ":".join(map(str, default)) if pair else default
         shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
         suffix = "" if shown in (None, "") else f" (default: {shown})"
         keys.add_argument(flag, metavar="X", dest=f"key_{name}", help=f"{text}{suffix}".strip())
@@ -364,13 +365,15 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; exit status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        status = _run(sys.argv[1:] if argv is None else argv)
+        status = _run(argv)
     except DDRayError as error:
         print(f"ddray: error: {error}", file=sys.stderr)
         return ConfigError.exit_code if isinstance(error, ConfigError) else error.exit_code
     except KeyboardInterrupt:
-        print("ddray: interrupted; a rerun goes on from what is written", file=sys.stderr)
+        advice = "" if argv[:1] == ["serve"] else "; a rerun goes on from what is written"
+        print(f"ddray: interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; Python would complain again at exit.

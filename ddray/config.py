@@ -280,7 +280,9 @@ class ServeConfig(Job):
     student: Names = Field(
         ("digits-llamagen-dd",), description="bundled name or folder; several with commas"
     )
-    teacher: bool = Field(False, description="load each student's teacher too, as a thing to ask")
+    teacher: bool | None = Field(
+        None, description="load the teachers too, to compare; absent = of bundled students"
+    )
     text_encoder: str | None = Field(
         None, description="T5 for students that take captions; absent = google/flan-t5-xl"
     )

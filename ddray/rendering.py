@@ -90,7 +90,8 @@ class Renderer:
         on_cpu = student.device.type == "cpu"
         largest = rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)
         self._largest = 1 << (largest.bit_length() - 1)
-        self._teacher_sizes = (min(2, self._largest) if on_cpu else self._largest,)
+        # The passes of a student and a teacher in turn vary in more ways than could be measured.
+        self._sizes_of_both = (min(2, self._largest) if on_cpu else self._largest,)
 
     @classmethod
     def load(
@@ -131,21 +132,28 @@ class Renderer:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Rows that a pass of the student may have, ascending; measured when first asked for.
+        """Rows that a pass of the student may have, ascending; measured when first asked for."""
+        return self._agreeing(self.schedule)
+
+    @cached_property
+    def _sizes_of_teacher(self) -> tuple[int, ...]:
+        return self._agreeing(TEACHER_ALONE)
+
+    def _agreeing(self, schedule: str) -> tuple[int, ...]:
+        """Sizes of a pass whose results agree bit by bit.
 
         That they agree on one batch proves it for all: the order in which numbers are summed
         depends on shapes alone, and in thousands of random pixels another order would show.
         """
         prompts = self._some_prompts()
         jobs = [ImageJob(prompts[k % len(prompts)], k, 0) for k in range(self._largest)]
-        expected = self._pass(jobs, self.schedule)
+        expected = self._pass(jobs, schedule)
         sizes = [1 << k for k in range(self._largest.bit_length())]
         agreeing = []
         for size in sizes:
             # Backwards: a row must not depend on its place either.
             order = list(range(self._largest))[::-1][:size]
-            images = self._pass([jobs[k] for k in order], self.schedule)
-            if torch.equal(images, expected[order]):
+            if torch.equal(self._pass([jobs[k] for k in order], schedule), expected[order]):
                 agreeing.append(size)
         # Where even the same size gives other bits elsewhere, a row must be alone.
         return tuple(agreeing) if sizes[-1] in agreeing else (1,)
@@ -161,8 +169,11 @@ class Renderer:
         Returns:
             uint8 [N, H, W], or [N, H, W, 3].
         """
-        # The teacher's passes vary with a schedule in more ways than could be measured.
-        sizes, parts, done = self._teacher_sizes if "teacher" in schedule else self.sizes, [], 0
+        if "teacher" not in schedule:
+            sizes = self.sizes
+        else:
+            sizes = self._sizes_of_teacher if schedule == TEACHER_ALONE else self._sizes_of_both
+        parts, done = [], 0
         while done < len(jobs):
             left = len(jobs) - done
             size = max((size for size in sizes if size <= left), default=sizes[0])

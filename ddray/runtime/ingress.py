@@ -1,13 +1,14 @@
 """The HTTP front of the image service: routes, limits, admission, retries, wording of errors.
 
-Its limits lie below Serve's own, whose answers are plain text. Imports ddray.serving_api, storage
-and runtime.access.
+Its limits lie below Serve's own, whose answers are plain text. Imports ddray.admission,
+serving_api, storage and runtime.access.
 """
 
 import asyncio
 import base64
 import hashlib
 import logging
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from ddray import __version__
+from ddray.admission import Admission
 from ddray.errors import StorageError
 from ddray.runtime.access import Access, answer
 from ddray.s3_storage import S3Storage
@@ -48,8 +50,10 @@ from ddray.serving_api import (
 log = logging.getLogger("ray.serve")
 
 _PROBE_TIMEOUT_S = 2.0
-# Images that were made so lately are a better sign than a question, which must queue under load.
+# An answer so lately is a better sign than a probe.
 _FRESH_S = 5.0
+# What is admitted should be made in so long; more would only wait.
+_QUEUE_S = 3.0
 _RETRY_AFTER_LOSS_S = 0.1
 # A body that is too large is read to its end before it is refused, since a client that is still
 # sending may never read the answer; but not without end.
@@ -189,8 +193,8 @@ class Ingress:
             name: replicas.options(multiplexed_model_id=name).images for name in doors.cards
         }
         self._links = S3Storage(doors.images_uri) if doors.images_uri else None
-        self._timeout_s, self._max_images = 60.0, 1
-        self._admitted, self._made_at = 0, -_FRESH_S
+        self._timeout_s, self._admission = 60.0, Admission()
+        self._answered_at = -math.inf
         self._admitted_gauge = metrics.Gauge("ddray_admitted_images", "Images being made.")
         self._retries = metrics.Counter("ddray_retries_total", "Requests begun again.")
         self._page, self._page_headers = _page()
@@ -198,13 +202,21 @@ class Ingress:
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new limits; requests under way are not disturbed."""
         self._timeout_s = float(user_config["request_timeout_s"])
-        self._max_images = int(user_config["max_images"])
+        self._admission.limit = int(user_config["max_images"])
+        self._admission.least = int(user_config["least_images"])
+        self._admission.wait_s = min(_QUEUE_S, self._timeout_s / 4)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: N807  Serve calls it so
         """The routes, behind what every request passes."""
         # FastAPI's own pages load scripts from elsewhere, hence off; the schema is ours to serve.
         routes = FastAPI(
-            title="ddray", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+            title="ddray",
+            version=__version__,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            # They would lead wherever the client's Host header says.
+            redirect_slashes=False,
         )
         routes.add_exception_handler(RequestError, _refused)  # type: ignore[arg-type]
         routes.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
@@ -276,7 +288,8 @@ class Ingress:
     async def readyz(self) -> Response:
         """Whether a warm student answers, or one would be started."""
         now = asyncio.get_running_loop().time()
-        if not self._doors.may_sleep and now - self._made_at > _FRESH_S:
+        # Under load, the question would wait behind the requests that answer it.
+        if not self._doors.may_sleep and now - self._answered_at > _FRESH_S:
             deadline = now + _PROBE_TIMEOUT_S
             await self._ask(self._replicas.ready, deadline, "no student is ready yet", "not_ready")
         return _json({"status": "ready"})
@@ -302,26 +315,25 @@ class Ingress:
         return asyncio.get_running_loop().time() + self._timeout_s
 
     async def _make(self, order: Order, deadline: float) -> list[bytes]:
-        if self._admitted + order.n > self._max_images:
+        clock, door = asyncio.get_running_loop().time, self._admission
+        if not door.enter(order.n, clock()):
             raise RequestError(
                 503,
-                f"the service is busy: {self._admitted} images are being made and at most "
-                f"{self._max_images} are admitted; try again",
+                f"the service is busy: {door.images} images are being made and at most "
+                f"{door.room} are admitted; try again",
                 "overloaded",
                 retry_after_s=1,
             )
-        self._admitted += order.n
-        self._admitted_gauge.set(self._admitted)
+        self._admitted_gauge.set(door.images)
         late = f"no images within {self._timeout_s:g} s; ask for fewer, or try again later"
+        images: list[bytes] | None = None
         try:
-            images: list[bytes] = await self._ask(
-                self._handles[order.model], deadline, late, "timeout", order
-            )
-            self._made_at = asyncio.get_running_loop().time()
+            images = await self._ask(self._handles[order.model], deadline, late, "timeout", order)
+            self._answered_at = clock()
             return images
         finally:
-            self._admitted -= order.n
-            self._admitted_gauge.set(self._admitted)
+            door.leave(order.n, images is not None, clock())
+            self._admitted_gauge.set(door.images)
 
     async def _ask(
         self, method: DeploymentHandle, deadline: float, late: str, code: str, *args: object

@@ -9,8 +9,10 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 import urllib.request
 import webbrowser
@@ -24,7 +26,7 @@ from ray.serve.exceptions import RayServeException
 from ddray import __version__
 from ddray.api_keys import read_keys
 from ddray.checkpoint import read_config
-from ddray.config import ServeConfig
+from ddray.config import MAX_IMAGES, ServeConfig
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
@@ -44,6 +46,8 @@ STUDENTS = "students"
 # Serve gives up, in plain text, only after the front has answered 504 in the service's own shape.
 _GRACE_S = 10.0
 _START_TRIES = 3
+# The ingress keeps the access log.
+_QUIET = {"enable_access_log": False}
 _START_WAIT_S = 30.0
 _STOP_WAIT_S = 20.0
 
@@ -55,6 +59,9 @@ def build_app(config: ServeConfig) -> serve.Application:
         ConfigError: if there is no such student, two have one name, or the keys cannot be read.
         CheckpointError: if there is no such text encoder.
     """
+    if config.teacher is None:
+        bundled = set(config.student) <= set(BUNDLED_MODELS)
+        config = config.model_copy(update={"teacher": bundled})
     cards, students = {}, {}
     for student in config.student:
         card, place = _described(student, config)
@@ -63,11 +70,12 @@ def build_app(config: ServeConfig) -> serve.Application:
         cards[card.id], students[card.id] = card, place
     stock = Stock(
         students,
-        config.teacher,
+        bool(config.teacher),
         config.text_encoder,
         config.rows,
         config.threads,
         config.models_per_replica,
+        hung_s=2 * config.request_timeout_s,
     )
     doors = Doors(
         cards,
@@ -137,7 +145,11 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         max_ongoing_requests=config.ongoing_limit,
         max_queued_requests=config.admission_limit,
         max_constructor_retry_count=_START_TRIES,
+        logging_config=_QUIET,
+        # Three checks without an answer end a replica, well before its requests' deadline: they are
+        # begun again elsewhere.
         health_check_period_s=5,
+        health_check_timeout_s=max(1.0, min(10.0, config.request_timeout_s / 6)),
         # What is under way may finish, and nothing lasts longer.
         graceful_shutdown_timeout_s=min(config.request_timeout_s, _STOP_WAIT_S),
         ray_actor_options={"num_cpus": config.threads, "num_gpus": config.num_gpus},
@@ -148,15 +160,22 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
 def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     """What answers HTTP."""
     share = -(-config.admission_limit // config.ingress_replicas)
+    # A batch under way and a batch that waits, on every replica.
+    busy = 2 * config.max_batch_size * max(1, config.replicas[0])
     return serve.deployment(
         Ingress,
         name="ingress",
         num_replicas=config.ingress_replicas,
-        user_config={"max_images": share, "request_timeout_s": config.request_timeout_s},
+        user_config={
+            "max_images": share,
+            "least_images": min(share, max(MAX_IMAGES, busy // config.ingress_replicas)),
+            "request_timeout_s": config.request_timeout_s,
+        },
         # Far above what it admits: it must get to refuse in its own words.
         max_ongoing_requests=4 * share + 100,
         # It only waits; a whole CPU would not be there on the smallest machines.
         ray_actor_options={"num_cpus": 0},
+        logging_config=_QUIET,
     )
 
 
@@ -240,7 +259,7 @@ def run(config: ServeConfig) -> str:
                 "port": config.port,
                 "request_timeout_s": config.request_timeout_s + _GRACE_S,
             },
-            logging_config={"enable_access_log": False},
+            logging_config=_QUIET,
         )
     try:
         serve.run(application, name=APP_NAME, route_prefix="/")
@@ -308,12 +327,16 @@ def _check_answers(url: str, was_running: bool) -> None:
     raise ClusterError(f"the service started, but {url}/readyz does not answer{hint}")
 
 
+def _terminate(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def serve_students(config: ServeConfig, block: bool = True) -> str:
     """Start the service and, if asked to, stay until interrupted.
 
     Args:
         config: as for `run`.
-        block: serve until Ctrl-C, then stop Serve; else leave it running.
+        block: serve until Ctrl-C or SIGTERM, then stop Serve; else leave it running.
 
     Returns:
         The base URL.
@@ -322,6 +345,9 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
         ConfigError: as `run`.
         ClusterError: as `run`.
     """
+    # Ray's own handler ends the process on the spot, with a stack dump and nothing cleaned up.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     url = run(config)
     served = ", ".join(config.student)
     print(f"{served}: served at {url}, a page to try it, the API under /v1", flush=True)
