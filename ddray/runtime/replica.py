@@ -44,7 +44,6 @@ class Stock:
         rows: of the largest forward pass; None = what suits the device.
         threads: CPU threads of the model.
         in_memory: students that are kept loaded.
-        hung_s: a device that is at one batch for longer is broken.
     """
 
     students: dict[str, str]
@@ -53,7 +52,6 @@ class Stock:
     rows: int | None
     threads: int
     in_memory: int
-    hung_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ class StudentReplica:
             self._run, limit=1, started=self._started
         )
         self._succeeded_at, self._model = 0.0, next(iter(stock.students))
+        # A device that is at one batch for longer is broken.
+        self._hung_s = math.inf
         # When what the device is at should be done; None = it is at nothing.
         self._due: float | None = None
         self._stage_s = metrics.Histogram(
@@ -111,9 +111,10 @@ class StudentReplica:
             await self._renderer(name)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take a new batch size and wait; requests under way are not disturbed."""
+        """Take a new batch size, wait and limit; requests under way are not disturbed."""
         self._batcher.limit = int(user_config["max_batch_size"])
         self._batcher.wait_s = float(user_config["batch_wait_s"])
+        self._hung_s = float(user_config["hung_s"])
 
     async def ready(self) -> bool:
         """An answer means that the replica is warm."""
@@ -147,7 +148,7 @@ class StudentReplica:
         """
         now, due = time.monotonic(), self._due
         if due is not None and now > due:
-            raise RuntimeError(f"a batch has taken more than {self._stock.hung_s:g} s")
+            raise RuntimeError(f"a batch has taken more than {self._hung_s:g} s")
         # Behind a slow batch, or a student that is being loaded, one image could wait too long.
         if due is not None or now - self._succeeded_at < _FRESH_S:
             return
@@ -184,7 +185,7 @@ class StudentReplica:
         self._images.inc(images, {"model": model, "schedule": shown})
 
     async def _at_work(self, function: Any, *arguments: Any) -> Any:
-        return await self._on_device(function, *arguments, limit_s=self._stock.hung_s)
+        return await self._on_device(function, *arguments, limit_s=self._hung_s)
 
     async def _on_device(self, function: Any, *arguments: Any, limit_s: float = math.inf) -> Any:
         def work() -> Any:

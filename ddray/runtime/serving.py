@@ -75,7 +75,6 @@ def build_app(config: ServeConfig) -> serve.Application:
         config.rows,
         config.threads,
         config.models_per_replica,
-        hung_s=2 * config.request_timeout_s,
     )
     doors = Doors(
         cards,
@@ -141,6 +140,7 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         user_config={
             "max_batch_size": config.max_batch_size,
             "batch_wait_s": config.batch_wait_s,
+            "hung_s": 2 * config.request_timeout_s,
         },
         max_ongoing_requests=config.ongoing_limit,
         max_queued_requests=config.admission_limit,
@@ -249,7 +249,8 @@ def run(config: ServeConfig) -> str:
     require(f"serving {served}", least, config.threads, config.num_gpus)
     # Serve tells each step of its start on the terminal of who starts it.
     log.setLevel(logging.WARNING)
-    running = bool(serve.status().proxies)
+    found = serve.status()
+    running, updating = bool(found.proxies), APP_NAME in found.applications
     if not running:
         _check_port(config.host, config.port)
         # The first start of Serve in a cluster decides on these for as long as it runs.
@@ -267,10 +268,12 @@ def run(config: ServeConfig) -> str:
         _check_answers(url, running)
     except (RuntimeError, ValueError, RayServeException) as error:
         reason = _reason(error)
-        _remove(running)
+        if not updating:  # what served before may serve on
+            _remove(running)
         raise ClusterError(f"the service of {served} did not start: {reason}") from error
     except ClusterError:
-        _remove(running)
+        if not updating:
+            _remove(running)
         raise
     return url
 
