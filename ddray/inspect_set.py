@@ -16,7 +16,8 @@ from ddray.errors import ConfigError, ShardError
 from ddray.plan import Plan
 from ddray.progress import Progress
 from ddray.shard_file import Rows
-from ddray.shards import TrajectorySet, VerifyReport, shard_name
+from ddray.sharded_set import VerifyReport, shard_name
+from ddray.shards import TrajectorySet
 
 _SETTINGS = (
     *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
