@@ -24,6 +24,7 @@ from ddray.flow import Transport
 from ddray.generate import Student, Teacher
 from ddray.guidance import draw
 from ddray.metrics import DigitsMetric
+from ddray.model import Model
 from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
 from ddray.progress import Progress
 from ddray.schedule import Schedule, num_steps, parse_schedule
@@ -124,10 +125,10 @@ def independent_tokens(
     return tokens
 
 
-def makes_digits(teacher: Teacher) -> bool:
+def makes_digits(model: Model) -> bool:
     """Whether images are grey 28x28 of ten classes: fd_digits is defined on those."""
-    image = teacher.decode(torch.zeros(1, teacher.num_tokens, dtype=torch.long))
-    return (teacher.num_classes, *image.shape[1:]) == (10, 1, 28, 28)
+    image = model.decode(torch.zeros(1, model.num_tokens, dtype=torch.long))
+    return (model.num_classes, *image.shape[1:]) == (10, 1, 28, 28)
 
 
 def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:

@@ -55,8 +55,8 @@ class VerifyReport:
         missing: Shards that do not exist, or that the set's extension made too short.
         damaged: Shard -> reason.
         rows: Sound rows.
-        unexpected: Names below shards/ that the plan does not have; a reader that takes
-            all of shards/ would count their rows too.
+        unexpected: Names below shards/ (and images/) that the plan does not have; a reader
+            that takes all of them would count their rows too.
     """
 
     num_shards: int
@@ -94,6 +94,10 @@ class ShardedSet(ABC, Generic[PlanT, RowsT]):
     def suffix(self) -> str:
         """Ending of the shards' names."""
         return "parquet"
+
+    def _strays(self) -> list[str]:
+        """Names outside of shards/ that the plan does not have."""
+        return []
 
     @abstractmethod
     def _num_rows(self, k: int, data: bytes) -> int | None:
@@ -241,9 +245,8 @@ class ShardedSet(ABC, Generic[PlanT, RowsT]):
                         look(k, rows)
             if advance is not None:
                 advance(done)
-        return VerifyReport(
-            self.plan.num_shards, sorted(missing), damaged, sound_rows, found.unexpected
-        )
+        unexpected = [*found.unexpected, *self._strays()]
+        return VerifyReport(self.plan.num_shards, sorted(missing), damaged, sound_rows, unexpected)
 
     def quarantine(self, name: str) -> str:
         """Move a file to quarantine/ and return its new name.
