@@ -218,11 +218,11 @@ def _evaluate(config: Any) -> None:
 def _serve(config: Any) -> None:
     from ddray.runtime.cluster import connect
 
-    with connect():
+    with connect(config.metrics_port):
         # Ray Serve reads its environment when it is imported, so Ray comes first.
-        from ddray.runtime.serving import serve_student
+        from ddray.runtime.serving import serve_students
 
-        serve_student(config)
+        serve_students(config)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -48,10 +48,18 @@ def _ordered_workers(workers: tuple[int, int]) -> None:
 
 
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(_parse_workers)]
+Replicas = Annotated[tuple[Annotated[int, Field(ge=0)], CountT], BeforeValidator(_parse_workers)]
 JumpStages = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_parse_list)
 ]
 Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_parse_list)]
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_parse_list)]
+Names = Annotated[Texts, Field(min_length=1)]
+
+_WEEK_S = 7 * 24 * 3600
+# Images of one request to the service, which must be admitted whole.
+MAX_IMAGES = 16
 
 
 class Job(BaseModel):
@@ -296,16 +304,81 @@ class EvaluateConfig(Job):
 
 
 class ServeConfig(Job):
-    """`ddray serve`: a student behind HTTP."""
+    """`ddray serve`: students behind HTTP."""
 
-    student: str = "digits-llamagen-dd"
+    student: Names = Field(
+        ("digits-llamagen-dd",), description="bundled name or folder; several with commas"
+    )
+    teacher: bool = Field(False, description="load each student's teacher too, as a thing to ask")
+    text_encoder: str | None = Field(
+        None, description="T5 for students that take captions; absent = google/flan-t5-xl"
+    )
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    max_batch_size: CountT = 64
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005
-    threads: CountT = 1
-    replicas: CountT = 1
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="for Prometheus, of a Ray that this command starts"
+    )
+    replicas: Replicas = Field(
+        (1, 1), description="N, or MIN:MAX to grow with the load; 0:N sleeps"
+    )
+    ingress_replicas: CountT = Field(1, description="processes that take requests")
+    threads: CountT = Field(1, description="CPU threads of a replica")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of a replica")
+    models_per_replica: CountT = Field(4, description="students in memory; the rest on demand")
+    max_batch_size: CountT = Field(64, description="images of a batch")
+    batch_wait_s: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="how long an idle replica waits for a fuller batch"
+    )
+    rows: CountT | None = Field(None, description="of a forward pass; absent = 8, on a GPU 16")
+    max_ongoing_requests: CountT | None = Field(
+        None, description="of a replica; absent = two batches of single images"
+    )
+    max_images: CountT | None = Field(
+        None, description="admitted at a time; absent = eight batches a replica"
+    )
+    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of a replica, above which there will be more; absent = a quarter batch"
+    )
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 120.0
     request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    api_keys_file: str | None = Field(
+        None, description="one key a line; absent = DDRAY_API_KEYS, or no keys"
+    )
+    cors_origins: Texts = Field((), description="of pages elsewhere that may call; with commas")
+    images_uri: str | None = Field(None, description="s3:// prefix for response_format=url")
+    url_expires_s: CountT = Field(3600, description="for how long a link is good; at most a week")
+    access_log: bool = Field(True, description="one JSON line a request, in Serve's log")
+
+    @property
+    def ongoing_limit(self) -> int:
+        """Requests that a replica takes at a time: one batch while another is under way."""
+        return self.max_ongoing_requests or 2 * self.max_batch_size
+
+    @property
+    def admission_limit(self) -> int:
+        """Images that are admitted at a time, by all ingress replicas together."""
+        return self.max_images or 8 * self.max_batch_size * max(1, self.replicas[1])
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.replicas[0] > self.replicas[1] or self.replicas[1] < 1:
+            raise ValueError(f"replicas={self.replicas[0]}:{self.replicas[1]} must be MIN:MAX")
+        if self.ongoing_limit < self.max_batch_size:
+            raise ValueError(
+                f"max_ongoing_requests={self.ongoing_limit} is below max_batch_size="
+                f"{self.max_batch_size}: batches would never fill"
+            )
+        if self.admission_limit < max(self.max_batch_size, MAX_IMAGES):
+            raise ValueError(
+                f"max_images={self.max_images} is below max_batch_size={self.max_batch_size} or "
+                f"the {MAX_IMAGES} images of one request"
+            )
+        if self.images_uri is not None and not self.images_uri.startswith("s3://"):
+            raise ValueError(f"images_uri={self.images_uri!r} must be s3://: links are made by S3")
+        if self.url_expires_s > _WEEK_S:
+            raise ValueError(f"url_expires_s={self.url_expires_s} is more than a week, {_WEEK_S}")
+        return self
 
 
 class QuickstartConfig(Job):

@@ -67,6 +67,24 @@ class S3Storage(Storage):
                         raise
         return content
 
+    def link(self, name: str, expires_s: int, media_type: str) -> str:
+        """A presigned link to `name`, whether it is there or not.
+
+        Args:
+            name: As for `read`.
+            expires_s: For how long it is good.
+            media_type: What it will be served as.
+
+        Raises:
+            StorageError: If there are no credentials to sign with.
+        """
+        answer = {"Bucket": self.bucket, "Key": self._key(name), "ResponseContentType": media_type}
+        with _s3_errors("link", self.join(name)):
+            url: str = self._client().generate_presigned_url(
+                "get_object", Params=answer, ExpiresIn=expires_s
+            )
+        return url
+
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write by one PUT, conditional if `if_absent`, or in parts; see `Storage.write`.
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from ddray.errors import ConfigError, is_integer
 
+TEACHER_ALONE = "teacher"
+"""In place of a schedule, where images by the teacher alone can be had: all stages, from noise."""
+
 
 class TeacherStages(NamedTuple):
     """Stages first, ..., last - 1 are written by the teacher."""

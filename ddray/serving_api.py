@@ -1,7 +1,7 @@
-"""What the image service accepts and answers: requests, their checks, errors, PNG bytes.
+"""What the image service accepts and answers: requests, their checks, errors, image files.
 
 Knows neither Ray nor torch, so that every refusal can be tested without a server.
-Imports ddray.report.
+Imports ddray.config, errors and schedule.
 """
 
 import difflib
@@ -26,11 +26,21 @@ from pydantic import (
     model_validator,
 )
 
-from ddray.report import to_uint8
+from ddray.config import MAX_IMAGES
+from ddray.errors import ConfigError
+from ddray.schedule import TEACHER_ALONE, TeacherStages, parse_schedule
 
-MAX_IMAGES = 16
 MAX_BODY_BYTES = 64_000
 MAX_SEED = 2**63 - 1
+MAX_CAPTION = 2000
+"""Characters of a caption; an encoder reads fewer."""
+
+ImageFormat = Literal["png", "webp", "jpeg"]
+MEDIA_TYPES: dict[ImageFormat, str] = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "jpeg": "image/jpeg",
+}
 
 # Seeds that the service draws stay below 2^53: every reader of JSON holds them exactly.
 _DRAWN_SEEDS = 2**32
@@ -84,27 +94,37 @@ class ImageRequest(BaseModel):
     """Body of an image request; null means absent.
 
     Attributes:
-        model: the served student; absent = that one.
-        prompt: class id, or class name.
+        model: one of the served students; absent = the first.
+        prompt: class id or class name, or a caption where the student takes captions.
         n: number of images.
         size: must be the student's, such as "28x28".
         seed: decides, with an image's place in the answer, its noise; absent = drawn, and returned.
-        steps: jumps of the student: one, or its full schedule.
-        response_format: how images come; links are not configured.
+        steps: jumps of the student: one, or its full schedule. Where the teacher is deployed, also
+            a schedule in which it takes part, such as "0,teacher:8-16,16", or "teacher" alone.
+        response_format: how images come: as base64, or as links where storage is configured.
         output_format: file format of an image.
         user: accepted for OpenAI's clients, without effect.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"prompt": 3},
+                {"prompt": "three", "n": 4, "seed": 7, "steps": 2, "output_format": "webp"},
+            ]
+        },
+    )
 
     model: StrictStr | None = None
     prompt: StrictInt | StrictStr
     n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] = 1
     size: StrictStr | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = None
-    steps: Annotated[StrictInt, Field(ge=1)] = 1
+    steps: Annotated[StrictInt, Field(ge=1)] | Annotated[StrictStr, Field(max_length=200)] = 1
     response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: Literal["png"] = "png"
+    output_format: ImageFormat = "png"
     user: StrictStr | None = None
 
     @model_validator(mode="before")
@@ -117,13 +137,13 @@ class ImageRequest(BaseModel):
 
 _ALLOWED = {
     "model": "a string; GET /v1/models lists the names",
-    "prompt": "a class id (an integer) or a class name (a string)",
+    "prompt": "a class id (an integer), or a class name or caption (a string)",
     "n": f"an integer from 1 to {MAX_IMAGES}",
     "size": 'a string such as "28x28"',
     "seed": f"an integer from 0 to {MAX_SEED}",
-    "steps": "a positive integer; GET /v1/models lists the numbers the student was trained for",
-    "response_format": '"b64_json"',
-    "output_format": '"png"',
+    "steps": "a positive integer or a schedule; GET /v1/models lists what each model can do",
+    "response_format": '"b64_json" or "url"',
+    "output_format": '"png", "webp" or "jpeg"',
     "user": "a string",
 }
 
@@ -134,28 +154,31 @@ class ModelCard:
 
     Attributes:
         id: name in requests.
-        created: when it was loaded, Unix time.
+        created: when the service was started, Unix time.
+        conditioning: "class" or "text".
         num_classes: class ids are 0 to num_classes - 1.
         class_names: a name for each class, or empty.
         schedule: stages at which it jumps, as trained.
+        stages: number of its teacher's steps.
+        teacher: name of the teacher beside it; "" = none is deployed.
         size: "WIDTHxHEIGHT" of its images.
     """
 
     id: str
     created: int
+    conditioning: Literal["class", "text"]
     num_classes: int
     class_names: tuple[str, ...]
     schedule: tuple[int, ...]
+    stages: int
+    teacher: str
     size: str
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """Numbers of steps that may be asked for."""
-        return tuple(sorted({1, len(self.schedule)}))
-
-    def schedule_of(self, steps: int) -> tuple[int, ...]:
-        """Stages at which the student jumps when it makes that many steps."""
-        return self.schedule if steps == len(self.schedule) else self.schedule[:1]
+    def steps(self) -> tuple[int | str, ...]:
+        """What may be asked for as `steps`, beside schedules of one's own with the teacher."""
+        jumps = sorted({1, len(self.schedule)})
+        return (*jumps, TEACHER_ALONE) if self.teacher else tuple(jumps)
 
     def entry(self) -> dict[str, Any]:
         """The model in GET /v1/models: OpenAI's fields, then ours."""
@@ -163,37 +186,29 @@ class ModelCard:
         return {**head, **asdict(self), "steps": self.steps, "max_n": MAX_IMAGES}
 
 
-@dataclass(frozen=True, slots=True)
-class ImageJob:
-    """One image: all that decides its bytes."""
-
-    class_id: int
-    index: int
-    seed: int
-    schedule: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Order:
-    """A request that was checked against the student.
+    """A request that was checked against the students. All images of a seed share their noise.
 
     Attributes:
-        class_id: class of all its images.
-        n: number of images.
+        model: name of the student.
+        prompt: class id or caption of all its images.
+        n: number of images; the noise of image k is that of sample index k under the seed.
         seed: given or drawn.
-        steps: number of jumps.
-        schedule: where it jumps.
+        steps: as asked for.
+        schedule: what that means, such as "0,16".
+        output_format: file format of the images.
+        as_url: whether links are wanted.
     """
 
-    class_id: int
+    model: str
+    prompt: int | str
     n: int
     seed: int
-    steps: int
-    schedule: tuple[int, ...]
-
-    def jobs(self) -> list[ImageJob]:
-        """Its images; the noise of image k is that of sample index k under the seed."""
-        return [ImageJob(self.class_id, k, self.seed, self.schedule) for k in range(self.n)]
+    steps: int | str
+    schedule: str
+    output_format: ImageFormat = "png"
+    as_url: bool = False
 
 
 def parse_request(body: bytes) -> ImageRequest:
@@ -242,12 +257,15 @@ def _rewritten(error: ValidationError) -> RequestError:
     return RequestError(400, message, "invalid_value", param)
 
 
-def check_request(request: ImageRequest, card: ModelCard) -> Order:
-    """Check a request against the student and draw its seed if it has none.
+def check_request(
+    request: ImageRequest, cards: Mapping[str, ModelCard], urls: bool = False
+) -> Order:
+    """Check a request against the served students and draw its seed if it has none.
 
     Args:
         request: as parsed.
-        card: of the served student.
+        cards: of the students, by name; the first is the default.
+        urls: whether images can be had as links.
 
     Returns:
         The order.
@@ -255,14 +273,16 @@ def check_request(request: ImageRequest, card: ModelCard) -> Order:
     Raises:
         RequestError: status 404 for another model, else 400, with what is allowed.
     """
-    if request.model not in (None, card.id):
+    card = next(iter(cards.values())) if request.model is None else cards.get(request.model)
+    if card is None:
         raise RequestError(
             404,
-            f"model {_show(request.model)} is not served here; served is {card.id!r}",
+            f"model {_show(request.model)} is not served here; served is "
+            f"{' or '.join(map(repr, cards))}",
             "model_not_found",
             "model",
         )
-    if request.response_format == "url":
+    if request.response_format == "url" and not urls:
         raise RequestError(
             400,
             'response_format="url" is not configured here: images cannot be fetched by link; '
@@ -273,17 +293,75 @@ def check_request(request: ImageRequest, card: ModelCard) -> Order:
     if request.size not in (None, card.size):
         message = f"size={_show(request.size)} is not allowed: {card.id} makes {card.size} images"
         raise RequestError(400, message, "invalid_value", "size")
-    if request.steps not in card.steps:
-        allowed = " or ".join(map(str, card.steps))
-        message = f"steps={request.steps} is not allowed: {card.id} was trained for {allowed}"
-        raise RequestError(400, message, "invalid_value", "steps")
     return Order(
-        class_id=find_class(request.prompt, card.num_classes, card.class_names),
+        model=card.id,
+        prompt=find_prompt(request.prompt, card),
         n=request.n,
         seed=secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed,
         steps=request.steps,
-        schedule=card.schedule_of(request.steps),
+        schedule=find_schedule(request.steps, card),
+        output_format=request.output_format,
+        as_url=request.response_format == "url",
     )
+
+
+def find_schedule(steps: int | str, card: ModelCard) -> str:
+    """Schedule that a number of steps, or a schedule of the client's own, means.
+
+    Raises:
+        RequestError: with status 400, for what the student has not learnt or nobody is there for.
+    """
+    allowed = ", ".join(map(repr, card.steps))
+    if isinstance(steps, int):
+        if steps not in card.steps:
+            message = f"steps={_show(steps)} is not allowed: {card.id} was trained for {allowed}"
+            raise RequestError(400, message, "invalid_value", "steps")
+        jumps = card.schedule if steps == len(card.schedule) else card.schedule[:1]
+        return ",".join(map(str, jumps))
+    if "teacher" in steps and not card.teacher:
+        message = (
+            f"steps={_show(steps)} needs the teacher, which is not deployed here; use {allowed}"
+        )
+        raise RequestError(400, message, "teacher_not_deployed", "steps")
+    if steps == TEACHER_ALONE:
+        return TEACHER_ALONE
+    try:
+        schedule = parse_schedule(steps, card.stages)
+    except (ConfigError, ValueError) as error:  # int() refuses thousands of digits
+        message = f"steps={_show(steps)} is not allowed: {_clip(str(error))}; use {allowed}"
+        raise RequestError(400, message, "invalid_value", "steps") from error
+    unknown = [
+        step
+        for step in schedule
+        if not isinstance(step, TeacherStages) and step not in card.schedule
+    ]
+    if unknown:
+        known = ", ".join(map(str, card.schedule))
+        message = (
+            f"steps={_show(steps)} is not allowed: {card.id} was not trained to jump at "
+            f"{unknown[0]}, only at {known}"
+        )
+        raise RequestError(400, message, "invalid_value", "steps")
+    return "".join(steps.split())
+
+
+def find_prompt(prompt: int | str, card: ModelCard) -> int | str:
+    """Class id, or caption, that a prompt means to a student.
+
+    Raises:
+        RequestError: with status 400, and the valid classes or what a caption must be.
+    """
+    if card.conditioning == "class":
+        return find_class(prompt, card.num_classes, card.class_names)
+    # Lone surrogates have no UTF-8, and an encoder takes none.
+    text = prompt.strip() if isinstance(prompt, str) else ""
+    if not 0 < len(text) <= MAX_CAPTION or not text.isprintable():
+        message = (
+            f"prompt={_show(prompt)} is not allowed: {card.id} takes a caption of 1 to "
+            f"{MAX_CAPTION} characters on one line"
+        )
+        raise RequestError(400, message, "invalid_value", "prompt")
+    return text
 
 
 def find_class(prompt: int | str, num_classes: int, class_names: Sequence[str]) -> int:
@@ -321,21 +399,20 @@ def find_class(prompt: int | str, num_classes: int, class_names: Sequence[str]) 
     raise RequestError(400, f"unknown class {_show(prompt)}; {valid}", "unknown_class", "prompt")
 
 
-def png_bytes(image: npt.NDArray[np.floating[Any]]) -> bytes:
-    """A PNG file of one image, rounded to bytes as everywhere in ddray.
+def image_bytes(pixels: npt.NDArray[np.uint8], output_format: ImageFormat = "png") -> bytes:
+    """An image file, the same bytes for the same pixels.
 
     Args:
-        image: float [C, H, W] in [0, 1], C = 1 or 3.
-
-    Returns:
-        The file's bytes, the same for the same pixels.
-
-    Raises:
-        ConfigError: another shape, or values that are not numbers.
+        pixels: uint8 [H, W] or [H, W, 3].
+        output_format: PNG is exact, WebP and JPEG are of quality 90.
     """
     buffer = io.BytesIO()
-    # Level 1 instead of 6: files hardly grow, and the time until the image is there counts.
-    Image.fromarray(to_uint8(image[None])[0]).save(buffer, "PNG", compress_level=1)
+    image = Image.fromarray(pixels)
+    if output_format == "png":
+        # Level 1 instead of 6: files hardly grow, and the time until the image is there counts.
+        image.save(buffer, "PNG", compress_level=1)
+    else:
+        image.save(buffer, output_format.upper(), quality=90)
     return buffer.getvalue()
 
 

@@ -5,6 +5,7 @@ Imports the architectures, ddray.checkpoint, ddray.generate and ddray.errors.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -333,6 +334,20 @@ def _network_sizes(family: Family, config: Mapping[str, Any], codec: Any, name: 
                 f"{name}: {field}={value}, but its tokenizer has {field}={actual[field]}"
             )
     return sizes
+
+
+def image_side(config: Mapping[str, Any], name: str = "the given model") -> int:
+    """Width and height of a model's images, in pixels, from its config alone.
+
+    Raises:
+        ConfigError: if the sizes do not fit together, or there is no tokenizer.
+    """
+    codec = empty_tokenizer(config, name)
+    if codec is None:
+        raise ConfigError(f'{name} has "tokenizer": None, so it makes no images')
+    stages = empty_network(config, name).stages
+    last = stages[-1] if max(stages) > 1 else len(stages)
+    return math.isqrt(last) * codec.config.patch
 
 
 def load_teacher(

@@ -32,11 +32,14 @@ _LOOK_EVERY_S = 2.0
 
 
 @contextlib.contextmanager
-def connect() -> Iterator[None]:
+def connect(metrics_port: int | None = None) -> Iterator[None]:
     """Be connected to Ray: to `RAY_ADDRESS` if set, else to a new private Ray.
 
     Submitted jobs have the address. A Ray that this process is connected to already is used and
     left running. A Ray that merely happens to run on this machine is never joined.
+
+    Args:
+        metrics_port: where a new Ray shows its metrics to Prometheus; None = nowhere in particular.
 
     Raises:
         ClusterError: if Ray cannot start or be reached.
@@ -63,7 +66,7 @@ def connect() -> Iterator[None]:
         return
     temp = None if address else tempfile.mkdtemp(prefix="ddray-", dir=_SHORT_TEMP)
     try:
-        _start(address, temp)
+        _start(address, temp, metrics_port)
         yield
     finally:
         ray.shutdown()
@@ -71,7 +74,7 @@ def connect() -> Iterator[None]:
             shutil.rmtree(temp, ignore_errors=True)
 
 
-def _start(address: str | None, temp: str | None) -> None:
+def _start(address: str | None, temp: str | None, metrics_port: int | None) -> None:
     import ray
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
@@ -86,6 +89,7 @@ def _start(address: str | None, temp: str | None) -> None:
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=temp,
+                _metrics_export_port=metrics_port,
                 **quiet,
             )
     except Exception as error:  # Ray raises the bare Exception when a node does not come up

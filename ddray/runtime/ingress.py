@@ -1,20 +1,24 @@
-"""The HTTP front of the image service: routes, limits, admission, timeouts, wording of errors.
+"""The HTTP front of the image service: routes, limits, admission, retries, wording of errors.
 
-All of them lie below Serve's own limits, whose answers are plain text.
-Imports ddray.serving_api.
+Its limits lie below Serve's own, whose answers are plain text. Imports ddray.serving_api, storage
+and runtime.access.
 """
 
 import asyncio
 import base64
 import hashlib
+import logging
 import re
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve import metrics
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -22,9 +26,16 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
+from ddray import __version__
+from ddray.errors import StorageError
+from ddray.runtime.access import Access, answer
+from ddray.s3_storage import S3Storage
 from ddray.serving_api import (
     MAX_BODY_BYTES,
+    MEDIA_TYPES,
+    ImageRequest,
     ModelCard,
     Order,
     RequestError,
@@ -33,35 +44,23 @@ from ddray.serving_api import (
     to_json,
 )
 
+log = logging.getLogger("ray.serve")
+
 _PROBE_TIMEOUT_S = 2.0
+_RETRY_AFTER_LOSS_S = 0.1
 # A body that is too large is read to its end before it is refused, since a client that is still
 # sending may never read the answer; but not without end.
 _MAX_DRAINED_BYTES = 64_000_000
-_NO_SNIFF = {"X-Content-Type-Options": "nosniff"}
-
-# FastAPI's own pages load scripts from elsewhere, hence off.
-app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 
 def _json(value: object) -> Response:
-    return Response(to_json(value), media_type="application/json", headers=_NO_SNIFF)
+    return Response(to_json(value), media_type="application/json")
 
 
-def _answer(error: RequestError, headers: dict[str, str] | None = None) -> Response:
-    return Response(
-        error.body(),
-        status_code=error.status,
-        headers={**_NO_SNIFF, **error.headers, **(headers or {})},
-        media_type="application/json",
-    )
-
-
-@app.exception_handler(RequestError)
 async def _refused(request: Request, error: RequestError) -> Response:
-    return _answer(error)
+    return answer(error)
 
 
-@app.exception_handler(HTTPException)
 async def _no_route(request: Request, error: HTTPException) -> Response:
     path = f"{request.method} {request.url.path[:80]!r}"
     headers = dict(error.headers or {})
@@ -73,13 +72,12 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
         code = "method_not_allowed"
     else:
         message, code = f"{path}: {error.detail}", "bad_request"
-    return _answer(RequestError(error.status_code, message, code), headers)
+    return answer(RequestError(error.status_code, message, code), headers)
 
 
-@app.exception_handler(Exception)
 async def _failed(request: Request, error: Exception) -> Response:
     # Starlette raises it again after this answer, so Serve logs the traceback.
-    return _answer(RequestError(500, "the service failed; its log says why", "internal_error"))
+    return answer(RequestError(500, "the service failed; its log says why", "internal_error"))
 
 
 def _page() -> tuple[bytes, dict[str, str]]:
@@ -95,8 +93,31 @@ def _page() -> tuple[bytes, dict[str, str]]:
         "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; "
         f"frame-ancestors 'none'; {'; '.join(allowed)}"
     )
-    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", **_NO_SNIFF}
+    headers = {"Content-Security-Policy": policy}
     return text.encode(), headers
+
+
+class _Files(Response):
+    """For the schema: what /v1/images/raw gives."""
+
+    media_type = "image/png"
+
+
+_ERROR: dict[str, Any] = {
+    "description": "An error",
+    "content": {
+        "application/json": {
+            "example": {
+                "error": {
+                    "message": "steps=3 is not allowed: digits-llamagen-dd was trained for 1, 2",
+                    "type": "invalid_request_error",
+                    "code": "invalid_value",
+                    "param": "steps",
+                }
+            }
+        }
+    },
+}
 
 
 async def _read_body(request: Request) -> bytes:
@@ -122,78 +143,146 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-@serve.ingress(app)
+@dataclass(frozen=True)
+class Doors:
+    """What an ingress is told once.
+
+    Attributes:
+        cards: of the students, by name; the first is the default.
+        key_digests: of the API keys; none = open to all.
+        cors_origins: of pages elsewhere that may call.
+        images_uri: s3:// prefix to which linked images go; None = no links.
+        url_expires_s: for how long a link is good.
+        access_log: whether requests are logged.
+        may_sleep: whether the service is ready without a replica, as it is when it scales to zero.
+    """
+
+    cards: dict[str, ModelCard]
+    key_digests: Sequence[str] = ()
+    cors_origins: Sequence[str] = ()
+    images_uri: str | None = None
+    url_expires_s: int = 3600
+    access_log: bool = True
+    may_sleep: bool = False
+
+
+@serve.ingress()
 class Ingress:
     """Checks requests, admits as many as can be served in time, and words every error.
 
     Args:
-        student: handle of the replicas.
-        request_timeout_s: longest time from a request to its images.
-        max_images: most images that are admitted at a time.
+        replicas: handle of the students.
+        doors: see `Doors`.
     """
 
-    def __init__(self, student: DeploymentHandle, request_timeout_s: float, max_images: int):
-        self._student = student
-        self._timeout_s = request_timeout_s
-        self._max_images = max_images
+    def __init__(self, replicas: DeploymentHandle, doors: Doors):
+        self._replicas, self._doors = replicas, doors
+        self._handles = {
+            name: replicas.options(multiplexed_model_id=name).images for name in doors.cards
+        }
+        self._links = S3Storage(doors.images_uri) if doors.images_uri else None
+        self._timeout_s, self._max_images = 60.0, 1
         self._admitted = 0
-        self._card: ModelCard | None = None
+        self._admitted_gauge = metrics.Gauge("ddray_admitted_images", "Images being made.")
+        self._retries = metrics.Counter("ddray_retries_total", "Requests begun again.")
         self._page, self._page_headers = _page()
 
-    @app.post("/v1/images/generations")
-    async def generations(self, request: Request) -> Response:
-        """Images as base64 in JSON."""
-        card, order = await self._accept(request)
-        images = await self._make(order)
-        data = [
-            {"b64_json": base64.b64encode(png).decode("ascii"), "index": k}
-            for k, png in enumerate(images)
-        ]
-        answer = {"created": int(time.time()), "data": data, "seed": order.seed, "model": card.id}
-        return _json({**answer, "steps": order.steps, "size": card.size, "output_format": "png"})
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take new limits; requests under way are not disturbed."""
+        self._timeout_s = float(user_config["request_timeout_s"])
+        self._max_images = int(user_config["max_images"])
 
-    @app.post("/v1/images/raw")
+    def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: N807  Serve calls it so
+        """The routes, behind what every request passes."""
+        # FastAPI's own pages load scripts from elsewhere, hence off; the schema is ours to serve.
+        routes = FastAPI(
+            title="ddray", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+        )
+        routes.add_exception_handler(RequestError, _refused)  # type: ignore[arg-type]
+        routes.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
+        routes.add_exception_handler(Exception, _failed)
+        described: dict[str, Any] = {
+            "openapi_extra": {
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": ImageRequest.model_json_schema()}},
+                }
+            },
+            "responses": {status: _ERROR for status in (400, 401, 404, 413, 415, 503, 504)},
+        }
+        routes.post("/v1/images/generations", **described)(self.generations)
+        routes.post("/v1/images/raw", response_class=_Files, **described)(self.raw)
+        routes.get("/v1/models")(self.models)
+        for path in ("/healthz", "/readyz", "/openapi.json", "/"):
+            name = path.strip("/").partition(".")[0] or "page"
+            routes.get(path, include_in_schema=path.endswith("z"))(getattr(self, name))
+        self._schema = to_json(routes.openapi())
+        doors = self._doors
+        return Access(routes, doors.key_digests, doors.cors_origins, doors.access_log)
+
+    async def generations(self, request: Request) -> Response:
+        """Images as base64 or as links, in JSON."""
+        order = await self._accept(request)
+        files = await self._make(order)
+        if order.as_url:
+            data = [
+                {"url": url, "index": k} for k, url in enumerate(await self._upload(order, files))
+            ]
+        else:
+            data = [
+                {"b64_json": base64.b64encode(file).decode("ascii"), "index": k}
+                for k, file in enumerate(files)
+            ]
+        facts = {"model": order.model, "seed": order.seed, "steps": order.steps}
+        size, kind = self._doors.cards[order.model].size, order.output_format
+        created = int(time.time())
+        return _json(
+            {"created": created, "data": data, **facts, "size": size, "output_format": kind}
+        )
+
     async def raw(self, request: Request) -> Response:
-        """One image as the bytes of a PNG file."""
-        card, order = await self._accept(request)
+        """One image as the bytes of a file."""
+        order = await self._accept(request)
         if order.n != 1:
             message = f"n={order.n} is not allowed: /v1/images/raw gives one image; leave n out"
             raise RequestError(400, message, "invalid_value", "n")
-        (png,) = await self._make(order)
-        headers = {"x-ddray-seed": str(order.seed), **_NO_SNIFF}
-        return Response(png, media_type="image/png", headers=headers)
+        if order.as_url:
+            message = 'response_format="url" is not allowed: /v1/images/raw gives the bytes'
+            raise RequestError(400, message, "invalid_value", "response_format")
+        (file,) = await self._make(order)
+        headers = {"x-ddray-seed": str(order.seed)}
+        return Response(file, media_type=MEDIA_TYPES[order.output_format], headers=headers)
 
-    @app.get("/v1/models")
     async def models(self) -> Response:
-        """The served student and what may be asked of it."""
-        card = await self._model_card()
-        return _json({"object": "list", "data": [card.entry()]})
+        """The served students and what may be asked of them."""
+        entries = [card.entry() for card in self._doors.cards.values()]
+        return _json({"object": "list", "data": entries})
 
-    @app.get("/healthz")
     async def healthz(self) -> Response:
         """Whether this process answers."""
         return _json({"status": "ok"})
 
-    @app.get("/readyz")
     async def readyz(self) -> Response:
-        """Whether a warm student answers."""
-        await self._ask("card", _PROBE_TIMEOUT_S)
+        """Whether a warm student answers, or one would be started."""
+        if not self._doors.may_sleep:
+            deadline = asyncio.get_running_loop().time() + _PROBE_TIMEOUT_S
+            await self._ask(self._replicas.ready, deadline, "no student is ready yet", "not_ready")
         return _json({"status": "ready"})
 
-    @app.get("/")
+    async def openapi(self) -> Response:
+        """The interface as an OpenAPI schema."""
+        return Response(self._schema, media_type="application/json")
+
     async def page(self) -> Response:
         """A page to try it."""
         return Response(self._page, media_type="text/html", headers=self._page_headers)
 
-    async def _accept(self, request: Request) -> tuple[ModelCard, Order]:
+    async def _accept(self, request: Request) -> Order:
         parsed = parse_request(await _read_body(request))
-        card = await self._model_card()
-        return card, check_request(parsed, card)
-
-    async def _model_card(self) -> ModelCard:
-        if self._card is None:
-            self._card = await self._ask("card", _PROBE_TIMEOUT_S)
-        return self._card
+        order = check_request(parsed, self._doors.cards, urls=self._links is not None)
+        asked = {"model": order.model, "n": order.n, "steps": order.steps, "seed": order.seed}
+        request.state.details.update(asked)
+        return order
 
     async def _make(self, order: Order) -> list[bytes]:
         if self._admitted + order.n > self._max_images:
@@ -205,32 +294,67 @@ class Ingress:
                 retry_after_s=1,
             )
         self._admitted += order.n
+        self._admitted_gauge.set(self._admitted)
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        late = f"no images within {self._timeout_s:g} s; ask for fewer, or try again later"
         try:
-            images: list[bytes] = await self._ask("images", self._timeout_s, order.jobs())
+            images: list[bytes] = await self._ask(
+                self._handles[order.model], deadline, late, "timeout", order
+            )
             return images
         finally:
             self._admitted -= order.n
+            self._admitted_gauge.set(self._admitted)
 
-    async def _ask(self, method: str, timeout_s: float, *args: object) -> Any:
-        """Call a replica.
+    async def _ask(
+        self, method: DeploymentHandle, deadline: float, late: str, code: str, *args: object
+    ) -> Any:
+        """Call a replica, and another one where that is lost: images can be made again.
 
         Raises:
-            RequestError: 503 where none is there, 504 where it takes too long; try again later.
+            RequestError: 504, or 503 where it is no timeout of images, after the deadline; 503
+                where the queue is full or the service is being deployed anew.
         """
-        response = getattr(self._student, method).remote(*args)
+        loop = asyncio.get_running_loop()
+        while True:
+            response = method.remote(*args)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await response
+            except TimeoutError as error:
+                response.cancel()  # the timeout alone would let the replica go on
+                status = 504 if code == "timeout" else 503
+                raise RequestError(status, late, code, retry_after_s=2) from error
+            except asyncio.CancelledError:
+                response.cancel()  # the client has left
+                raise
+            except BackPressureError as error:
+                message = "the queue of the service is full; try again"
+                raise RequestError(503, message, "overloaded", retry_after_s=1) from error
+            except DeploymentUnavailableError as error:
+                message = "the students are not to be had; try again"
+                raise RequestError(503, message, "not_ready", retry_after_s=2) from error
+            except (ReplicaUnavailableError, RayActorError) as error:
+                if loop.time() + _RETRY_AFTER_LOSS_S > deadline:
+                    message = "the replica with this request was lost; try again"
+                    raise RequestError(503, message, "replica_lost", retry_after_s=2) from error
+                self._retries.inc()
+                await asyncio.sleep(_RETRY_AFTER_LOSS_S)
+
+    async def _upload(self, order: Order, files: Sequence[bytes]) -> list[str]:
+        """Links to the files, which lie in storage under their sha256."""
+        assert self._links is not None
+        storage, expires_s = self._links, self._doors.url_expires_s
+        kind = order.output_format
+
+        def upload(file: bytes) -> str:
+            name = f"{hashlib.sha256(file).hexdigest()}.{kind}"
+            storage.write(name, file)
+            return storage.link(name, expires_s, MEDIA_TYPES[kind])
+
         try:
-            async with asyncio.timeout(timeout_s):
-                return await response
-        except TimeoutError as error:
-            response.cancel()  # the timeout alone would let the replica go on
-            if method == "images":
-                message = f"no images within {timeout_s:g} s; ask for fewer, or try again later"
-                raise RequestError(504, message, "timeout", retry_after_s=5) from error
-            message = "no student is ready yet; try again"
-            raise RequestError(503, message, "not_ready", retry_after_s=2) from error
-        except BackPressureError as error:
-            message = "the queue of the service is full; try again"
-            raise RequestError(503, message, "overloaded", retry_after_s=1) from error
-        except (DeploymentUnavailableError, ReplicaUnavailableError, RayActorError) as error:
-            message = "the replica with this request was lost; try again"
-            raise RequestError(503, message, "replica_lost", retry_after_s=2) from error
+            return list(await asyncio.gather(*(asyncio.to_thread(upload, file) for file in files)))
+        except StorageError as error:
+            log.error("cannot store images: %s", error)
+            message = "the images cannot be stored for now; ask for b64_json, or try again"
+            raise RequestError(503, message, "storage_unavailable", retry_after_s=5) from error

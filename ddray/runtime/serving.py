@@ -1,270 +1,179 @@
-"""The image service on Ray Serve: replicas that hold a student, behind an HTTP front.
+"""The image service on Ray Serve: its two deployments, and how they start.
 
 Requests of all clients share batches, and yet an image depends on its own request alone.
-Imports ddray.errors, ddray.serving_api, ddray.runtime; replicas load ddray.models, ddray.seeding.
+Imports ddray.api_keys, checkpoint, config, errors, models, serving_api and runtime.
 """
 
-import asyncio
-import json
 import logging
 import os
 import re
 import socket
+import sys
 import time
 import urllib.request
-from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+import webbrowser
+from collections.abc import Mapping
+from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ddray.api_keys import read_keys
+from ddray.checkpoint import read_config
+from ddray.config import ServeConfig
 from ddray.errors import ClusterError, ConfigError
+from ddray.models.catalog import BUNDLED_MODELS
+from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
 from ddray.runtime.cluster import require
-from ddray.runtime.ingress import Ingress
-from ddray.serving_api import MAX_IMAGES, ImageJob, ModelCard, png_bytes
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from ddray.config import ServeConfig
-    from ddray.generate import Student
+from ddray.runtime.ingress import Doors, Ingress
+from ddray.runtime.replica import Stock, StudentReplica
+from ddray.serving_api import ModelCard
 
 log = logging.getLogger("ray.serve")
 
 APP_NAME = "ddray"
+STUDENTS = "students"
+"""The deployment of the replicas."""
 
 # Serve gives up, in plain text, only after the front has answered 504 in the service's own shape.
 _GRACE_S = 10.0
 _START_TRIES = 3
 _START_WAIT_S = 30.0
 _STOP_WAIT_S = 20.0
-_FAILURES_UNTIL_ILL = 3
-
-# The same image must be the same bytes whatever shared its batch, and float32 results vary in
-# their last bits with the batch size (measured on a tiny student: 14 of 50000 pixels differ by one
-# level between a batch of one and larger ones). So every forward pass has this many rows, the last
-# pass padded. On a CPU one row takes at most 1.6 times what it takes in a batch of 64, and single
-# requests are spared the padding; a GPU needs several rows to be busy.
-_CPU_CHUNK = 1
-_GPU_CHUNK = 16
 
 
-def generate_images(
-    student: "Student", jobs: Sequence[ImageJob], chunk_size: int
-) -> list["npt.NDArray[np.float32]"]:
-    """Images of a mixed batch: a pass takes any classes, indices and seeds, but one schedule.
-
-    Args:
-        student: the student.
-        jobs: the images.
-        chunk_size: rows of every forward pass; with it fixed, an image depends on its job alone.
-
-    Returns:
-        A float32 [C, H, W] in [0, 1] for each job.
-    """
-    import torch
-
-    from ddray.seeding import noise
-
-    shape = (student.num_tokens, student.codebook.shape[1])
-    places = defaultdict(list)
-    for place, job in enumerate(jobs):
-        places[job.schedule].append(place)
-    images: dict[int, npt.NDArray[np.float32]] = {}
-    for schedule, members in places.items():
-        for start in range(0, len(members), chunk_size):
-            chunk = members[start : start + chunk_size]
-            rows = chunk + chunk[-1:] * (chunk_size - len(chunk))
-            codes_BLE = student.generate(
-                [jobs[place].class_id for place in rows],
-                noise=torch.cat([noise(jobs[p].seed, [jobs[p].index], shape) for p in rows]),
-                schedule=schedule,
-            )
-            # Padded rows repeat the last job: they only write its image again.
-            images.update(zip(rows, student.decode(codes_BLE).cpu().numpy(), strict=True))
-    return [images[place] for place in range(len(jobs))]
-
-
-class StudentReplica:
-    """A student on one device, which makes the images of concurrent requests in common batches.
-
-    Args:
-        student: bundled name or model folder.
-        max_batch_size: most images of one batch.
-        batch_wait_s: how long a batch waits to fill.
-        threads: CPU threads of torch.
-        chunk_size: rows of a forward pass; None = what suits the device.
-    """
-
-    def __init__(
-        self,
-        student: str,
-        max_batch_size: int,
-        batch_wait_s: float,
-        threads: int,
-        chunk_size: int | None = None,
-    ):
-        import torch
-
-        # One thread runs the model, so that Serve's event loop stays free to answer health checks
-        # and to collect the next batch. OpenMP's number of threads is set there: it is per thread.
-        self._thread = ThreadPoolExecutor(1, "student", torch.set_num_threads, (threads,))
-        self._student: Student | None = None
-        self._failures = 0
-        self._card = self._thread.submit(self._load, student, chunk_size).result()
-        self._batched.set_max_batch_size(max_batch_size)
-        self._batched.set_batch_wait_timeout_s(batch_wait_s)
-
-    def _load(self, spec: str, chunk_size: int | None) -> ModelCard:
-        """Load the student and run every schedule once, since the first pass is the slow one."""
-        from ddray import load_student
-
-        started = time.perf_counter()
-        student = load_student(spec)
-        loaded = time.perf_counter()
-        on_cpu = student.device.type == "cpu"
-        self._chunk_size = chunk_size or (_CPU_CHUNK if on_cpu else _GPU_CHUNK)
-        schedule = tuple(student.config.get("schedule", (0,)))
-        jobs = [ImageJob(0, 0, 0, schedule[:1]), ImageJob(0, 0, 0, schedule)]
-        height, width = generate_images(student, jobs, self._chunk_size)[0].shape[1:]
-        self._student = student
-        log.info(
-            "student %s on %s: loaded in %.1f s, warmed up in %.1f s, %d rows a pass",
-            *(spec, student.device, loaded - started, time.perf_counter() - loaded),
-            self._chunk_size,
-        )
-        return ModelCard(
-            id=student.config.get("name") or _name_of(spec),
-            created=int(time.time()),
-            num_classes=student.num_classes,
-            class_names=tuple(map(str, student.config.get("class_names", ()))),
-            schedule=schedule,
-            size=f"{width}x{height}",
-        )
-
-    async def card(self) -> ModelCard:
-        """What the student can make; an answer means that the replica is warm."""
-        return self._card
-
-    async def images(self, jobs: Sequence[ImageJob]) -> list[bytes]:
-        """PNG files of one request, in order; they share batches with those of other requests."""
-        return list(await asyncio.gather(*map(self._batched, jobs)))
-
-    @serve.batch
-    async def _batched(self, jobs: list[ImageJob]) -> list[bytes]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, jobs)
-
-    def _render(self, jobs: list[ImageJob]) -> list[bytes]:
-        assert self._student is not None
-        self._failures += 1
-        images = generate_images(self._student, jobs, self._chunk_size)
-        files = [png_bytes(image) for image in images]
-        self._failures = 0
-        return files
-
-    def check_health(self) -> None:
-        """Raise if the model is gone, or fails at every batch, as after an error of a GPU.
-
-        Runs nothing: a long batch is no illness.
-
-        Raises:
-            RuntimeError: and Serve replaces the replica.
-        """
-        if self._student is None:
-            raise RuntimeError("the student of this replica is gone")
-        # The batch that is under way counts as one until it has succeeded.
-        if self._failures > _FAILURES_UNTIL_ILL:
-            raise RuntimeError(f"the last {_FAILURES_UNTIL_ILL} batches of this replica failed")
-
-
-def _name_of(spec: str) -> str:
-    """Name of a student that has none: its folder, or that of the run it lies in as `student`."""
-    parts = [part for part in spec.replace("\\", "/").split("/") if part]
-    return parts[-2] if parts[-1] == "student" and len(parts) > 1 else parts[-1]
-
-
-def build_app(
-    student: str,
-    *,
-    max_batch_size: int = 64,
-    batch_wait_s: float = 0.005,
-    threads: int = 1,
-    num_replicas: int = 1,
-    request_timeout_s: float = 60.0,
-    num_gpus: float = 0,
-    chunk_size: int | None = None,
-) -> serve.Application:
-    """The Serve application of a student.
-
-    Args:
-        student: bundled name or model folder (path or URI).
-        max_batch_size: most images of one batch.
-        batch_wait_s: how long a batch waits to fill.
-        threads: CPU threads of a replica, and CPUs that it reserves.
-        num_replicas: copies of the student.
-        request_timeout_s: longest time from a request to its images.
-        num_gpus: GPUs of a replica.
-        chunk_size: rows of a forward pass; None = 1 on a CPU, 16 on a GPU. Between chunk sizes,
-            single pixels may differ by one level.
-
-    Returns:
-        The application; its front is the ingress.
+def build_app(config: ServeConfig) -> serve.Application:
+    """The Serve application of some students; its front is the ingress.
 
     Raises:
-        ConfigError: if there is no such student.
+        ConfigError: if there is no such student, two have one name, or the keys cannot be read.
     """
-    spec = _located(student)
-    # Eight batches deep, the queue of a replica; at least one request of full size.
-    max_images = max(8 * max_batch_size * num_replicas, MAX_IMAGES)
-    replica = serve.deployment(
-        StudentReplica,
-        num_replicas=num_replicas,
-        # Even requests for one image each fill one batch while another is under way.
-        max_ongoing_requests=2 * max_batch_size,
-        max_queued_requests=max_images,
-        max_constructor_retry_count=_START_TRIES,
-        # What is under way may finish, and nothing lasts longer.
-        graceful_shutdown_timeout_s=min(request_timeout_s, _STOP_WAIT_S),
-        ray_actor_options={"num_cpus": threads, "num_gpus": num_gpus},
+    cards, students = {}, {}
+    for student in config.student:
+        card, place = _described(student, config.teacher)
+        if card.id in cards:
+            raise ConfigError(f"two of the students are called {card.id!r}; rename a folder")
+        cards[card.id], students[card.id] = card, place
+    return ingress_deployment(config, cards).bind(
+        replica_deployment(config).bind(
+            Stock(
+                students,
+                config.teacher,
+                config.text_encoder,
+                config.rows,
+                config.threads,
+                config.models_per_replica,
+            )
+        ),
+        Doors(
+            cards,
+            read_keys(config.api_keys_file),
+            config.cors_origins,
+            config.images_uri,
+            config.url_expires_s,
+            config.access_log,
+            may_sleep=config.replicas[0] == 0,
+        ),
     )
-    front = serve.deployment(
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """As `build_app`, for `import_path` and `args` of a Serve config file."""
+    return build_app(ServeConfig(**arguments))
+
+
+def replica_deployment(config: ServeConfig) -> serve.Deployment:
+    """What makes images: a fixed number of replicas, or as many as the load asks for."""
+    least, most = config.replicas
+    number: dict[str, Any] = {"num_replicas": least}
+    if least != most:
+        target = config.target_ongoing_requests or max(1, config.max_batch_size / 4)
+        number = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": target,
+                "upscale_delay_s": config.upscale_delay_s,
+                "downscale_delay_s": config.downscale_delay_s,
+                # The load is looked at over a time shorter than the shortest delay.
+                "look_back_period_s": max(2.0, min(10.0, config.upscale_delay_s)),
+                "metrics_interval_s": 1.0,
+            }
+        }
+    return serve.deployment(
+        StudentReplica,
+        name=STUDENTS,
+        # Changes of these alone reach running replicas, without a restart.
+        user_config={
+            "max_batch_size": config.max_batch_size,
+            "batch_wait_s": config.batch_wait_s,
+        },
+        max_ongoing_requests=config.ongoing_limit,
+        max_queued_requests=config.admission_limit,
+        max_constructor_retry_count=_START_TRIES,
+        health_check_period_s=5,
+        # What is under way may finish, and nothing lasts longer.
+        graceful_shutdown_timeout_s=min(config.request_timeout_s, _STOP_WAIT_S),
+        ray_actor_options={"num_cpus": config.threads, "num_gpus": config.num_gpus},
+        **number,
+    )
+
+
+def ingress_deployment(config: ServeConfig, cards: dict[str, ModelCard]) -> serve.Deployment:
+    """What answers HTTP."""
+    share = -(-config.admission_limit // config.ingress_replicas)
+    return serve.deployment(
         Ingress,
+        name="ingress",
+        num_replicas=config.ingress_replicas,
+        user_config={"max_images": share, "request_timeout_s": config.request_timeout_s},
         # Far above what it admits: it must get to refuse in its own words.
-        max_ongoing_requests=4 * max_images + 100,
+        max_ongoing_requests=4 * share + 100,
         # It only waits; a whole CPU would not be there on the smallest machines.
         ray_actor_options={"num_cpus": 0},
     )
-    bound = replica.bind(spec, max_batch_size, batch_wait_s, threads, chunk_size)
-    return front.bind(bound, request_timeout_s, max_images)
 
 
-def _located(student: str) -> str:
-    """The student in words that mean the same on every node, refused if there is none."""
-    from ddray.checkpoint import CONFIG_FILE
-    from ddray.models.catalog import BUNDLED_MODELS
-    from ddray.models.zoo import FAMILIES, resolve
-    from ddray.storage import open_storage
-
-    config = json.loads(open_storage(str(resolve(student))).read(CONFIG_FILE))
+def _described(student: str, with_teacher: bool) -> tuple[ModelCard, str]:
+    """What a student can make, and where it is in words that mean the same on every node."""
+    where = resolve(student)
+    config = dict(where if isinstance(where, Mapping) else read_config(where))
     valid = [name for name, family in FAMILIES.items() if family.kind == "student"]
     if config.get("family") not in valid:
         raise ConfigError(
             f"{student} is of family {config.get('family')!r}, which is no student; "
             f"students are {', '.join(valid)}"
         )
-    if student in BUNDLED_MODELS or "://" in student:
-        return student
-    return os.path.abspath(student)
+    teacher = str(config.get("teacher", "")) if with_teacher else ""
+    if with_teacher and not teacher:
+        raise ConfigError(f"the config of {student} names no teacher that could be deployed")
+    network, side = empty_network(config, student), image_side(config, student)
+    card = ModelCard(
+        id=config.get("name") or _name_of(student),
+        created=int(time.time()),
+        conditioning=network.conditioning,
+        num_classes=network.config.num_classes,
+        class_names=tuple(map(str, config.get("class_names", ()))),
+        schedule=tuple(config.get("schedule", (0,))),
+        stages=len(network.stages),
+        teacher=teacher,
+        size=f"{side}x{side}",
+    )
+    everywhere = student in BUNDLED_MODELS or "://" in student
+    return card, student if everywhere else os.path.abspath(student)
 
 
-def run(config: "ServeConfig") -> str:
-    """Start the service in the Ray that this process is connected to.
+def _name_of(student: str) -> str:
+    """Name of a student that has none: its folder, or that of the run it lies in as `student`."""
+    parts = [part for part in student.replace("\\", "/").split("/") if part]
+    return parts[-2] if parts[-1] == "student" and len(parts) > 1 else parts[-1]
+
+
+def run(config: ServeConfig) -> str:
+    """Start the service in the Ray that this process is connected to, or change a running one.
 
     Args:
-        config: the student, where to listen, sizes and times.
+        config: the students, where to listen, sizes and times.
 
     Returns:
         The base URL, at which it answers.
@@ -273,15 +182,9 @@ def run(config: "ServeConfig") -> str:
         ConfigError: if there is no such student.
         ClusterError: if the port is taken, the cluster is too small or the service does not start.
     """
-    application = build_app(
-        config.student,
-        max_batch_size=config.max_batch_size,
-        batch_wait_s=config.batch_wait_s,
-        threads=config.threads,
-        num_replicas=config.replicas,
-        request_timeout_s=config.request_timeout_s,
-    )
-    require(f"serving {config.student}", config.replicas, config.threads, 0)
+    application, served = build_app(config), ", ".join(config.student)
+    least = max(1, config.replicas[0])
+    require(f"serving {served}", least, config.threads, config.num_gpus)
     # Serve tells each step of its start on the terminal of who starts it.
     log.setLevel(logging.WARNING)
     running = bool(serve.status().proxies)
@@ -303,7 +206,7 @@ def run(config: "ServeConfig") -> str:
     except (RuntimeError, ValueError, RayServeException) as error:
         reason = _reason(error)
         _remove(running)
-        raise ClusterError(f"the service of {config.student} did not start: {reason}") from error
+        raise ClusterError(f"the service of {served} did not start: {reason}") from error
     except ClusterError:
         _remove(running)
         raise
@@ -362,7 +265,7 @@ def _check_answers(url: str, was_running: bool) -> None:
     raise ClusterError(f"the service started, but {url}/readyz does not answer{hint}")
 
 
-def serve_student(config: "ServeConfig", block: bool = True) -> str:
+def serve_students(config: ServeConfig, block: bool = True) -> str:
     """Start the service and, if asked to, stay until interrupted.
 
     Args:
@@ -377,12 +280,16 @@ def serve_student(config: "ServeConfig", block: bool = True) -> str:
         ClusterError: as `run`.
     """
     url = run(config)
-    print(f"{config.student} is served at {url}: a page to try it, the API under /v1", flush=True)
-    if block:
-        print("Ctrl-C stops it", flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        finally:
-            serve.shutdown()
-    return url
+    served = ", ".join(config.student)
+    print(f"{served}: served at {url}, a page to try it, the API under /v1", flush=True)
+    if not block:
+        return url
+    print("Ctrl-C stops it", flush=True)
+    # Where there is no screen, a browser of the terminal would take that over.
+    if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform == "darwin"):
+        webbrowser.open(url)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        serve.shutdown()
