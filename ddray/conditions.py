@@ -1,8 +1,8 @@
 """What the rows of a set are asked for by, in the form that models take.
 
 Classes follow from the plan; captions lie in the set, with their features or for an encoder.
-Sampling, distillation and bulk generation read them here. Imports from ddray the captions, the set and, where there
-is something to encode, the text encoder.
+Sampling, distillation and bulk generation read them here. Imports from ddray the captions, the
+set and, where there is something to encode, the text encoder.
 
 Shapes: N rows, B batch, T caption positions, D feature width.
 """
@@ -64,8 +64,7 @@ def open_captions(config: SampleConfig | GenerateConfig, model: Model) -> Captio
         for name in ("captions", "text_encoder"):
             if getattr(config, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(config, name)!r}, but {model.name} is conditioned on "
-                    "classes"
+                    f"{name}={getattr(config, name)!r}, but {model.name} is conditioned on classes"
                 )
         return None
     if config.captions is None:
@@ -144,8 +143,7 @@ def read_conditions(
     if plan.conditioning == "class":
         return Conditions(plan.label(np.concatenate(ranges)))
     parts = [
-        read_captions(rows.storage, k, len(index))
-        for k, index in zip(shards, ranges, strict=True)
+        read_captions(rows.storage, k, len(index)) for k, index in zip(shards, ranges, strict=True)
     ]
     label = np.array([text for part in parts for text in part.captions], dtype=object)
     if plan.text_encoder:

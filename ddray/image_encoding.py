@@ -1,63 +1,100 @@
-"""Batches of a shard as they come from a student, turned into what the shard holds.
+"""Shards of an image set, made of what a student answers batch by batch.
 
 Compression runs in threads of its own, a bounded number of batches behind the student, who goes on
-meanwhile. Imports ddray.image_file, image_plan and prefetch; no torch.
+meanwhile. Imports ddray.image_file, images, prefetch and rows_order; no torch, unless there are
+statistics to make.
 
-Shapes: B rows of a batch, L all tokens, H and W pixels.
+Shapes: N rows of a shard, B rows of a batch, L all tokens, H and W pixels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ddray.image_file import encode_png, encode_webp
-from ddray.image_plan import ImagePlan
-from ddray.prefetch import in_order
+from ddray.images import ImageSet
+from ddray.prefetch import Pending, in_order
+from ddray.rows_order import RowsOrder, orders_of
+
+if TYPE_CHECKING:
+    from ddray.metrics import DigitsMetric, FeatureSums
+
+# One batch under way and the next one waiting for it: the student never waits for us.
+_ASKED = 2
 
 
-class BatchEncoder:
-    """Makes image files of pixels.
+class ShardMaker:
+    """Makes and commits shards.
 
     Args:
-        plan: of the set.
-        threads: that compress.
-        measure: what makes statistics of a batch's pixels; None = there are none.
+        images: the set.
+        encoders: threads that compress.
+        statistics: whether to make statistics of the images as well.
     """
 
-    def __init__(
-        self,
-        plan: ImagePlan,
-        threads: int,
-        measure: Callable[[npt.NDArray[np.uint8]], Any] | None = None,
-    ):
-        self._plan, self._threads, self._measure = plan, threads, measure
-        self._pool = ThreadPoolExecutor(threads, "encode")
+    def __init__(self, images: ImageSet, encoders: int, statistics: bool):
+        self._images, self._encoders = images, encoders
+        self._metric: DigitsMetric | None = None
+        initializer = None
+        if statistics:
+            import torch
 
-    def encode(
-        self, batches: Iterable[npt.NDArray[Any]]
-    ) -> tuple[Sequence[bytes] | npt.NDArray[Any], list[Any]]:
-        """The content of a shard, and the statistics of each of its batches.
+            from ddray import metrics
+            from ddray.models.zoo import METRIC_FOLDER
+
+            self._metric = metrics.DigitsMetric(METRIC_FOLDER)
+
+            # Sums vary with the threads that share them, so it is always one.
+            def initializer() -> None:
+                torch.set_num_threads(1)
+
+        self._pool = ThreadPoolExecutor(encoders, "encode", initializer)
+
+    def make(
+        self, k: int, ask: Callable[[RowsOrder], Pending[npt.NDArray[Any]]], model: str = ""
+    ) -> int:
+        """Make shard `k`, and say how many rows it has.
 
         Args:
-            batches: pixels uint8 [B, H, W] or [B, H, W, 3], or tokens [B, L]; made while earlier
-                ones are compressed, and never more than the threads have work with.
+            k: which shard.
+            ask: begins a batch, which will be pixels uint8 [B, H, W] or [B, H, W, 3], or tokens
+                [B, L].
+            model: name of the student where it is asked.
         """
-        if self._plan.content == "tokens":
-            return np.concatenate([*batches]).astype(self._plan.token_dtype), []
-        files: list[bytes] = []
-        measured = []
-        for encoded, statistics in in_order(
-            lambda pixels: self._pool.submit(self._encode, pixels), batches, self._threads + 1
-        ):
-            files += encoded
-            measured.append(statistics)
-        return files, measured
+        labels = []
 
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> tuple[list[bytes], Any]:
-        statistics = self._measure(pixels) if self._measure else None
-        if self._plan.image_format == "png":
-            return [encode_png(image) for image in pixels], statistics
-        return [encode_webp(image, self._plan.quality) for image in pixels], statistics
+        def begin(order: RowsOrder) -> Pending[npt.NDArray[Any]]:
+            labels.append(order.labels)
+            return ask(order)
+
+        batches = in_order(begin, orders_of(self._images, k, model), _ASKED)
+        content: Sequence[bytes] | npt.NDArray[Any]
+        sums: list[FeatureSums] = []
+        if self._images.plan.content == "tokens":
+            content = np.concatenate([*batches])
+        else:
+            content = []
+            for files, measured in in_order(
+                lambda pixels: self._pool.submit(self._encode, pixels), batches, self._encoders + 1
+            ):
+                content += files
+                sums += measured
+        statistics = None
+        if self._metric is not None:
+            statistics = reduce(add, sums).to_bytes(self._metric.fingerprint)
+        self._images.write_shard(k, np.concatenate(labels), content, statistics)
+        return len(content)
+
+    def _encode(self, pixels: npt.NDArray[np.uint8]) -> tuple[list[bytes], list["FeatureSums"]]:
+        """Files of a batch, and its statistics if they are wanted."""
+        plan = self._images.plan
+        if plan.image_format == "png":
+            files = [encode_png(image) for image in pixels]
+        else:
+            files = [encode_webp(image, plan.quality) for image in pixels]
+        return files, [self._metric.sums(pixels)] if self._metric else []

@@ -1,28 +1,26 @@
-"""What a plan asks of its student: a plan for a job, the student of a plan, its rows as files.
+"""What bulk generation asks of a student: a plan for a job, the student of a plan, statistics.
 
-Bulk generation without Ray: the workers of a pool run this, and so may a loop in one process.
-Imports ddray.conditions, config, errors, generate (through the zoo), image_plan, report (pixels),
-schedule and seeding.
-
-Shapes: B rows of a batch, L all tokens, H and W pixels.
+Imports ddray.conditions, config, errors, generate (through the zoo), image_plan, images, metrics,
+schedule, seeding and storage.
 """
 
 import os
+from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ddray.caption_file import CaptionFile
 from ddray.conditions import encoder_name
 from ddray.config import GenerateConfig
 from ddray.errors import ConfigError, ShardError
-from ddray.generate import AskedFor, Student
+from ddray.generate import Student
 from ddray.image_plan import ImagePlan
-from ddray.models.zoo import load_student
-from ddray.report import to_uint8
+from ddray.images import ImageSet
+from ddray.metrics import DigitsMetric, FeatureStatistics, FeatureSums, makes_digits
+from ddray.models.zoo import METRIC_FOLDER, load_student
 from ddray.schedule import TeacherStages, parse_schedule
 from ddray.seeding import SCHEME
+from ddray.storage import read_ahead
 
 
 def make_plan(
@@ -91,23 +89,40 @@ def planned_student(plan: ImagePlan, device: str | torch.device = "auto") -> Stu
     return student
 
 
-def generate_rows(
-    student: Student, plan: ImagePlan, rows: range, cond: AskedFor
-) -> npt.NDArray[np.uint8] | npt.NDArray[np.int64]:
-    """Consecutive rows as the plan's settings give them.
+def extractor(student: Student) -> DigitsMetric:
+    """What statistics of a student's images are made with.
 
-    Args:
-        student: the plan's.
-        plan: of the set.
-        rows: indices.
-        cond: what the rows are asked for by.
-
-    Returns:
-        Pixels uint8 [B, H, W] or [B, H, W, 3], or tokens int64 [B, L].
+    Raises:
+        ConfigError: if there is none for such images.
     """
-    index = torch.arange(rows.start, rows.stop)
-    codes = student.generate(cond, index=index, seed=plan.seed, schedule=plan.schedule)
-    if plan.content == "images":
-        return to_uint8(student.decode(codes).cpu().numpy())
-    tokens: npt.NDArray[np.int64] = student.tokenizer.module.nearest(codes).cpu().numpy()
-    return tokens
+    if not makes_digits(student):
+        raise ConfigError(
+            f"statistics: no feature extractor is bundled for images of {student.name}; the one "
+            "there is takes grey 28x28 digits of ten classes"
+        )
+    return DigitsMetric(METRIC_FOLDER)
+
+
+def merge_statistics(images: ImageSet, metric: DigitsMetric) -> FeatureStatistics:
+    """Statistics of all images of a set, from those that lie beside its shards.
+
+    The order is that of the shards, so the bytes are the same whoever made them and when.
+
+    Raises:
+        ShardError: if some are missing or damaged.
+        StorageError: if they cannot be read.
+    """
+    names = [images.statistics_name(k) for k in range(images.plan.num_shards)]
+
+    def sums() -> Iterator[FeatureSums]:
+        for name, data in zip(names, read_ahead(images.storage, names), strict=True):
+            try:
+                if data is None:
+                    raise ConfigError("missing")
+                yield FeatureSums.from_bytes(data, metric.fingerprint)
+            except ConfigError as error:
+                raise ShardError(
+                    f"{images.storage.join(name)}: {error}; delete it and rerun `ddray generate`"
+                ) from error
+
+    return FeatureStatistics.merged(sums())

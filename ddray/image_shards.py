@@ -1,4 +1,4 @@
-"""One shard of an image set as bytes and back, checked: Parquet, WebDataset tar, or a list of files.
+"""One shard of an image set as bytes and back, checked: Parquet, WebDataset tar, list of files.
 
 Imports from ddray the plan, the Parquet of trajectory shards, the stamp of shards, the errors and
 the storage; needs numpy and pyarrow, no torch. Legend: N rows of a shard, L tokens each.
@@ -11,7 +11,7 @@ import io
 import json
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -79,6 +79,9 @@ class ShardFormat(ABC):
 
     def __init__(self, plan: ImagePlan, storage: Storage):
         self._plan, self._storage = plan, storage
+        is_class = plan.conditioning == "class"
+        self._label_name = "label" if is_class else "caption"
+        self._label_type: Callable[[Any], int | str] = int if is_class else str
 
     @abstractmethod
     def encode(self, k: int, rows: ImageRows) -> bytes:
@@ -113,9 +116,9 @@ class ShardFormat(ABC):
     def _stamp(self, k: int, rows: ImageRows) -> dict[str, str]:
         return {**stamp(self._plan, k, rows.sha256(self._plan)), "ddray.seed": str(self._plan.seed)}
 
-    def _labels(self, texts: Sequence[str]) -> npt.NDArray[Any]:
+    def _labels(self, labels: Sequence[Any]) -> npt.NDArray[Any]:
         is_class = self._plan.conditioning == "class"
-        return np.array([int(t) for t in texts], np.int32) if is_class else np.array(texts, object)
+        return np.array([*map(self._label_type, labels)], np.int32 if is_class else object)
 
 
 class ParquetShards(ShardFormat):
@@ -125,16 +128,18 @@ class ParquetShards(ShardFormat):
 
     def encode(self, k: int, rows: ImageRows) -> bytes:
         """See `ShardFormat`."""
-        schema, tokens = self._schema(), isinstance(rows.content, np.ndarray)
+        schema, is_tokens = self._schema(), isinstance(rows.content, np.ndarray)
         columns = [
             pa.array(rows.index, type=schema.field(0).type),
             pa.array(rows.label.tolist(), type=schema.field(1).type),
             pa.array(np.full(len(rows.index), self._plan.seed)),
-            tokens_column(self._plan, rows.content) if tokens else pa.array(rows.content),
+            tokens_column(self._plan, np.asarray(rows.content))
+            if is_tokens
+            else pa.array(rows.content, type=pa.binary()),
         ]
         table = pa.Table.from_arrays(columns, schema=schema.with_metadata(self._stamp(k, rows)))
         packed = ["index", "seed"] + ["label"] * (self._plan.conditioning == "class")
-        if not tokens:
+        if not is_tokens:
             # Image files are compressed already.
             return write_table(table, packed=packed, compression="none")
         return write_table(table, packed=[*packed, "tokens.list.element"], compression="zstd")
@@ -231,11 +236,10 @@ class ListShards(ShardFormat):
     def encode(self, k: int, rows: ImageRows) -> bytes:
         """See `ShardFormat`; writes the images, so that the list can be written last."""
         images = []
-        name_of_label = "label" if self._plan.conditioning == "class" else "caption"
         for i, label, file in zip(rows.index, rows.label.tolist(), rows.content, strict=True):
             name = image_name(self._plan, int(i), label)
             self._storage.write(name, file)
-            images.append({"index": int(i), name_of_label: label, "file": name})
+            images.append({"index": int(i), self._label_name: label, "file": name})
         stamped = {**self._stamp(k, rows), "images": images}
         return (json.dumps(stamped, indent=0) + "\n").encode()
 
@@ -248,13 +252,14 @@ class ListShards(ShardFormat):
 
     def _read(self, k: int, data: bytes) -> tuple[ImageRows, str]:
         listed = _listed(data)
-        expected = check_stamp(self._plan, k, listed, len(listed["images"]))
+        stamped = {name: str(value) for name, value in listed.items() if name != "images"}
+        expected = check_stamp(self._plan, k, stamped, len(listed["images"]))
         try:
             files = [
-                (int(image["index"]), image.get("label", image.get("caption")), str(image["file"]))
+                (int(image["index"]), self._label_type(image[self._label_name]), str(image["file"]))
                 for image in listed["images"]
             ]
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError) as exc:
             raise ShardError(f"damaged or truncated ({one_line(exc)})") from exc
         for i, label, name in files:
             if name != image_name(self._plan, i, label):

@@ -2,8 +2,8 @@
 
 `fd_digits` is the Frechet distance (Heusel et al., arXiv 1706.08500, equation 6) between the
 bundled digit classifier's features of generated images and of held-out real digits. It is not FID,
-which is defined on Inception features. Imports ddray.checkpoint, errors, storage and
-models.digits_classifier.
+which is defined on Inception features. Imports ddray.checkpoint, errors, model,
+models.digits_classifier and storage.
 
 Shapes: N images, D features.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ddray.checkpoint import fingerprint, load_folder, load_into
 from ddray.errors import ConfigError, one_line
+from ddray.model import Model
 from ddray.models.digits_classifier import DigitsClassifier
 from ddray.storage import open_storage
 
@@ -94,7 +96,7 @@ class FeatureStatistics:
             **notes: what else stands in the file, such as the extractor's fingerprint.
         """
         stream = io.BytesIO()
-        arrays = {name: np.array(note) for name, note in notes.items()}
+        arrays: dict[str, Any] = {name: np.array(note) for name, note in notes.items()}
         np.savez(stream, mu=self.mean, sigma=self.covariance, count=self.count, **arrays)
         return stream.getvalue()
 
@@ -242,3 +244,9 @@ class DigitsMetric:
             ),
             "class_accuracy": float((classes == labels.to(classes.device)).float().mean()),
         }
+
+
+def makes_digits(model: Model) -> bool:
+    """Whether images are grey 28x28 of ten classes: fd_digits is defined on those."""
+    image = model.decode(torch.zeros(1, model.num_tokens, dtype=torch.long))
+    return (model.num_classes, *image.shape[1:]) == (10, 1, 28, 28)

@@ -1,8 +1,8 @@
 """The plan of a sharded set: every setting that decides its bytes, and its size.
 
-What plans of trajectories (ddray.plan) and of images (ddray.image_plan) have in common: the cut into
-shards and batches, what each row is asked for by, the hash, the manifest. Pure values; imports from
-ddray the errors and the version, and numpy.
+What plans of trajectories (ddray.plan) and of images (ddray.image_plan) have in common: the cut
+into shards and batches, what each row is asked for by, the hash, the manifest. Pure values; imports
+from ddray the errors and the version, and numpy.
 """
 
 from __future__ import annotations
