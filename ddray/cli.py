@@ -252,11 +252,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from ddray.image_plan import ImagePlan
     from ddray.inspect_set import verify
+    from ddray.sharded_set import manifest_kind
 
+    of_images = manifest_kind(arguments.uri) == ImagePlan.KIND
+    if of_images and arguments.recompute:
+        raise ConfigError(f"--recompute is for trajectories; {arguments.uri} is a set of images")
     problems = verify(arguments.uri)
     print("\n".join(problems) or "verified: every index once, every hash right", flush=True)
-    if arguments.recompute == 0:
+    if of_images or arguments.recompute == 0:
         return 1 if problems else 0
     from ddray.recompute import recompute
 

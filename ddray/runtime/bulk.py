@@ -12,6 +12,7 @@ from ddray import __version__
 from ddray.captions import cut_captions
 from ddray.conditions import check_encoder, open_captions
 from ddray.config import GenerateConfig, PoolConfig
+from ddray.errors import ConfigError
 from ddray.image_making import extractor, make_plan, merge_statistics, planned_student
 from ddray.images import ImageSet
 from ddray.metrics import DigitsMetric, frechet_distance
@@ -47,6 +48,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     storage.check_writable()
     student = load_student(config.student, device="cpu")
     captions = open_captions(config, student)
+    if captions is not None and captions.has_features and config.engine == "serve":
+        raise ConfigError(
+            f"engine=serve, but {captions.uri} has features: replicas encode captions themselves; "
+            "take engine=data"
+        )
     plan = make_plan(config, student, captions)
     metric = extractor(student) if config.statistics else None
     if captions is not None:

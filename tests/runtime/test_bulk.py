@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from ray import serve
 
 import ddray
@@ -269,16 +270,23 @@ def test_captions_by_features_and_by_an_encoder(
         ("features", [{**r, "features": f} for r, f in zip(rows, features, strict=True)]),
     ):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    encoder = write_text_encoder(tmp_path / "encoder", WIDTH)
-    for name, more in (("plain", {"text_encoder": str(encoder)}), ("features", {})):
-        settings = {"captions": str(tmp_path / f"{name}.jsonl"), "format": "webdataset", **more}
-        for engine in ("data", "serve"):
-            out = tmp_path / name / engine
-            generate(generating(text_student, out, engine=engine, **settings))
-            assert _images(out)[3][0] == "a cat, 3"
-            assert verify(str(out)) == []
-        made = [contents(tmp_path / name / engine, "shards") for engine in ("data", "serve")]
-        assert made[0] == made[1]
+    settings = {"captions": str(tmp_path / "plain.jsonl"), "format": "webdataset"}
+    settings["text_encoder"] = write_text_encoder(tmp_path / "encoder", WIDTH)
+    for engine in ("data", "serve"):
+        generate(generating(text_student, tmp_path / engine, engine=engine, **settings))
+        assert _images(tmp_path / engine)[3][0] == "a cat, 3"
+        assert verify(str(tmp_path / engine)) == []
+    assert contents(tmp_path / "data", "shards") == contents(tmp_path / "serve", "shards")
+
+    given = {"captions": str(tmp_path / "features.jsonl")}
+    generate(generating(text_student, tmp_path / "given", **given))
+    _, png = _images(tmp_path / "given")[3]
+    model = ddray.load_student(text_student, device="cpu")
+    cond = torch.tensor(features[3])[None], torch.ones(1, len(features[3]))
+    alone = model.decode(model.generate(cond, index=[3]))
+    assert np.abs(decode_image(png).astype(int) - to_uint8(alone.numpy())[0]).max() <= 1
+    with pytest.raises(ConfigError, match="engine=serve, but .*features.jsonl has features"):
+        generate(generating(text_student, tmp_path / "given", engine="serve", **given))
     with pytest.raises(ConfigError, match="is conditioned on captions; give --captions FILE"):
         generate(generating(text_student, tmp_path / "none"))
 
