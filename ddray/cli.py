@@ -369,13 +369,15 @@ def _run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; exit status: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        status = _run(sys.argv[1:] if argv is None else argv)
+        status = _run(argv)
     except DDRayError as error:
         print(f"ddray: error: {error}", file=sys.stderr)
         return ConfigError.exit_code if isinstance(error, ConfigError) else error.exit_code
     except KeyboardInterrupt:
-        print("ddray: interrupted; a rerun goes on from what is written", file=sys.stderr)
+        advice = "" if argv[:1] == ["serve"] else "; a rerun goes on from what is written"
+        print(f"ddray: interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone, as `head` does; Python would complain again at exit.

@@ -358,7 +358,8 @@ class ServeConfig(Job):
     @property
     def admission_limit(self) -> int:
         """Images that are admitted at a time, by all ingress replicas together."""
-        return self.max_images or 8 * self.max_batch_size * max(1, self.replicas[1])
+        whole = MAX_IMAGES * self.ingress_replicas
+        return self.max_images or max(8 * self.max_batch_size * self.replicas[1], whole)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -369,10 +370,11 @@ class ServeConfig(Job):
                 f"max_ongoing_requests={self.ongoing_limit} is below max_batch_size="
                 f"{self.max_batch_size}: batches would never fill"
             )
-        if self.admission_limit < max(self.max_batch_size, MAX_IMAGES):
+        if self.admission_limit < max(self.max_batch_size, MAX_IMAGES * self.ingress_replicas):
             raise ValueError(
                 f"max_images={self.max_images} is below max_batch_size={self.max_batch_size} or "
-                f"the {MAX_IMAGES} images of one request"
+                f"the {MAX_IMAGES} images of one request to each of {self.ingress_replicas} "
+                "ingress_replicas"
             )
         if self.images_uri is not None and not self.images_uri.startswith("s3://"):
             raise ValueError(f"images_uri={self.images_uri!r} must be s3://: links are made by S3")

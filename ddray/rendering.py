@@ -57,7 +57,6 @@ class Renderer:
         teacher: for schedules in which it takes part.
         encoder: of captions, for a student of texts.
         rows: of the largest pass; None = what suits the device.
-
     """
 
     def __init__(
@@ -92,15 +91,13 @@ class Renderer:
 
         Raises:
             ConfigError: if there is no such model, or the config names no teacher.
+            CheckpointError: if a model or the text encoder cannot be loaded.
         """
         loaded = load_student(student)
         encoder = None
         if loaded.conditioning == "text":
-            encoder = T5TextEncoder(
-                text_encoder or FLAN_T5_XL,
-                length=loaded.model.config.cls_token_num,
-                device=loaded.device,
-            )
+            length = loaded.model.config.cls_token_num
+            encoder = T5TextEncoder(text_encoder or FLAN_T5_XL, length=length, device=loaded.device)
         name = loaded.config.get("teacher")
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")
@@ -125,8 +122,8 @@ class Renderer:
         sizes = [1 << k for k in range(self._largest.bit_length())]
         agreeing = []
         for size in sizes:
-            # The last jobs first: a row must not depend on its place either.
-            order = [(k - size) % self._largest for k in range(size)]
+            # Backwards: a row must not depend on its place either.
+            order = list(range(self._largest))[::-1][:size]
             images = self._pass([jobs[k] for k in order], self.schedule)
             if torch.equal(images, expected[order]):
                 agreeing.append(size)

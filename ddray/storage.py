@@ -95,6 +95,15 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def version(self, name: str) -> str:
+        """Return a word that is another one when `name` has been written again.
+
+        Raises:
+            NotFoundError: If there is no such name.
+            StorageError: If it cannot be looked at.
+        """
+
+    @abstractmethod
     def delete(self, name: str) -> None:
         """Delete `name`; a name that does not exist is no error.
 

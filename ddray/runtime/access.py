@@ -135,6 +135,10 @@ class Access:
         return guarded
 
 
+def is_request_id(given: str) -> bool:
+    """Whether a client's own id of a request is fit for a log."""
+    return re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) is not None
+
+
 def _request_id(given: str) -> str:
-    """The client's own, if it is fit for a log, or a new one."""
-    return given if re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
+    return given if is_request_id(given) else uuid.uuid4().hex

@@ -26,6 +26,13 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+# Read by Serve's own processes.
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ddray.runtime.proxy:middlewares",
+    # A replica that fails its health checks is given up at once: what it had in hand is begun again
+    # elsewhere, and in time, where waiting for it would use up the deadline of its requests.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
 # Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
 _SHORT_TEMP = "/tmp"
 _LOOK_EVERY_S = 2.0
@@ -54,7 +61,7 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        for name, value in KEEP_FREED_MEMORY.items():
+        for name, value in (KEEP_FREED_MEMORY | SERVE_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
         # Ray's C++ core reports at ERROR level, past Python's logging, what is no error to anybody
         # (that a pool's actors may restart). What does go wrong reaches us as an exception.

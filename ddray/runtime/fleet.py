@@ -12,8 +12,8 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from ddray.config import GenerateConfig
-from ddray.errors import ClusterError
+from ddray.config import GenerateConfig, ServeConfig
+from ddray.errors import ClusterError, DDRayError
 from ddray.image_plan import ImagePlan
 from ddray.images import ImageSet
 from ddray.runtime.cluster import require
@@ -75,11 +75,11 @@ def _served(plan: ImagePlan, config: GenerateConfig) -> str | None:
     """Name by which the service that runs here serves the plan's student, if it does."""
     if APP_NAME not in serve.status().applications:
         return None
-    model = described(config.student, with_teacher=False)[0].id
     try:
+        model = described(config.student, ServeConfig(text_encoder=plan.text_encoder or None))[0].id
         handle = serve.get_deployment_handle(STUDENTS, APP_NAME)
         found = handle.holds.remote(model).result(timeout_s=_LOOK_S)
-    except (RayError, RayServeException, TimeoutError):
+    except (DDRayError, RayError, RayServeException, TimeoutError):
         return None
     wanted = {name: getattr(plan, name) for name in found} if found else None
     return model if found and found == wanted else None
@@ -106,9 +106,18 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
         # Whatever a replica's share is, the workers send no more than they have in flight.
         max_ongoing_requests=8,
         max_constructor_retry_count=3,
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": plan.threads, "num_gpus": config.num_gpus},
     )
-    stock = Stock({_MODEL: plan.student}, False, plan.text_encoder or None, None, plan.threads, 1)
+    stock = Stock(
+        students={_MODEL: plan.student},
+        teacher=False,
+        text_encoder=plan.text_encoder or None,
+        rows=None,
+        threads=plan.threads,
+        in_memory=1,
+        hung_s=config.stall_timeout_s,
+    )
     if not serve.status().proxies:
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
     try:

@@ -1,13 +1,14 @@
 """The HTTP front of the image service: routes, limits, admission, retries, wording of errors.
 
-Its limits lie below Serve's own, whose answers are plain text. Imports ddray.serving_api, storage
-and runtime.access.
+Its limits lie below Serve's own, whose answers are plain text. Imports ddray.admission,
+serving_api, storage and runtime.access.
 """
 
 import asyncio
 import base64
 import hashlib
 import logging
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -26,9 +27,11 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from ddray import __version__
+from ddray.admission import Admission
 from ddray.errors import StorageError
 from ddray.runtime.access import Access, answer
 from ddray.s3_storage import S3Storage
@@ -47,6 +50,10 @@ from ddray.serving_api import (
 log = logging.getLogger("ray.serve")
 
 _PROBE_TIMEOUT_S = 2.0
+# An answer so lately is a better sign than a probe.
+_FRESH_S = 5.0
+# What is admitted should be made in so long; more would only wait.
+_QUEUE_S = 3.0
 _RETRY_AFTER_LOSS_S = 0.1
 # A body that is too large is read to its end before it is refused, since a client that is still
 # sending may never read the answer; but not without end.
@@ -73,6 +80,11 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
     else:
         message, code = f"{path}: {error.detail}", "bad_request"
     return answer(RequestError(error.status_code, message, code), headers)
+
+
+async def _left(request: Request, error: ClientDisconnect) -> Response:
+    """For nobody but the log."""
+    return answer(RequestError(499, "the client left before its request had ended", "client_left"))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -181,8 +193,8 @@ class Ingress:
             name: replicas.options(multiplexed_model_id=name).images for name in doors.cards
         }
         self._links = S3Storage(doors.images_uri) if doors.images_uri else None
-        self._timeout_s, self._max_images = 60.0, 1
-        self._admitted = 0
+        self._timeout_s, self._admission = 60.0, Admission()
+        self._answered_at = -math.inf
         self._admitted_gauge = metrics.Gauge("ddray_admitted_images", "Images being made.")
         self._retries = metrics.Counter("ddray_retries_total", "Requests begun again.")
         self._page, self._page_headers = _page()
@@ -190,16 +202,25 @@ class Ingress:
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new limits; requests under way are not disturbed."""
         self._timeout_s = float(user_config["request_timeout_s"])
-        self._max_images = int(user_config["max_images"])
+        self._admission.limit = int(user_config["max_images"])
+        self._admission.least = int(user_config["least_images"])
+        self._admission.wait_s = min(_QUEUE_S, self._timeout_s / 4)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: N807  Serve calls it so
         """The routes, behind what every request passes."""
         # FastAPI's own pages load scripts from elsewhere, hence off; the schema is ours to serve.
         routes = FastAPI(
-            title="ddray", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+            title="ddray",
+            version=__version__,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            # They would lead wherever the client's Host header says.
+            redirect_slashes=False,
         )
         routes.add_exception_handler(RequestError, _refused)  # type: ignore[arg-type]
         routes.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
+        routes.add_exception_handler(ClientDisconnect, _left)  # type: ignore[arg-type]
         routes.add_exception_handler(Exception, _failed)
         described: dict[str, Any] = {
             "openapi_extra": {
@@ -216,18 +237,20 @@ class Ingress:
         for path in ("/healthz", "/readyz", "/openapi.json", "/"):
             name = path.strip("/").partition(".")[0] or "page"
             routes.get(path, include_in_schema=path.endswith("z"))(getattr(self, name))
-        self._schema = to_json(routes.openapi())
+            # What load balancers and link checkers ask.
+            routes.head(path, include_in_schema=False)(getattr(self, name))
+        self._schema = routes.openapi()
         doors = self._doors
         return Access(routes, doors.key_digests, doors.cors_origins, doors.access_log)
 
     async def generations(self, request: Request) -> Response:
         """Images as base64 or as links, in JSON."""
         order = await self._accept(request)
-        files = await self._make(order)
+        deadline = self._deadline()
+        files = await self._make(order, deadline)
         if order.as_url:
-            data = [
-                {"url": url, "index": k} for k, url in enumerate(await self._upload(order, files))
-            ]
+            urls = await self._upload(order, files, deadline)
+            data = [{"url": url, "index": k} for k, url in enumerate(urls)]
         else:
             data = [
                 {"b64_json": base64.b64encode(file).decode("ascii"), "index": k}
@@ -249,7 +272,7 @@ class Ingress:
         if order.as_url:
             message = 'response_format="url" is not allowed: /v1/images/raw gives the bytes'
             raise RequestError(400, message, "invalid_value", "response_format")
-        (file,) = await self._make(order)
+        (file,) = await self._make(order, self._deadline())
         headers = {"x-ddray-seed": str(order.seed)}
         return Response(file, media_type=MEDIA_TYPES[order.output_format], headers=headers)
 
@@ -264,14 +287,17 @@ class Ingress:
 
     async def readyz(self) -> Response:
         """Whether a warm student answers, or one would be started."""
-        if not self._doors.may_sleep:
-            deadline = asyncio.get_running_loop().time() + _PROBE_TIMEOUT_S
+        now = asyncio.get_running_loop().time()
+        # Under load, the question would wait behind the requests that answer it.
+        if not self._doors.may_sleep and now - self._answered_at > _FRESH_S:
+            deadline = now + _PROBE_TIMEOUT_S
             await self._ask(self._replicas.ready, deadline, "no student is ready yet", "not_ready")
         return _json({"status": "ready"})
 
-    async def openapi(self) -> Response:
+    async def openapi(self, request: Request) -> Response:
         """The interface as an OpenAPI schema."""
-        return Response(self._schema, media_type="application/json")
+        prefix = request.scope.get("root_path", "")
+        return _json({**self._schema, "servers": [{"url": prefix}]} if prefix else self._schema)
 
     async def page(self) -> Response:
         """A page to try it."""
@@ -284,27 +310,30 @@ class Ingress:
         request.state.details.update(asked)
         return order
 
-    async def _make(self, order: Order) -> list[bytes]:
-        if self._admitted + order.n > self._max_images:
+    def _deadline(self) -> float:
+        """Until when a request that is accepted now must be answered, in the loop's time."""
+        return asyncio.get_running_loop().time() + self._timeout_s
+
+    async def _make(self, order: Order, deadline: float) -> list[bytes]:
+        clock, door = asyncio.get_running_loop().time, self._admission
+        if not door.enter(order.n, clock()):
             raise RequestError(
                 503,
-                f"the service is busy: {self._admitted} images are being made and at most "
-                f"{self._max_images} are admitted; try again",
+                f"the service is busy: {door.images} images are being made and at most "
+                f"{door.room} are admitted; try again",
                 "overloaded",
                 retry_after_s=1,
             )
-        self._admitted += order.n
-        self._admitted_gauge.set(self._admitted)
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        self._admitted_gauge.set(door.images)
         late = f"no images within {self._timeout_s:g} s; ask for fewer, or try again later"
+        images: list[bytes] | None = None
         try:
-            images: list[bytes] = await self._ask(
-                self._handles[order.model], deadline, late, "timeout", order
-            )
+            images = await self._ask(self._handles[order.model], deadline, late, "timeout", order)
+            self._answered_at = clock()
             return images
         finally:
-            self._admitted -= order.n
-            self._admitted_gauge.set(self._admitted)
+            door.leave(order.n, images is not None, clock())
+            self._admitted_gauge.set(door.images)
 
     async def _ask(
         self, method: DeploymentHandle, deadline: float, late: str, code: str, *args: object
@@ -341,7 +370,7 @@ class Ingress:
                 self._retries.inc()
                 await asyncio.sleep(_RETRY_AFTER_LOSS_S)
 
-    async def _upload(self, order: Order, files: Sequence[bytes]) -> list[str]:
+    async def _upload(self, order: Order, files: Sequence[bytes], deadline: float) -> list[str]:
         """Links to the files, which lie in storage under their sha256."""
         assert self._links is not None
         storage, expires_s = self._links, self._doors.url_expires_s
@@ -353,8 +382,9 @@ class Ingress:
             return storage.link(name, expires_s, MEDIA_TYPES[kind])
 
         try:
-            return list(await asyncio.gather(*(asyncio.to_thread(upload, file) for file in files)))
-        except StorageError as error:
-            log.error("cannot store images: %s", error)
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.gather(*(asyncio.to_thread(upload, file) for file in files))
+        except (StorageError, TimeoutError) as error:
+            log.error("cannot store images: %s", error or "the request's time is over")
             message = "the images cannot be stored for now; ask for b64_json, or try again"
             raise RequestError(503, message, "storage_unavailable", retry_after_s=5) from error

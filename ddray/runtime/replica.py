@@ -5,6 +5,7 @@ Imports ddray.batching, rendering and serving_api.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ class Stock:
         rows: of the largest forward pass; None = what suits the device.
         threads: CPU threads of the model.
         in_memory: students that are kept loaded.
+        hung_s: a device that is at one batch for longer is broken.
     """
 
     students: dict[str, str]
@@ -52,6 +54,7 @@ class Stock:
     rows: int | None
     threads: int
     in_memory: int
+    hung_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class StudentReplica:
         self._batcher: Batcher[Order, npt.NDArray[np.uint8]] = Batcher(
             self._run, limit=1, started=self._started
         )
-        self._succeeded_at = 0.0
+        self._succeeded_at, self._model = 0.0, next(iter(stock.students))
+        # When what the device is at should be done; None = it is at nothing.
+        self._due: float | None = None
         self._stage_s = metrics.Histogram(
             "ddray_stage_seconds",
             "Time of a request in the queue, in the model, in the encoder.",
@@ -129,7 +134,7 @@ class StudentReplica:
     async def rows(self, order: "RowsOrder") -> "npt.NDArray[Any]":
         """A batch of a data set, as `Renderer.rows`; it takes its turn between online batches."""
         renderer = await self._renderer(order.model)
-        rows = await self._on_device(renderer.rows, order)
+        rows = await self._at_work(renderer.rows, order)
         self._succeed(order.model, order.schedule, len(rows))
         return rows
 
@@ -146,15 +151,21 @@ class StudentReplica:
         }
 
     async def check_health(self) -> None:
-        """Make one image, unless a batch has succeeded just now.
+        """Make one image, unless a batch has succeeded just now or is under way.
 
         Raises:
+            RuntimeError: if the device does not come back from a batch.
             Exception: whatever the model raises, as after an error of a GPU; Serve then replaces
                 the replica, as it does where no answer comes.
         """
-        if time.monotonic() - self._succeeded_at < _FRESH_S:
+        now, due = time.monotonic(), self._due
+        if due is not None and now > due:
+            raise RuntimeError(f"a batch has taken more than {self._stock.hung_s:g} s")
+        # Behind a slow batch, or a student that is being loaded, one image could wait too long.
+        if due is not None or now - self._succeeded_at < _FRESH_S:
             return
-        model = next(iter(self._stock.students))
+        # Of the student of late: another one might have to be loaded in its place.
+        model = self._model
         await self._run(_Kind(model, "0", None), [Order(model, 0, 1, 0, 1, "0")])
 
     async def _run(self, kind: _Kind, orders: list[Order]) -> Sequence["npt.NDArray[np.uint8]"]:
@@ -164,7 +175,7 @@ class StudentReplica:
         renderer = await self._renderer(kind.model)
         jobs = [ImageJob(order.prompt, k, order.seed) for order in orders for k in range(order.n)]
         began = time.perf_counter()
-        pixels = await self._on_device(renderer.images, jobs, kind.schedule)
+        pixels = await self._at_work(renderer.images, jobs, kind.schedule)
         self._stage_s.observe(time.perf_counter() - began, {"stage": "model"})
         self._succeed(kind.model, kind.schedule, len(jobs))
         parts, done = [], 0
@@ -180,13 +191,23 @@ class StudentReplica:
         self._queued.set(self._batcher.queued)
 
     def _succeed(self, model: str, schedule: str, images: int) -> None:
-        self._succeeded_at = time.monotonic()
+        self._succeeded_at, self._model = time.monotonic(), model
         # Schedules of clients' own would each be a series of their own.
         shown = schedule if "teacher" not in schedule else "with teacher"
         self._images.inc(images, {"model": model, "schedule": shown})
 
-    async def _on_device(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._device, function, *arguments)
+    async def _at_work(self, function: Any, *arguments: Any) -> Any:
+        return await self._on_device(function, *arguments, limit_s=self._stock.hung_s)
+
+    async def _on_device(self, function: Any, *arguments: Any, limit_s: float = math.inf) -> Any:
+        def work() -> Any:
+            self._due = time.monotonic() + limit_s
+            try:
+                return function(*arguments)
+            finally:
+                self._due = None
+
+        return await asyncio.get_running_loop().run_in_executor(self._device, work)
 
     def _load(self, name: str) -> "Renderer":
         """Load a student and warm it up, since the first passes are the slow ones."""

@@ -1,26 +1,32 @@
 """The image service on Ray Serve: its two deployments, and how they start.
 
 Requests of all clients share batches, and yet an image depends on its own request alone.
-Imports ddray.api_keys, checkpoint, config, errors, models, serving_api and runtime.
+Imports ddray.api_keys, checkpoint, config, errors, models, serving_api, storage, text_encoder and
+runtime.
 """
 
+import hashlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 import urllib.request
 import webbrowser
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ddray import __version__
 from ddray.api_keys import read_keys
 from ddray.checkpoint import read_config
-from ddray.config import ServeConfig
+from ddray.config import MAX_IMAGES, ServeConfig
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
@@ -28,6 +34,8 @@ from ddray.runtime.cluster import require
 from ddray.runtime.ingress import Doors, Ingress
 from ddray.runtime.replica import Stock, StudentReplica
 from ddray.serving_api import ModelCard
+from ddray.storage import open_storage
+from ddray.text_encoder import FLAN_T5_XL, encoder_width
 
 log = logging.getLogger("ray.serve")
 
@@ -38,6 +46,8 @@ STUDENTS = "students"
 # Serve gives up, in plain text, only after the front has answered 504 in the service's own shape.
 _GRACE_S = 10.0
 _START_TRIES = 3
+# The ingress keeps the access log.
+_QUIET = {"enable_access_log": False}
 _START_WAIT_S = 30.0
 _STOP_WAIT_S = 20.0
 
@@ -47,34 +57,55 @@ def build_app(config: ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: if there is no such student, two have one name, or the keys cannot be read.
+        CheckpointError: if there is no such text encoder.
     """
     cards, students = {}, {}
     for student in config.student:
-        card, place = described(student, config.teacher)
+        card, place = described(student, config)
         if card.id in cards:
             raise ConfigError(f"two of the students are called {card.id!r}; rename a folder")
         cards[card.id], students[card.id] = card, place
-    return ingress_deployment(config, cards).bind(
-        replica_deployment(config).bind(
-            Stock(
-                students,
-                config.teacher,
-                config.text_encoder,
-                config.rows,
-                config.threads,
-                config.models_per_replica,
-            )
-        ),
-        Doors(
-            cards,
-            read_keys(config.api_keys_file),
-            config.cors_origins,
-            config.images_uri,
-            config.url_expires_s,
-            config.access_log,
-            may_sleep=config.replicas[0] == 0,
-        ),
+    stock = Stock(
+        students,
+        config.teacher,
+        config.text_encoder,
+        config.rows,
+        config.threads,
+        config.models_per_replica,
+        hung_s=2 * config.request_timeout_s,
     )
+    doors = Doors(
+        cards,
+        read_keys(config.api_keys_file),
+        config.cors_origins,
+        config.images_uri,
+        config.url_expires_s,
+        config.access_log,
+        may_sleep=config.replicas[0] == 0,
+    )
+    undated = replace(doors, cards={name: replace(card, created=0) for name, card in cards.items()})
+    teachers = {card.teacher for card in cards.values() if card.teacher}
+    files = {place: _versions(place) for place in (*students.values(), *sorted(teachers))}
+    replicas = _kept_while(replica_deployment(config), stock, files)
+    return _kept_while(ingress_deployment(config), undated).bind(replicas.bind(stock), doors)
+
+
+def _kept_while(deployment: serve.Deployment, *same: object) -> serve.Deployment:
+    """A deployment whose replicas stay as long as all this is the same.
+
+    `serve.run` gives every deployment without a version a new one, which replaces all replicas; and
+    it takes versions only from its own code.
+    """
+    digest = hashlib.sha256(repr((__version__, same)).encode()).hexdigest()
+    return deployment.options(version=digest[:16], _internal=True)
+
+
+def _versions(model: str) -> dict[str, str]:
+    """Versions of a model's files; what is bundled changes with ddray alone."""
+    if model in BUNDLED_MODELS:
+        return {}
+    storage = open_storage(model)
+    return {name: storage.version(name) for name in storage.list()}
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -111,7 +142,11 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         max_ongoing_requests=config.ongoing_limit,
         max_queued_requests=config.admission_limit,
         max_constructor_retry_count=_START_TRIES,
+        logging_config=_QUIET,
+        # Three checks without an answer end a replica, well before its requests' deadline: they are
+        # begun again elsewhere.
         health_check_period_s=5,
+        health_check_timeout_s=max(1.0, min(10.0, config.request_timeout_s / 6)),
         # What is under way may finish, and nothing lasts longer.
         graceful_shutdown_timeout_s=min(config.request_timeout_s, _STOP_WAIT_S),
         ray_actor_options={"num_cpus": config.threads, "num_gpus": config.num_gpus},
@@ -119,35 +154,51 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
-def ingress_deployment(config: ServeConfig, cards: dict[str, ModelCard]) -> serve.Deployment:
+def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     """What answers HTTP."""
     share = -(-config.admission_limit // config.ingress_replicas)
+    # A batch under way and a batch that waits, on every replica.
+    busy = 2 * config.max_batch_size * max(1, config.replicas[0])
     return serve.deployment(
         Ingress,
         name="ingress",
         num_replicas=config.ingress_replicas,
-        user_config={"max_images": share, "request_timeout_s": config.request_timeout_s},
+        user_config={
+            "max_images": share,
+            "least_images": min(share, max(MAX_IMAGES, busy // config.ingress_replicas)),
+            "request_timeout_s": config.request_timeout_s,
+        },
         # Far above what it admits: it must get to refuse in its own words.
         max_ongoing_requests=4 * share + 100,
         # It only waits; a whole CPU would not be there on the smallest machines.
         ray_actor_options={"num_cpus": 0},
+        logging_config=_QUIET,
     )
 
 
-def described(student: str, with_teacher: bool) -> tuple[ModelCard, str]:
+def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
     """What a student can make, and where it is in words that mean the same on every node."""
     where = resolve(student)
-    config = dict(where if isinstance(where, Mapping) else read_config(where))
+    if isinstance(where, Mapping):
+        raise ConfigError(
+            f"{student} is a set of sizes without weights; make a model folder of the published "
+            f"files, and serve that: `ddray models show {student}` says where they are"
+        )
+    config = read_config(where)
     valid = [name for name, family in FAMILIES.items() if family.kind == "student"]
     if config.get("family") not in valid:
         raise ConfigError(
             f"{student} is of family {config.get('family')!r}, which is no student; "
             f"students are {', '.join(valid)}"
         )
-    teacher = str(config.get("teacher", "")) if with_teacher else ""
-    if with_teacher and not teacher:
+    teacher = str(config.get("teacher", "")) if wanted.teacher else ""
+    if wanted.teacher and not teacher:
         raise ConfigError(f"the config of {student} names no teacher that could be deployed")
+    if teacher:
+        resolve(teacher)
     network, side = empty_network(config, student), image_side(config, student)
+    if network.conditioning == "text":
+        _check_encoder(wanted.text_encoder or FLAN_T5_XL, student, network.config.caption_dim)
     card = ModelCard(
         id=config.get("name") or _name_of(student),
         created=int(time.time()),
@@ -161,6 +212,14 @@ def described(student: str, with_teacher: bool) -> tuple[ModelCard, str]:
     )
     everywhere = student in BUNDLED_MODELS or "://" in student
     return card, student if everywhere else os.path.abspath(student)
+
+
+def _check_encoder(encoder: str, student: str, needed: int) -> None:
+    width = encoder_width(encoder)
+    if width != needed:
+        raise ConfigError(
+            f"text_encoder={encoder!r} makes features of width {width}; {student} takes {needed}"
+        )
 
 
 def _name_of(student: str) -> str:
@@ -197,7 +256,7 @@ def run(config: ServeConfig) -> str:
                 "port": config.port,
                 "request_timeout_s": config.request_timeout_s + _GRACE_S,
             },
-            logging_config={"enable_access_log": False},
+            logging_config=_QUIET,
         )
     try:
         serve.run(application, name=APP_NAME, route_prefix="/")
@@ -265,12 +324,16 @@ def _check_answers(url: str, was_running: bool) -> None:
     raise ClusterError(f"the service started, but {url}/readyz does not answer{hint}")
 
 
+def _terminate(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def serve_students(config: ServeConfig, block: bool = True) -> str:
     """Start the service and, if asked to, stay until interrupted.
 
     Args:
         config: as for `run`.
-        block: serve until Ctrl-C, then stop Serve; else leave it running.
+        block: serve until Ctrl-C or SIGTERM, then stop Serve; else leave it running.
 
     Returns:
         The base URL.
@@ -279,6 +342,9 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
         ConfigError: as `run`.
         ClusterError: as `run`.
     """
+    # Ray's own handler ends the process on the spot, with a stack dump and nothing cleaned up.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     url = run(config)
     served = ", ".join(config.student)
     print(f"{served}: served at {url}, a page to try it, the API under /v1", flush=True)
