@@ -64,7 +64,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         config = config.model_copy(update={"teacher": bundled})
     cards, students = {}, {}
     for student in config.student:
-        card, place = _described(student, config)
+        card, place = described(student, config)
         if card.id in cards:
             raise ConfigError(f"two of the students are called {card.id!r}; rename a folder")
         cards[card.id], students[card.id] = card, place
@@ -179,7 +179,7 @@ def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
-def _described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
+def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
     """What a student can make, and where it is in words that mean the same on every node."""
     where = resolve(student)
     if isinstance(where, Mapping):
@@ -266,7 +266,7 @@ def run(config: ServeConfig) -> str:
         url = _url(config.host, config.port)
         _check_answers(url, running)
     except (RuntimeError, ValueError, RayServeException) as error:
-        reason = _reason(error)
+        reason = failure_reason(error, APP_NAME)
         _remove(running)
         raise ClusterError(f"the service of {served} did not start: {reason}") from error
     except ClusterError:
@@ -275,9 +275,9 @@ def run(config: ServeConfig) -> str:
     return url
 
 
-def _reason(error: Exception) -> str:
+def failure_reason(error: Exception, name: str) -> str:
     """Why an application failed: the last exception of its deployments, which Serve only logs."""
-    application = serve.status().applications.get(APP_NAME)
+    application = serve.status().applications.get(name)
     messages = [d.message for d in application.deployments.values()] if application else []
     raised = re.findall(r"^[\w.]*(?:Error|Exception): .+", "\n".join(messages), re.MULTILINE)
     return raised[-1] if raised else " ".join(str(error).split())[-600:]
