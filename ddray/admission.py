@@ -12,7 +12,7 @@ class Admission:
 
     Args:
         limit: images that may be under way at most, whatever the speed.
-        least: as many may always be under way; enough to keep the devices busy.
+        least: as many may always be under way: twice what keeps the devices busy.
         wait_s: how long the queue may be, in seconds.
 
     Attributes:
@@ -57,7 +57,7 @@ class Admission:
             made: whether they were made.
             now: as in `enter`.
         """
-        full = self.images >= self.least
+        full = self._is_full()
         self.images -= images
         self._made += images * made
         if now - self._since < _WINDOW_S:
@@ -70,4 +70,8 @@ class Admission:
 
     def _begin(self, now: float) -> None:
         """Count what is made from here on."""
-        self._since, self._made, self._was_full = now, 0, self.images >= self.least
+        self._since, self._made, self._was_full = now, 0, self._is_full()
+
+    def _is_full(self) -> bool:
+        """Whether the devices have as much to do as they can."""
+        return 2 * self.images >= self.least

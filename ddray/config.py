@@ -250,12 +250,41 @@ class GenerateConfig(PoolConfig):
     student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
     out: str = Field("runs/generate", description="URI of the image set")
     count: CountT = 1000
+    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
+    captions: str | None = Field(
+        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
+    )
+    text_encoder: str | None = Field(
+        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+    )
     seed: SeedT = 0
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
     format: Literal["parquet", "webdataset", "images"] = "parquet"
-    engine: Literal["data"] = Field("data", description="a Ray Data pool of students")
+    content: Literal["images", "tokens"] = Field("images", description="tokens: in Parquet alone")
+    image_format: Literal["png", "webp"] = Field("png", description="of the images")
+    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="of WebP with loss; absent = without loss"
+    )
+    statistics: bool = Field(False, description="features' mean and covariance, for FID and kin")
+    engine: Literal["serve", "data"] = Field(
+        "data", description="a Ray Data pool of students, or replicas of Ray Serve"
+    )
+    encoders: CountT = Field(1, description="threads of a worker that compress images")
     shard_rows: CountT = 500
     batch_size: CountT = 64
+
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        if self.content == "tokens":
+            if self.format != "parquet":
+                raise ValueError(f"content=tokens is written as parquet, not as {self.format}")
+            if self.image_format != "png" or self.statistics:
+                raise ValueError("content=tokens has no images: no image_format, no statistics")
+        if self.quality is not None and self.image_format != "webp":
+            raise ValueError(
+                f"quality={self.quality} is of image_format=webp; {self.image_format} has no loss"
+            )
+        return self
 
 
 class EvaluateConfig(Job):

@@ -12,7 +12,7 @@ Shapes: N images, C channels (1 or 3), H and W pixels, L tokens, E code width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from ddray.errors import ConfigError
 from ddray.generate import AskedFor, Student, Teacher
 from ddray.models.zoo import load_student, load_teacher
 from ddray.report import to_uint8
+from ddray.rows_order import RowsOrder
 from ddray.schedule import TEACHER_ALONE
 from ddray.seeding import noise
 from ddray.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder
@@ -46,27 +47,6 @@ class ImageJob:
     prompt: int | str
     index: int
     seed: int
-
-
-@dataclass(frozen=True)
-class RowsOrder:
-    """A batch of a data set: the rows of one seed and schedule, in one pass.
-
-    Attributes:
-        model: the student's name.
-        labels: classes, int64 [N], or N captions.
-        index: of the noise, int64 [N].
-        seed: of the noise.
-        schedule: such as "0" or "0,16".
-        content: pixels, or the ids of tokens.
-    """
-
-    model: str
-    labels: npt.NDArray[Any]
-    index: npt.NDArray[np.int64]
-    seed: int
-    schedule: str
-    content: Literal["pixels", "tokens"] = "pixels"
 
 
 class Renderer:
@@ -193,7 +173,11 @@ class Renderer:
             ImageJob(prompt, index, order.seed)
             for prompt, index in zip(order.labels.tolist(), order.index.tolist(), strict=True)
         ]
-        codes = self._codes(jobs, order.schedule)
+        given = None
+        if order.features is not None:
+            features_NTD, mask_NT = map(torch.from_numpy, order.features)
+            given = features_NTD, mask_NT
+        codes = self._codes(jobs, order.schedule, given)
         if order.content == "pixels":
             return to_uint8(self.student.decode(codes).cpu().numpy())
         if not codes.is_floating_point():
@@ -205,9 +189,17 @@ class Renderer:
         """Images float32 [N, C, H, W] of one forward pass."""
         return self.student.decode(self._codes(jobs, schedule))
 
-    def _codes(self, jobs: Sequence[ImageJob], schedule: str) -> Tensor:
-        """Codes float32 [N, L, E], or the teacher's tokens int64 [N, L]."""
-        condition = self._condition([job.prompt for job in jobs])
+    def _codes(
+        self, jobs: Sequence[ImageJob], schedule: str, given: AskedFor | None = None
+    ) -> Tensor:
+        """Codes float32 [N, L, E], or the teacher's tokens int64 [N, L].
+
+        Args:
+            jobs: the images.
+            schedule: as `images`.
+            given: what the prompts stand for; None = that is to be found out.
+        """
+        condition = self._condition([job.prompt for job in jobs]) if given is None else given
         if "teacher" not in schedule:
             return self.student.generate(condition, noise=self._noise(jobs), schedule=schedule)
         assert self.teacher is not None

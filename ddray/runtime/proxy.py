@@ -5,7 +5,10 @@ runtime.access.
 """
 
 import logging
+import math
+import time
 
+from ray.serve import metrics
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +21,10 @@ log = logging.getLogger("ray.serve")
 # as in x-request-id, the proxy dies with a plain 500.
 _STEERING = {b"serve_multiplexed_model_id", b"x_session_id"}
 _SERVES_OWN = "/-/"
+# For so long after a refusal others are refused here: passing each on would take more of a busy
+# machine than making its images. Far shorter than the queue, so no device runs dry.
+_CLOSED_S = 0.05
+_BUSY = RequestError(503, "the service is busy; try again", "overloaded", retry_after_s=1)
 
 
 def middlewares() -> list[Middleware]:
@@ -34,6 +41,10 @@ class Guard:
 
     def __init__(self, app: ASGIApp):
         self._app = app
+        self._closed_until = -math.inf
+        self._refused = metrics.Counter(
+            "ddray_refused_total", "Requests refused by the proxy.", tag_keys=("application",)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -41,11 +52,17 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope["headers"] = [(name, value) for name, value in scope["headers"] if _keep(name, value)]
+        if time.monotonic() < self._closed_until and _asks_for_images(scope):
+            self._refused.inc(1, {"application": "ddray"})
+            await answer(_BUSY)(scope, receive, send)
+            return
         replaced = False
 
         async def sending(message: Message) -> None:
             nonlocal replaced
             if message["type"] == "http.response.start":
+                if _is_overload(message) and _asks_for_images(scope):
+                    self._closed_until = time.monotonic() + _CLOSED_S
                 error = _reworded(message)
                 if error is not None:
                     replaced = True
@@ -60,6 +77,16 @@ def _keep(name: bytes, value: bytes) -> bool:
     if name == b"x-request-id":
         return is_request_id(value.decode("latin-1"))
     return name.replace(b"-", b"_") not in _STEERING
+
+
+def _asks_for_images(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return scope["method"] == "POST" and path.startswith("/v1/images/")
+
+
+def _is_overload(start: Message) -> bool:
+    # Other refusals of the ingress ask for more patience than a second.
+    return start["status"] == 503 and (b"retry-after", b"1") in start["headers"]
 
 
 def _reworded(start: Message) -> RequestError | None:

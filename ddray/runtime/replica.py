@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ddray.rendering import Renderer, RowsOrder
+    from ddray.rendering import Renderer
+    from ddray.rows_order import RowsOrder
 
 log = logging.getLogger("ray.serve")
 
@@ -137,6 +138,18 @@ class StudentReplica:
         rows = await self._at_work(renderer.rows, order)
         self._succeed(order.model, order.schedule, len(rows))
         return rows
+
+    async def holds(self, model: str) -> dict[str, Any] | None:
+        """What decides the rows of a student here; None where there is no such student."""
+        if model not in self._stock.students:
+            return None
+        student = (await self._renderer(model)).student
+        return {
+            "student_fingerprint": student.fingerprint,
+            "tokenizer_fingerprint": student.tokenizer.fingerprint,
+            "threads": self._stock.threads,
+            "text_encoder": self._stock.text_encoder or "",
+        }
 
     async def check_health(self) -> None:
         """Make one image, unless a batch has succeeded just now or is under way.

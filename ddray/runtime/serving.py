@@ -26,7 +26,7 @@ from ray.serve.exceptions import RayServeException
 from ddray import __version__
 from ddray.api_keys import read_keys
 from ddray.checkpoint import read_config
-from ddray.config import MAX_IMAGES, ServeConfig
+from ddray.config import MAX_IMAGES, ServeConfig, load_config
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
@@ -64,7 +64,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         config = config.model_copy(update={"teacher": bundled})
     cards, students = {}, {}
     for student in config.student:
-        card, place = _described(student, config)
+        card, place = described(student, config)
         if card.id in cards:
             raise ConfigError(f"two of the students are called {card.id!r}; rename a folder")
         cards[card.id], students[card.id] = card, place
@@ -112,7 +112,7 @@ def _versions(model: str) -> dict[str, str]:
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """As `build_app`, for `import_path` and `args` of a Serve config file."""
-    return build_app(ServeConfig(**arguments))
+    return build_app(load_config(ServeConfig, preset=arguments))
 
 
 def replica_deployment(config: ServeConfig) -> serve.Deployment:
@@ -179,7 +179,7 @@ def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
-def _described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
+def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
     """What a student can make, and where it is in words that mean the same on every node."""
     where = resolve(student)
     if isinstance(where, Mapping):
@@ -267,7 +267,7 @@ def run(config: ServeConfig) -> str:
         url = _url(config.host, config.port)
         _check_answers(url, running)
     except (RuntimeError, ValueError, RayServeException) as error:
-        reason = _reason(error)
+        reason = failure_reason(error, APP_NAME)
         if not updating:  # what served before may serve on
             _remove(running)
         raise ClusterError(f"the service of {served} did not start: {reason}") from error
@@ -278,9 +278,9 @@ def run(config: ServeConfig) -> str:
     return url
 
 
-def _reason(error: Exception) -> str:
+def failure_reason(error: Exception, name: str) -> str:
     """Why an application failed: the last exception of its deployments, which Serve only logs."""
-    application = serve.status().applications.get(APP_NAME)
+    application = serve.status().applications.get(name)
     messages = [d.message for d in application.deployments.values()] if application else []
     raised = re.findall(r"^[\w.]*(?:Error|Exception): .+", "\n".join(messages), re.MULTILINE)
     return raised[-1] if raised else " ".join(str(error).split())[-600:]

@@ -154,20 +154,24 @@ class Case:
         path: as sent.
         body: bytes of the body.
         headers: names and values.
-        kind: the content type; None = JSON.
+        kind: the content type.
     """
 
     method: str
     path: str
     body: bytes = b""
     headers: tuple[tuple[str, bytes], ...] = ()
-    kind: str | None = None
+    kind: str = _JSON
 
     def all_headers(self) -> list[tuple[bytes, bytes]]:
         """As httpx takes them."""
-        kind = (self.kind if self.kind is not None else _JSON).encode("latin-1")
         given = [(name.encode(), value) for name, value in self.headers]
-        return [(b"content-type", kind), *given]
+        return [(b"content-type", self.kind.encode("latin-1")), *given]
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it says so."""
+        return self.kind.partition(";")[0].strip().lower() == _JSON
 
     def verdict(self, cards: Mapping[str, ModelCard]) -> RequestError | None:
         """Of the pure checks, on a request to a route with a body; None = valid."""

@@ -18,7 +18,8 @@ from ddray.errors import ClusterError, ConfigError, ShardError, StorageError
 from ddray.recompute import recompute
 from ddray.runtime.cluster import require
 from ddray.runtime.pool import fill
-from ddray.runtime.sampling import TrajectoryWorker, repair, sample
+from ddray.runtime.repair import repair
+from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.shards import TrajectorySet, shard_name
 from ddray.trajectories import sample_rows
 from tests.runtime.tiny import contents, sampling, write_teacher

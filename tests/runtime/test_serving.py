@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import jsonschema
 import openai
@@ -514,12 +515,42 @@ def test_new_limits_reach_the_replicas_that_run(
     assert _replicas() == before
 
 
+def test_a_change_that_cannot_work_leaves_what_serves(
+    client: httpx.Client, url: str, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _replicas()
+    with pytest.raises(ConfigError, match="no model"):
+        run(config.model_copy(update={"student": ("absent",)}))
+    monkeypatch.setattr(serving, "_START_WAIT_S", 0.5)
+    with pytest.raises(ClusterError, match="keeps the host and port of its first start"):
+        run(config.model_copy(update={"port": _free_port()}))
+    assert client.post(RAW, json={"prompt": 1}).status_code == 200
+    assert _replicas() == before
+
+
 # Another service beside it: with keys, links, a path of its own, and more students than it holds.
 
 
 @pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def s3_client(s3_endpoint: str) -> Any:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in s3_environment(s3_endpoint).items():
+            environment.setenv(name, value)
+        return boto3.session.Session().client("s3")
+
+
+@pytest.fixture(scope="module")
 def locked(
-    client: httpx.Client, students: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    client: httpx.Client,
+    students: dict[str, str],
+    s3_endpoint: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[httpx.Client]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY)
@@ -531,9 +562,9 @@ def locked(
         images_uri=f"s3://{BUCKET}/images",
         url_expires_s=600,
     )
-    with s3_server() as endpoint, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         # What would stand in the environment of its machine.
-        original, environment = serving.ingress_deployment, s3_environment(endpoint)
+        original, environment = serving.ingress_deployment, s3_environment(s3_endpoint)
         options = {"num_cpus": 0, "runtime_env": {"env_vars": environment}}
         patch.setattr(
             serving,
@@ -618,6 +649,20 @@ def test_links_give_the_images(locked: httpx.Client) -> None:
     _expect(answer, 400, "invalid_value", "gives the bytes", "response_format")
 
 
+def test_images_that_cannot_be_stored_are_no_fault_of_the_request(
+    locked: httpx.Client, s3_client: Any
+) -> None:
+    asked = {"prompt": 3, "seed": 1, "response_format": "url"}
+    assert _post(locked, asked).status_code == 200
+    for entry in s3_client.list_objects_v2(Bucket=BUCKET)["Contents"]:
+        s3_client.delete_object(Bucket=BUCKET, Key=entry["Key"])
+    s3_client.delete_bucket(Bucket=BUCKET)
+    answer = _post(locked, asked)
+    _expect(answer, 503, "storage_unavailable", "cannot be stored for now; ask for b64_json")
+    assert answer.headers["retry-after"] == "5"
+    assert len(_images(_post(locked, {"prompt": 3, "seed": 1}))) == 1
+
+
 def test_only_pages_that_are_named_may_call(locked: httpx.Client) -> None:
     asked = {"access-control-request-method": "POST"}
     asked["access-control-request-headers"] = "authorization,content-type"
@@ -660,6 +705,13 @@ def test_no_log_holds_a_key(locked: httpx.Client) -> None:
 # From here on the services of this module are down.
 
 
+def test_a_serve_config_file_is_checked_as_the_command_is(students: dict[str, str]) -> None:
+    arguments = {"student": students["first"], "replicas": "1:2", "max_batch_size": 16}
+    assert isinstance(serving.build(arguments), serve.Application)
+    with pytest.raises(ConfigError, match=r"batch_size.*max_batch_size"):
+        serving.build({"batch_size": 16})
+
+
 def test_a_taken_port_is_named(ray_local: None, config: ServeConfig) -> None:
     serve.shutdown()
     with socket.socket() as taken:
@@ -673,6 +725,8 @@ def test_a_taken_port_is_named(ray_local: None, config: ServeConfig) -> None:
 def test_what_cannot_be_served_is_refused_before_serve_starts(
     ray_local: None, config: ServeConfig, students: dict[str, str], tmp_path: Path
 ) -> None:
+    serve.shutdown()
+
     def refused(**changes: Any) -> str:
         with pytest.raises((ConfigError, ClusterError, CheckpointError)) as refusal:
             run(config.model_copy(update=changes))
