@@ -92,7 +92,11 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
     deployment = serve.deployment(
         StudentReplica,
         name=STUDENTS,
-        user_config={"max_batch_size": plan.batch_size, "batch_wait_s": 0.0},
+        user_config={
+            "max_batch_size": plan.batch_size,
+            "batch_wait_s": 0.0,
+            "hung_s": config.stall_timeout_s,
+        },
         autoscaling_config={
             "min_replicas": 0,
             "initial_replicas": least,
@@ -116,7 +120,6 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
         rows=None,
         threads=plan.threads,
         in_memory=1,
-        hung_s=config.stall_timeout_s,
     )
     if not serve.status().proxies:
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
