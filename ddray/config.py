@@ -147,9 +147,6 @@ class DistillConfig(Job):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     logits_weight: Annotated[float, Field(ge=0)] = 1.0
     code_weight: Annotated[float, Field(ge=0)] = 0.1
-    kept_weight: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of the tokens that the next jump keeps, in the cross entropy"
-    )
     code_precision: Annotated[float, Field(ge=0)] | None = Field(
         None,
         description="say of the code head in reading tokens; absent = 8, 0 for scales",
