@@ -17,7 +17,6 @@ import random
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import ddray
 from ddray.config import PoolConfig
 from ddray.report import Column, markdown_table
 from ddray.run_folder import EVENTS_FILE
-from ddray.runtime.pool import fill
+from ddray.runtime.pool import Crew, fill
 from ddray.shards import TrajectorySet
 
 # (stages, codebook size) of the published teachers.
@@ -58,7 +57,7 @@ COLUMNS = (
 class SleepingWorker:
     """Pauses in place of sampling, then writes a whole shard."""
 
-    def __init__(self, uri: str, device: str, seconds: float):
+    def __init__(self, uri: str, seconds: float):
         self._set, self._seconds = TrajectorySet.open(uri), seconds
 
     def do(self, shard: int) -> int:
@@ -157,8 +156,8 @@ def bench(args: argparse.Namespace, out: str) -> dict[str, Any]:
     watch = Watch(args.gpus, args.kill_every)
     before = driver_seconds(), control_seconds(), psutil.Process().memory_info().rss
     watch.start()
-    worker: Any = partial(SleepingWorker, seconds=args.seconds)
-    filled = fill("simulated trajectories", shards, worker, config)
+    crew = Crew(SleepingWorker, {"seconds": args.seconds}, config.threads, config.num_gpus)
+    filled = fill("simulated trajectories", shards, crew, config)
     watch.stop()
     report = shards.verify()
     assert report.ok and report.rows == shards.plan.count, report

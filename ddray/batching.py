@@ -81,15 +81,19 @@ class Batcher(Generic[ItemT, ResultT]):
                 continue
             now = time.monotonic()
             size = sum(waiting.size for waiting in batch)
-            self._started(size, [now - waiting.since for waiting in batch])
             try:
+                self._started(size, [now - waiting.since for waiting in batch])
                 results = await self._run(batch[0].kind, [waiting.item for waiting in batch])
-            except Exception as error:
+                answers = list(zip(batch, results, strict=True))
+            except BaseException as error:
+                # Whatever ended the batch, nobody may wait for ever.
                 for waiting in batch:
                     if not waiting.answer.done():
                         waiting.answer.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
                 continue
-            for waiting, result in zip(batch, results, strict=True):
+            for waiting, result in answers:
                 if not waiting.answer.done():
                     waiting.answer.set_result(result)
 

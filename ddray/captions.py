@@ -1,4 +1,4 @@
-"""What a trajectory set of captions is conditioned on: one file of them for every shard.
+"""What a set of captions is conditioned on: one file of them for every shard.
 
 The rows of shard k are conditioned on `captions/captions-0000k.parquet` in the set, which is cut
 from the file that a run is given: a worker reads no more than its own part, and the set needs
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.caption_file import CaptionFile, matrices
 from ddray.errors import ConfigError, ShardError, one_line
-from ddray.plan import Plan
+from ddray.set_plan import SetPlan
 from ddray.storage import NotFoundError, Storage
 
 _FOLDER = "captions/"
@@ -65,7 +65,7 @@ def captions_name(k: int) -> str:
     return f"{_FOLDER}captions-{k:05d}.parquet"
 
 
-def cut_captions(file: CaptionFile, storage: Storage, plan: Plan) -> int:
+def cut_captions(file: CaptionFile, storage: Storage, plan: SetPlan) -> int:
     """Write the captions of every shard beside it, and say how many files were written.
 
     A file that is there with the same content is kept, or with more rows, which an extension
@@ -112,7 +112,7 @@ def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCa
         StorageError: if it cannot be read.
     """
     where = storage.join(captions_name(k))
-    advice = "run `ddray sample` again with the captions that the set was made with"
+    advice = "run `ddray sample` or `generate` again with the captions that the set was made with"
     try:
         data = storage.read(captions_name(k))
     except NotFoundError as exc:

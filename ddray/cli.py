@@ -59,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, (_, _, line) in _JOBS.items():
         # Filled in when the verb is chosen: its flags come from its config class.
         verbs.add_parser(verb, help=line, add_help=False)
-    _add_inspect(
-        verbs.add_parser("inspect", help="what a trajectory set holds, and whether it is whole")
-    )
+    _add_inspect(verbs.add_parser("inspect", help="what a set holds, and whether it is whole"))
     _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
     export = verbs.add_parser(
         "export", help="weights in the container of published files, or as a model folder"
@@ -78,14 +76,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", help="URI of the set")
-    parser.add_argument("--picture", metavar="FILE.png", help="decode random rows into a picture")
+    parser.add_argument(
+        "--picture", metavar="FILE.png", help="decode random trajectories into a picture"
+    )
     parser.add_argument("--verify", action="store_true", help="read every shard and check it")
     parser.add_argument(
         "--recompute",
         metavar="N",
         type=int,
-        help="with --verify: compare at least N random rows with what the teacher makes of them "
-        "now (default: 100, or none where the teacher is not at hand; 0 = none)",
+        help="with --verify: compare at least N random trajectories with what the teacher makes of "
+        "them now (default: 100, or none where the teacher is not at hand; 0 = none)",
     )
     parser.add_argument(
         "--repair", action="store_true", help="move bad shards to quarantine/ and refill the gaps"
@@ -139,10 +139,11 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
         if isinstance(default, config.Job):
             continue
         text = field.description or ""
-        if isinstance(default, bool):
+        if isinstance(default, bool) or field.annotation == bool | None:
             keys.add_argument(flag, action="store_const", const=True, dest=f"key_{name}", help=text)
             continue
-        shown = ":".join(map(str, default)) if name == "workers" and verb != "distill" else default
+        pair = name == "replicas" or (name == "workers" and verb != "distill")
+        shown = ":".join(map(str, default)) if pair else default
         shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
         suffix = "" if shown in (None, "") else f" (default: {shown})"
         keys.add_argument(flag, metavar="X", dest=f"key_{name}", help=f"{text}{suffix}".strip())
@@ -243,7 +244,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         write_picture(arguments.uri, arguments.picture)
     _print_json(describe(arguments.uri))
     if arguments.repair:
-        from ddray.runtime.sampling import repair
+        from ddray.runtime.repair import repair
 
         with contextlib.redirect_stdout(sys.stderr):
             lines = repair(arguments.uri, pool)
@@ -252,11 +253,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from ddray.image_plan import ImagePlan
     from ddray.inspect_set import verify
+    from ddray.sharded_set import manifest_kind
 
+    of_images = manifest_kind(arguments.uri) == ImagePlan.KIND
+    if of_images and arguments.recompute:
+        raise ConfigError(f"--recompute is for trajectories; {arguments.uri} is a set of images")
     problems = verify(arguments.uri)
     print("\n".join(problems) or "verified: every index once, every hash right", flush=True)
-    if arguments.recompute == 0:
+    if of_images or arguments.recompute == 0:
         return 1 if problems else 0
     from ddray.recompute import recompute
 

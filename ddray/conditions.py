@@ -1,8 +1,8 @@
-"""What the rows of a trajectory set are asked for by, in the form that models take.
+"""What the rows of a set are asked for by, in the form that models take.
 
-Classes follow from the plan; captions lie in the set, with their features or for an encoder. Both
-sampling and distillation read them here. Imports from ddray the captions, the set and, where there
-is something to encode, the text encoder.
+Classes follow from the plan; captions lie in the set, with their features or for an encoder.
+Sampling, distillation and bulk generation read them here. Imports from ddray the captions, the
+set and, where there is something to encode, the text encoder.
 
 Shapes: N rows, B batch, T caption positions, D feature width.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,12 @@ import torch
 
 from ddray.caption_file import CaptionFile
 from ddray.captions import padded, read_captions
-from ddray.config import SampleConfig
+from ddray.config import GenerateConfig, SampleConfig
 from ddray.errors import ConfigError, ShardError
-from ddray.generate import AskedFor, Teacher
-from ddray.plan import Plan
-from ddray.shards import TrajectorySet
+from ddray.generate import AskedFor
+from ddray.model import Model
+from ddray.set_plan import SetPlan
+from ddray.sharded_set import ShardedSet
 from ddray.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder, encoder_width
 
 
@@ -51,31 +53,30 @@ class Conditions:
         return torch.from_numpy(self.label[np.asarray(rows)].astype(np.int64))
 
 
-def open_captions(config: SampleConfig, teacher: Teacher) -> CaptionFile | None:
-    """The captions that a job gives to its teacher; None for a teacher of classes.
+def open_captions(config: SampleConfig | GenerateConfig, model: Model) -> CaptionFile | None:
+    """The captions that a job gives to its model; None for a model of classes.
 
     Raises:
-        ConfigError: if the job's conditions are not those that the teacher takes.
+        ConfigError: if the job's conditions are not those that the model takes.
         StorageError: if the file cannot be read.
     """
-    if teacher.conditioning == "class":
+    if model.conditioning == "class":
         for name in ("captions", "text_encoder"):
             if getattr(config, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(config, name)!r}, but {teacher.name} is conditioned on "
-                    "classes"
+                    f"{name}={getattr(config, name)!r}, but {model.name} is conditioned on classes"
                 )
         return None
     if config.captions is None:
         raise ConfigError(
-            f"{teacher.name} is conditioned on captions; give --captions FILE, Parquet or JSON "
+            f"{model.name} is conditioned on captions; give --captions FILE, Parquet or JSON "
             "lines with index, caption and perhaps features"
         )
-    sizes = teacher.model.config
+    sizes = model.model.config
     return CaptionFile(config.captions, length=sizes.cls_token_num, width=sizes.caption_dim)
 
 
-def encoder_name(config: SampleConfig, captions: CaptionFile | None) -> str:
+def encoder_name(config: SampleConfig | GenerateConfig, captions: CaptionFile | None) -> str:
     """What a plan says of its text encoder: a folder where all workers look for it, or a name.
 
     Raises:
@@ -93,8 +94,8 @@ def encoder_name(config: SampleConfig, captions: CaptionFile | None) -> str:
     return os.path.abspath(source) if os.path.isdir(source) else source
 
 
-def check_encoder(plan: Plan, teacher: Teacher) -> None:
-    """Refuse a plan whose encoder is not here, or does not fit the teacher.
+def check_encoder(plan: SetPlan, model: Model) -> None:
+    """Refuse a plan whose encoder is not here, or does not fit the model.
 
     Raises:
         ConfigError: without the extra `text`, or for another width.
@@ -102,16 +103,16 @@ def check_encoder(plan: Plan, teacher: Teacher) -> None:
     """
     if not plan.text_encoder:
         return
-    width, needed = encoder_width(plan.text_encoder), teacher.model.config.caption_dim
+    width, needed = encoder_width(plan.text_encoder), model.model.config.caption_dim
     if width != needed:
         raise ConfigError(
-            f"text_encoder={plan.text_encoder!r} makes features of width {width}; {teacher.name} "
+            f"text_encoder={plan.text_encoder!r} makes features of width {width}; {model.name} "
             f"takes {needed}"
         )
 
 
-def load_encoder(plan: Plan, teacher: Teacher) -> TextEncoder | None:
-    """The plan's text encoder on the teacher's device; None where it has none.
+def load_encoder(plan: SetPlan, model: Model) -> TextEncoder | None:
+    """The plan's text encoder on the model's device; None where it has none.
 
     Raises:
         ConfigError: without the extra `text`.
@@ -119,17 +120,17 @@ def load_encoder(plan: Plan, teacher: Teacher) -> TextEncoder | None:
     """
     if not plan.text_encoder:
         return None
-    length = teacher.model.config.cls_token_num
-    return T5TextEncoder(plan.text_encoder, length=length, device=teacher.device)
+    length = model.model.config.cls_token_num
+    return T5TextEncoder(plan.text_encoder, length=length, device=model.device)
 
 
 def read_conditions(
-    trajectories: TrajectorySet, shards: Sequence[int], encode: TextEncoder | None
+    rows: ShardedSet[Any, Any], shards: Sequence[int], encode: TextEncoder | None
 ) -> Conditions:
     """Conditions of all rows of some shards, one after the other.
 
     Args:
-        trajectories: the set.
+        rows: the set.
         shards: which of its shards.
         encode: what `load_encoder` gave.
 
@@ -137,18 +138,17 @@ def read_conditions(
         ShardError: if captions are missing or damaged.
         StorageError: if they cannot be read.
     """
-    plan = trajectories.plan
+    plan = rows.plan
     ranges = [plan.shard_range(k) for k in shards]
     if plan.conditioning == "class":
         return Conditions(plan.label(np.concatenate(ranges)))
     parts = [
-        read_captions(trajectories.storage, k, len(rows))
-        for k, rows in zip(shards, ranges, strict=True)
+        read_captions(rows.storage, k, len(index)) for k, index in zip(shards, ranges, strict=True)
     ]
     label = np.array([text for part in parts for text in part.captions], dtype=object)
     if plan.text_encoder:
         return Conditions(label, encode=encode)
     features = [matrix for part in parts for matrix in part.features or ()]
     if len(features) != len(label):
-        raise ShardError(f"captions in {trajectories.uri} lack the features that its plan tells of")
+        raise ShardError(f"captions in {rows.uri} lack the features that its plan tells of")
     return Conditions(label, features)

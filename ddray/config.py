@@ -147,9 +147,6 @@ class DistillConfig(Job):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     logits_weight: Annotated[float, Field(ge=0)] = 1.0
     code_weight: Annotated[float, Field(ge=0)] = 0.1
-    kept_weight: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of the tokens that the next jump keeps, in the cross entropy"
-    )
     code_precision: Annotated[float, Field(ge=0)] | None = Field(
         None,
         description="say of the code head in reading tokens; absent = 8, 0 for scales",
@@ -250,12 +247,41 @@ class GenerateConfig(PoolConfig):
     student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
     out: str = Field("runs/generate", description="URI of the image set")
     count: CountT = 1000
+    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
+    captions: str | None = Field(
+        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
+    )
+    text_encoder: str | None = Field(
+        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+    )
     seed: SeedT = 0
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
     format: Literal["parquet", "webdataset", "images"] = "parquet"
-    engine: Literal["data"] = Field("data", description="a Ray Data pool of students")
+    content: Literal["images", "tokens"] = Field("images", description="tokens: in Parquet alone")
+    image_format: Literal["png", "webp"] = Field("png", description="of the images")
+    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="of WebP with loss; absent = without loss"
+    )
+    statistics: bool = Field(False, description="features' mean and covariance, for FID and kin")
+    engine: Literal["serve", "data"] = Field(
+        "data", description="a Ray Data pool of students, or replicas of Ray Serve"
+    )
+    encoders: CountT = Field(1, description="threads of a worker that compress images")
     shard_rows: CountT = 500
     batch_size: CountT = 64
+
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        if self.content == "tokens":
+            if self.format != "parquet":
+                raise ValueError(f"content=tokens is written as parquet, not as {self.format}")
+            if self.image_format != "png" or self.statistics:
+                raise ValueError("content=tokens has no images: no image_format, no statistics")
+        if self.quality is not None and self.image_format != "webp":
+            raise ValueError(
+                f"quality={self.quality} is of image_format=webp; {self.image_format} has no loss"
+            )
+        return self
 
 
 class EvaluateConfig(Job):
@@ -280,7 +306,9 @@ class ServeConfig(Job):
     student: Names = Field(
         ("digits-llamagen-dd",), description="bundled name or folder; several with commas"
     )
-    teacher: bool = Field(False, description="load each student's teacher too, as a thing to ask")
+    teacher: bool | None = Field(
+        None, description="load the teachers too, to compare; absent = of bundled students"
+    )
     text_encoder: str | None = Field(
         None, description="T5 for students that take captions; absent = google/flan-t5-xl"
     )
@@ -329,7 +357,8 @@ class ServeConfig(Job):
     @property
     def admission_limit(self) -> int:
         """Images that are admitted at a time, by all ingress replicas together."""
-        return self.max_images or 8 * self.max_batch_size * max(1, self.replicas[1])
+        whole = MAX_IMAGES * self.ingress_replicas
+        return self.max_images or max(8 * self.max_batch_size * self.replicas[1], whole)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -340,10 +369,11 @@ class ServeConfig(Job):
                 f"max_ongoing_requests={self.ongoing_limit} is below max_batch_size="
                 f"{self.max_batch_size}: batches would never fill"
             )
-        if self.admission_limit < max(self.max_batch_size, MAX_IMAGES):
+        if self.admission_limit < max(self.max_batch_size, MAX_IMAGES * self.ingress_replicas):
             raise ValueError(
                 f"max_images={self.max_images} is below max_batch_size={self.max_batch_size} or "
-                f"the {MAX_IMAGES} images of one request"
+                f"the {MAX_IMAGES} images of one request to each of {self.ingress_replicas} "
+                "ingress_replicas"
             )
         if self.images_uri is not None and not self.images_uri.startswith("s3://"):
             raise ValueError(f"images_uri={self.images_uri!r} must be s3://: links are made by S3")

@@ -2,7 +2,7 @@
 
 All of it is a function of the step alone, so a run that resumes, or runs on another number of
 workers, goes on as if nothing had happened; so are the rows of a step (ddray.trajectory_stream).
-Imports also ddray.generate and losses; the loop around it is ddray.runtime.training.
+Imports also ddray.losses; the loop around it is ddray.runtime.training.
 
 Shapes: B rows of this worker, V codebook size, E code width.
 """
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddray.generate import given_tokens
 from ddray.losses import Losses, distillation_loss
 from ddray.trajectory_stream import Batch
 
@@ -25,18 +24,6 @@ def jump_stages(schedule: Sequence[int], first: int, count: int, device: torch.d
     """The t of every row, int64 [B]: the schedule's stages take turns along the stream."""
     positions = torch.arange(first, first + count, device=device)
     return torch.tensor(schedule, device=device)[positions % len(schedule)]
-
-
-def kept_tokens(
-    stages: tuple[int, ...], schedule: Sequence[int], first: int, count: int, device: torch.device
-) -> Tensor:
-    """Tokens of every row that the next jump will take for data, bool [B, L].
-
-    Of the tokens that a jump predicts these alone are built upon: the next one redoes the others.
-    After the last jump there is no next, and what it keeps are the tokens it was given.
-    """
-    following = (*schedule[1:], schedule[-1])
-    return given_tokens(stages, jump_stages(following, first, count, device))
 
 
 def default_code_precision(stages: Sequence[int]) -> float:
@@ -128,17 +115,8 @@ def batch_loss(
     schedule: Sequence[int],
     logits_weight: float,
     code_weight: float,
-    kept_weight: float = 1.0,
 ) -> Losses:
-    """Losses of the rows at stream positions first, ..., first + B - 1.
-
-    `kept_weight` is that of the tokens in `kept_tokens`, beside 1 for the others.
-    """
-    count, device = len(batch.index_B), codebook_VE.device
-    weight_BL = None
-    if kept_weight != 1:
-        kept_BL = kept_tokens(stages, schedule, first, count, device)
-        weight_BL = torch.where(kept_BL, kept_weight, 1.0)
+    """Losses of the rows at stream positions first, ..., first + B - 1."""
     return distillation_loss(
         network,
         stages,
@@ -146,8 +124,7 @@ def batch_loss(
         batch.noise_BLE,
         batch.tokens_BL,
         batch.cond_B,
-        jump_stages(schedule, first, count, device),
+        jump_stages(schedule, first, len(batch.index_B), codebook_VE.device),
         logits_weight=logits_weight,
         code_weight=code_weight,
-        token_weight_BL=weight_BL,
     )

@@ -23,7 +23,7 @@ from ddray.errors import ConfigError
 from ddray.flow import Transport
 from ddray.generate import Student, Teacher
 from ddray.guidance import draw
-from ddray.metrics import DigitsMetric
+from ddray.metrics import DigitsMetric, makes_digits
 from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
 from ddray.progress import Progress
 from ddray.schedule import Schedule, num_steps, parse_schedule
@@ -122,12 +122,6 @@ def independent_tokens(
         logits = counts_LV.log()[None].expand(len(rows), -1, -1)
         tokens[rows] = draw(logits, uniform_NL[rows])
     return tokens
-
-
-def makes_digits(teacher: Teacher) -> bool:
-    """Whether images are grey 28x28 of ten classes: fd_digits is defined on those."""
-    image = teacher.decode(torch.zeros(1, teacher.num_tokens, dtype=torch.long))
-    return (teacher.num_classes, *image.shape[1:]) == (10, 1, 28, 28)
 
 
 def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:

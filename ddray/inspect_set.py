@@ -1,6 +1,6 @@
-"""Looking at a trajectory set: what it holds, whether it is whole, moving aside what is not.
+"""Looking at a set: what it holds, whether it is whole, moving aside what is not.
 
-Imports ddray.captions, errors, plan, progress and shards, so that looking takes no torch.
+Imports ddray.captions, errors, images, plan, progress and shards, so that looking takes no torch.
 
 Shapes: N rows, V codes.
 """
@@ -13,39 +13,68 @@ import numpy.typing as npt
 
 from ddray.captions import read_captions
 from ddray.errors import ConfigError, ShardError
+from ddray.image_plan import ImagePlan
+from ddray.image_shards import ImageRows
+from ddray.images import ImageSet
 from ddray.plan import Plan
 from ddray.progress import Progress
+from ddray.set_plan import SetPlan
 from ddray.shard_file import Rows
-from ddray.shards import TrajectorySet, VerifyReport, shard_name
+from ddray.sharded_set import VerifyReport, manifest_kind, shard_name
+from ddray.shards import TrajectorySet
 
-_SETTINGS = (
-    *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
-    *("solver", "num_evals", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
-)
+_SETTINGS = {
+    Plan.KIND: (
+        *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
+        *("solver", "num_evals", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
+    ),
+    ImagePlan.KIND: (
+        *("student", "conditioning", "num_classes", "seed", "schedule", "encoding", "content"),
+        *("image_format", "quality", "threads", "batch_size", "shard_rows", "vocab_size"),
+    ),
+}
 # Missing shards that are named.
 _NAMED = 10
 # Shards are read for statistics until they hold so many rows, or are so many.
 _ROWS_LOOKED_AT, _SHARDS_LOOKED_AT = 20_000, 64
 
 
-def describe(uri: str) -> dict[str, Any]:
-    """Plan, progress, size, label balance and token statistics of a set, as JSON values.
+AnySet = TrajectorySet | ImageSet
 
-    Lists the storage and reads some shards, at most 64, chosen at random by the plan hash. Where
-    these are all, labels are counted in them; else by the plan, whose function of the index they
-    are.
+
+def open_set(uri: str) -> AnySet:
+    """Open a set of either kind.
 
     Raises:
         ShardError: if there is no set.
         StorageError: if it cannot be read.
     """
-    trajectories = TrajectorySet.open(uri)
-    plan, found = trajectories.plan, trajectories.listing()
+    if manifest_kind(uri) == ImagePlan.KIND:
+        return ImageSet.open(uri)
+    return TrajectorySet.open(uri)
+
+
+def describe(uri: str) -> dict[str, Any]:
+    """Plan, progress, size, label balance and token statistics of a set, as JSON values.
+
+    Lists the storage and reads some shards of tokens, at most 64, chosen at random by the plan
+    hash. Where these are all, labels are counted in them; else by the plan, whose function of the
+    index they are.
+
+    Raises:
+        ShardError: if there is no set.
+        StorageError: if it cannot be read.
+    """
+    opened = open_set(uri)
+    plan, found = opened.plan, opened.listing()
     rows = sum(len(plan.shard_range(k)) for k in found.sizes)
     size = sum(found.sizes.values())
-    return {
-        "uri": trajectories.uri,
-        **_settings(plan),
+    told = {
+        "uri": opened.uri,
+        "plan_hash": plan.hash,
+        **{name: getattr(plan, name) for name in _SETTINGS[plan.KIND]},
+        "stages": len(plan.stages),
+        "tokens_per_row": plan.num_tokens,
         "rows": rows,
         "rows_planned": plan.count,
         "shards": len(found.sizes),
@@ -55,19 +84,11 @@ def describe(uri: str) -> dict[str, Any]:
         "unexpected_files": len(found.unexpected),
         "bytes": size,
         "bytes_per_row": round(size / rows, 1) if rows else None,
-        "ratio_to_2_bytes_per_token": round(size / rows / plan.num_tokens / 2, 4) if rows else None,
-        **_contents(trajectories, list(found.sizes)),
     }
-
-
-def _settings(plan: Plan) -> dict[str, Any]:
-    """What decides the rows, but for the fingerprints, which the plan hash stands for."""
-    return {
-        "plan_hash": plan.hash,
-        **{name: getattr(plan, name) for name in _SETTINGS},
-        "stages": len(plan.stages),
-        "tokens_per_row": plan.num_tokens,
-    }
+    if isinstance(opened, ImageSet):
+        return {**told, **_planned_labels(plan, found.sizes)}
+    ratio = round(size / rows / plan.num_tokens / 2, 4) if rows else None
+    return {**told, "ratio_to_2_bytes_per_token": ratio, **_contents(opened, list(found.sizes))}
 
 
 def _contents(trajectories: TrajectorySet, shards: list[int]) -> dict[str, Any]:
@@ -88,19 +109,24 @@ def _contents(trajectories: TrajectorySet, shards: list[int]) -> dict[str, Any]:
         codes_V += np.bincount(tokens.ravel(), minlength=plan.vocab_size)
         if plan.conditioning == "class":
             classes += np.bincount(label, minlength=plan.num_classes)
-    counted = "in the shards"
-    if num_sound + len(damaged) < len(shards):
-        counted = "by the plan"
-        if plan.conditioning == "class":
-            classes = _planned_classes(plan, (k for k in shards if k not in damaged))
+    labels = {"labels": _balance(classes, "in the shards")}
+    if num_sound + len(damaged) < len(shards) or plan.conditioning == "text":
+        labels = _planned_labels(plan, (k for k in shards if k not in damaged))
     return {
         "damaged": {shard_name(k): reason for k, reason in damaged.items()},
-        "labels": _balance(classes, counted) if plan.conditioning == "class" else None,
+        **labels,
         "tokens": {"rows_looked_at": num_rows, **_usage(codes_V)} if num_rows else None,
     }
 
 
-def _planned_classes(plan: Plan, shards: Iterable[int]) -> npt.NDArray[np.int64]:
+def _planned_labels(plan: SetPlan, shards: Iterable[int]) -> dict[str, Any]:
+    """How often each class is in some shards by the plan; a set of captions has none."""
+    if plan.conditioning == "text":
+        return {"labels": None}
+    return {"labels": _balance(_planned_classes(plan, shards), "by the plan")}
+
+
+def _planned_classes(plan: SetPlan, shards: Iterable[int]) -> npt.NDArray[np.int64]:
     """Rows of each class in some shards, int64 [num_classes]."""
     classes = np.zeros(plan.num_classes, np.int64)
     for k in shards:
@@ -143,46 +169,45 @@ def verify(uri: str) -> list[str]:
         ShardError: if there is no set.
         StorageError: if it cannot be read.
     """
-    report, captions = examine(TrajectorySet.open(uri))
+    opened = open_set(uri)
+    report, captions = examine(opened)
     return [
-        *(f"missing: {shard_name(k)}" for k in report.missing),
-        *(f"damaged: {shard_name(k)}: {reason}" for k, reason in report.damaged.items()),
+        *(f"missing: {opened.shard_name(k)}" for k in report.missing),
+        *(f"damaged: {opened.shard_name(k)}: {reason}" for k, reason in report.damaged.items()),
         *(f"does not belong: {name}" for name in report.unexpected),
         *(f"captions of shard {k}: {reason}" for k, reason in captions.items()),
     ]
 
 
-def examine(trajectories: TrajectorySet) -> tuple[VerifyReport, dict[int, str]]:
+def examine(opened: AnySet) -> tuple[VerifyReport, dict[int, str]]:
     """Read every shard once, with its captions in a text set; progress goes to stderr.
 
     Returns:
-        The report of `TrajectorySet.verify`, and shard -> reason where the captions of a sound
+        The report of `ShardedSet.verify`, and shard -> reason where the captions of a sound
         shard are missing, damaged or not the shard's.
 
     Raises:
         StorageError: if the set cannot be read.
     """
-    plan = trajectories.plan
     captions: dict[int, str] = {}
 
-    def compare(k: int, rows: Rows) -> None:
+    def compare(k: int, rows: Rows | ImageRows) -> None:
+        label = rows.label if isinstance(rows, ImageRows) else rows[1]
         try:
-            asked = read_captions(trajectories.storage, k, len(rows[0]))
-            if list(asked.captions) != rows[1].tolist():
+            asked = read_captions(opened.storage, k, len(label))
+            if list(asked.captions) != label.tolist():
                 captions[k] = "they are not those of the shard's rows"
         except ShardError as error:
             captions[k] = str(error)
 
-    report = verified(trajectories, compare if plan.conditioning == "text" else None)
+    report = verified(opened, compare if opened.plan.conditioning == "text" else None)
     return report, captions
 
 
-def verified(
-    trajectories: TrajectorySet, look: Callable[[int, Rows], None] | None = None
-) -> VerifyReport:
-    """The report of `TrajectorySet.verify`, with its progress on stderr."""
-    with Progress("verify", trajectories.plan.num_shards, "shards") as bar:
-        return trajectories.verify(bar.advance_to, look)
+def verified(opened: AnySet, look: Callable[[int, Any], None] | None = None) -> VerifyReport:
+    """The report of `ShardedSet.verify`, with its progress on stderr."""
+    with Progress("verify", opened.plan.num_shards, "shards") as bar:
+        return opened.verify(bar.advance_to, look)
 
 
 def trainable_shards(
@@ -229,11 +254,11 @@ def trainable_shards(
     return sound
 
 
-def quarantine(trajectories: TrajectorySet, report: VerifyReport) -> list[str]:
+def quarantine(opened: AnySet, report: VerifyReport) -> list[str]:
     """Move what a report calls damaged or unexpected to quarantine/; what was moved, a line each.
 
     Raises:
         StorageError: if it cannot be moved.
     """
-    names = [*map(shard_name, report.damaged), *report.unexpected]
-    return [f"{name} moved to {trajectories.quarantine(name)}" for name in names]
+    names = [*map(opened.shard_name, report.damaged), *report.unexpected]
+    return [f"{name} moved to {opened.quarantine(name)}" for name in names]

@@ -74,6 +74,13 @@ class LocalStorage(Storage):
                 return False
         return True
 
+    def version(self, name: str) -> str:
+        """Return number, size and time of the file; see `Storage.version`."""
+        path = self.join(name)
+        with _local_errors("read", path):
+            file = os.stat(path)
+        return f"{file.st_ino}-{file.st_size}-{file.st_mtime_ns}"
+
     def delete(self, name: str) -> None:
         """Delete `name`; see `Storage.delete`."""
         path = self.join(name)

@@ -77,7 +77,6 @@ def distillation_loss(
     *,
     logits_weight: float = 1.0,
     code_weight: float = 1.0,
-    token_weight_BL: Tensor | None = None,
 ) -> Losses:
     """Loss of a batch of trajectories at the given t.
 
@@ -92,8 +91,6 @@ def distillation_loss(
         logits_weight: weight of the cross entropy.
         code_weight: weight of the squared error, which is divided by the codes' mean square so that
             it has the same meaning for every codebook.
-        token_weight_BL: of each token's cross entropy in the weighted mean that is minimised, float
-            [B, L]; absent = all alike.
 
     Returns:
         Scalars with gradient in `total`, and the prediction they are of.
@@ -109,11 +106,7 @@ def distillation_loss(
     cross_entropy = cross_entropy_N.mean()
     code_error = F.mse_loss(predicted_BLE[asked].float(), codes_BLE[asked])
     scale = codebook_VE.square().mean()
-    minimised = cross_entropy
-    if token_weight_BL is not None:
-        weight_N = token_weight_BL[asked]
-        minimised = (weight_N * cross_entropy_N).sum() / weight_N.sum()
-    total = logits_weight * minimised + code_weight * code_error / scale
+    total = logits_weight * cross_entropy + code_weight * code_error / scale
     accuracy = (logits.detach().argmax(-1) == target).float().mean()
     by_row = torch.zeros(asked.shape, device=logits.device)
     by_row[asked] = cross_entropy_N.detach()

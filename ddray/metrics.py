@@ -2,22 +2,32 @@
 
 `fd_digits` is the Frechet distance (Heusel et al., arXiv 1706.08500, equation 6) between the
 bundled digit classifier's features of generated images and of held-out real digits. It is not FID,
-which is defined on Inception features. Imports ddray.checkpoint, ddray.errors and
-ddray.models.digits_classifier.
+which is defined on Inception features. Imports ddray.checkpoint, errors, model,
+models.digits_classifier and storage.
 
 Shapes: N images, D features.
 """
 
+import io
+import json
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from ddray.checkpoint import fingerprint, load_folder, load_into
-from ddray.errors import ConfigError
+from ddray.errors import ConfigError, one_line
+from ddray.model import Model
 from ddray.models.digits_classifier import DigitsClassifier
+from ddray.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,45 @@ class FeatureStatistics:
         """Statistics of images [N, 1, 28, 28] in [0, 1], as the 8-bit pixels of a file."""
         return cls.from_features(classify(classifier, images)[0])
 
+    @classmethod
+    def merged(cls, sums: Iterable["FeatureSums"]) -> "FeatureStatistics":
+        """Statistics of all images of some sums.
+
+        Raises:
+            ConfigError: for fewer than two images, which have no covariance.
+        """
+        total = reduce(FeatureSums.__add__, sums)
+        if total.count < 2:
+            raise ConfigError(f"a Frechet distance needs at least 2 images, got {total.count}")
+        return cls(total.count, total.mean, total.scatter / (total.count - 1))
+
+    @classmethod
+    def load(cls, uri: str) -> "FeatureStatistics":
+        """Read a file as `to_bytes` makes it, or as pytorch-fid does, which names no count.
+
+        Raises:
+            ConfigError: if it is no such file.
+            StorageError: if it cannot be read.
+        """
+        folder, _, name = uri.rpartition("/")
+        data = open_storage(folder or ".").read(name)
+        try:
+            with np.load(io.BytesIO(data)) as file:
+                return cls(int(file.get("count", 0)), file["mu"], file["sigma"])
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{uri} is no file of statistics: {one_line(error)}") from error
+
+    def to_bytes(self, **notes: str) -> bytes:
+        """As an .npz with mu, sigma and count, which pytorch-fid reads as well.
+
+        Args:
+            **notes: what else stands in the file, such as the extractor's fingerprint.
+        """
+        stream = io.BytesIO()
+        arrays: dict[str, Any] = {name: np.array(note) for name, note in notes.items()}
+        np.savez(stream, mu=self.mean, sigma=self.covariance, count=self.count, **arrays)
+        return stream.getvalue()
+
     def tensors(self) -> dict[str, Tensor]:
         """As tensors, for a safetensors file."""
         return {
@@ -58,6 +107,69 @@ class FeatureStatistics:
             "reference.mean": torch.from_numpy(self.mean),
             "reference.covariance": torch.from_numpy(self.covariance),
         }
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """What can be merged into statistics, in float64.
+
+    Attributes:
+        count: number of images N.
+        mean: float64 [D].
+        scatter: float64 [D, D], sum of (x - mean) (x - mean)^T.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureSums":
+        """Sums of features [N, D], N >= 1."""
+        rows = features.double().cpu().numpy()
+        mean = rows.mean(0)
+        return cls(len(rows), mean, (rows - mean).T @ (rows - mean))
+
+    def __add__(self, other: "FeatureSums") -> "FeatureSums":
+        """Sums of both, without the cancellation of raw second moments.
+
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+        variances", 1979.
+        """
+        count, shift = self.count + other.count, other.mean - self.mean
+        between = np.outer(shift, shift) * (self.count * other.count / count)
+        return FeatureSums(
+            count,
+            self.mean + shift * (other.count / count),
+            self.scatter + other.scatter + between,
+        )
+
+    def to_bytes(self, extractor: str) -> bytes:
+        """As a safetensors file.
+
+        Args:
+            extractor: fingerprint of what made the features.
+        """
+        arrays = {"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter}
+        return save(arrays, {"extractor": extractor})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, extractor: str) -> "FeatureSums":
+        """Read what `to_bytes` made.
+
+        Raises:
+            ConfigError: if it is damaged, or of another extractor.
+        """
+        try:
+            arrays = load(data)
+            size = int.from_bytes(data[:8], "little")
+            found = json.loads(data[8 : 8 + size])["__metadata__"]["extractor"]
+            sums = cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"damaged ({one_line(error)})") from error
+        if found != extractor:
+            raise ConfigError(f"made by another extractor ({found[:12]}, not {extractor[:12]})")
+        return sums
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -110,6 +222,11 @@ class DigitsMetric:
             state["reference.covariance"].numpy(),
         )
 
+    def sums(self, pixels: np.ndarray) -> FeatureSums:
+        """Mergeable sums of the features of pixels uint8 [N, 28, 28]."""
+        images = torch.from_numpy(pixels)[:, None].float() / 255
+        return FeatureSums.of(classify(self.classifier, images)[0])
+
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Judge images against the class each was asked for.
 
@@ -127,3 +244,9 @@ class DigitsMetric:
             ),
             "class_accuracy": float((classes == labels.to(classes.device)).float().mean()),
         }
+
+
+def makes_digits(model: Model) -> bool:
+    """Whether images are grey 28x28 of ten classes: fd_digits is defined on those."""
+    image = model.decode(torch.zeros(1, model.num_tokens, dtype=torch.long))
+    return (model.num_classes, *image.shape[1:]) == (10, 1, 28, 28)

@@ -1,12 +1,40 @@
-"""The next items of an iterator, made in a thread while the last one is used. Imports nothing."""
+"""The next items of an iterator, made while the last one is used. Imports nothing from ddray."""
 
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 T = TypeVar("T")
+ResultT = TypeVar("ResultT", covariant=True)
+
+
+class Pending(Protocol[ResultT]):
+    """Something that is under way, such as a `concurrent.futures.Future`."""
+
+    def result(self) -> ResultT:
+        """Wait for it."""
+
+
+def in_order(
+    begin: Callable[[T], Pending[ResultT]], items: Iterable[T], depth: int
+) -> Iterator[ResultT]:
+    """Results in the order of the items, of which so many are under way at once.
+
+    Args:
+        begin: starts the work on an item.
+        items: taken one by one, never more than `depth` ahead of the results.
+        depth: at least 1.
+    """
+    under_way: deque[Pending[ResultT]] = deque()
+    for item in items:
+        under_way.append(begin(item))
+        if len(under_way) >= depth:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
 
 
 class Prefetch(Iterator[T], Generic[T]):

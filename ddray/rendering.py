@@ -12,7 +12,7 @@ Shapes: N images, C channels (1 or 3), H and W pixels, L tokens, E code width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from ddray.errors import ConfigError
 from ddray.generate import AskedFor, Student, Teacher
 from ddray.models.zoo import load_student, load_teacher
 from ddray.report import to_uint8
+from ddray.rows_order import RowsOrder
 from ddray.schedule import TEACHER_ALONE
 from ddray.seeding import noise
 from ddray.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder
@@ -48,27 +49,6 @@ class ImageJob:
     seed: int
 
 
-@dataclass(frozen=True)
-class RowsOrder:
-    """A batch of a data set: the rows of one seed and schedule, in one pass.
-
-    Attributes:
-        model: the student's name.
-        labels: classes, int64 [N], or N captions.
-        index: of the noise, int64 [N].
-        seed: of the noise.
-        schedule: such as "0" or "0,16".
-        content: pixels, or the ids of tokens.
-    """
-
-    model: str
-    labels: npt.NDArray[Any]
-    index: npt.NDArray[np.int64]
-    seed: int
-    schedule: str
-    content: Literal["pixels", "tokens"] = "pixels"
-
-
 class Renderer:
     """A student on one device.
 
@@ -77,7 +57,6 @@ class Renderer:
         teacher: for schedules in which it takes part.
         encoder: of captions, for a student of texts.
         rows: of the largest pass; None = what suits the device.
-
     """
 
     def __init__(
@@ -91,7 +70,8 @@ class Renderer:
         on_cpu = student.device.type == "cpu"
         largest = rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)
         self._largest = 1 << (largest.bit_length() - 1)
-        self._teacher_sizes = (min(2, self._largest) if on_cpu else self._largest,)
+        # The passes of a student and a teacher in turn vary in more ways than could be measured.
+        self._sizes_of_both = (min(2, self._largest) if on_cpu else self._largest,)
 
     @classmethod
     def load(
@@ -112,11 +92,13 @@ class Renderer:
 
         Raises:
             ConfigError: if there is no such model, or the config names no teacher.
+            CheckpointError: if a model or the text encoder cannot be loaded.
         """
         loaded = load_student(student)
         encoder = None
         if loaded.conditioning == "text":
-            encoder = T5TextEncoder(text_encoder or FLAN_T5_XL, device=loaded.device)
+            length = loaded.model.config.cls_token_num
+            encoder = T5TextEncoder(text_encoder or FLAN_T5_XL, length=length, device=loaded.device)
         name = loaded.config.get("teacher")
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")
@@ -130,21 +112,28 @@ class Renderer:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Rows that a pass of the student may have, ascending; measured when first asked for.
+        """Rows that a pass of the student may have, ascending; measured when first asked for."""
+        return self._agreeing(self.schedule)
+
+    @cached_property
+    def _sizes_of_teacher(self) -> tuple[int, ...]:
+        return self._agreeing(TEACHER_ALONE)
+
+    def _agreeing(self, schedule: str) -> tuple[int, ...]:
+        """Sizes of a pass whose results agree bit by bit.
 
         That they agree on one batch proves it for all: the order in which numbers are summed
         depends on shapes alone, and in thousands of random pixels another order would show.
         """
         prompts = self._some_prompts()
         jobs = [ImageJob(prompts[k % len(prompts)], k, 0) for k in range(self._largest)]
-        expected = self._pass(jobs, self.schedule)
+        expected = self._pass(jobs, schedule)
         sizes = [1 << k for k in range(self._largest.bit_length())]
         agreeing = []
         for size in sizes:
-            # The last jobs first: a row must not depend on its place either.
-            order = [(k - size) % self._largest for k in range(size)]
-            images = self._pass([jobs[k] for k in order], self.schedule)
-            if torch.equal(images, expected[order]):
+            # Backwards: a row must not depend on its place either.
+            order = list(range(self._largest))[::-1][:size]
+            if torch.equal(self._pass([jobs[k] for k in order], schedule), expected[order]):
                 agreeing.append(size)
         # Where even the same size gives other bits elsewhere, a row must be alone.
         return tuple(agreeing) if sizes[-1] in agreeing else (1,)
@@ -160,8 +149,11 @@ class Renderer:
         Returns:
             uint8 [N, H, W], or [N, H, W, 3].
         """
-        # The teacher's passes vary with a schedule in more ways than could be measured.
-        sizes, parts, done = self._teacher_sizes if "teacher" in schedule else self.sizes, [], 0
+        if "teacher" not in schedule:
+            sizes = self.sizes
+        else:
+            sizes = self._sizes_of_teacher if schedule == TEACHER_ALONE else self._sizes_of_both
+        parts, done = [], 0
         while done < len(jobs):
             left = len(jobs) - done
             size = max((size for size in sizes if size <= left), default=sizes[0])
@@ -181,7 +173,11 @@ class Renderer:
             ImageJob(prompt, index, order.seed)
             for prompt, index in zip(order.labels.tolist(), order.index.tolist(), strict=True)
         ]
-        codes = self._codes(jobs, order.schedule)
+        given = None
+        if order.features is not None:
+            features_NTD, mask_NT = map(torch.from_numpy, order.features)
+            given = features_NTD, mask_NT
+        codes = self._codes(jobs, order.schedule, given)
         if order.content == "pixels":
             return to_uint8(self.student.decode(codes).cpu().numpy())
         if not codes.is_floating_point():
@@ -193,9 +189,17 @@ class Renderer:
         """Images float32 [N, C, H, W] of one forward pass."""
         return self.student.decode(self._codes(jobs, schedule))
 
-    def _codes(self, jobs: Sequence[ImageJob], schedule: str) -> Tensor:
-        """Codes float32 [N, L, E], or the teacher's tokens int64 [N, L]."""
-        condition = self._condition([job.prompt for job in jobs])
+    def _codes(
+        self, jobs: Sequence[ImageJob], schedule: str, given: AskedFor | None = None
+    ) -> Tensor:
+        """Codes float32 [N, L, E], or the teacher's tokens int64 [N, L].
+
+        Args:
+            jobs: the images.
+            schedule: as `images`.
+            given: what the prompts stand for; None = that is to be found out.
+        """
+        condition = self._condition([job.prompt for job in jobs]) if given is None else given
         if "teacher" not in schedule:
             return self.student.generate(condition, noise=self._noise(jobs), schedule=schedule)
         assert self.teacher is not None

@@ -130,6 +130,12 @@ class S3Storage(Storage):
             page = self._client().list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1)
         return any(entry["Key"] == key for entry in page.get("Contents", ()))
 
+    def version(self, name: str) -> str:
+        """Return ETag and time of the object; see `Storage.version`."""
+        with _s3_errors("read", self.join(name)):
+            head = self._client().head_object(Bucket=self.bucket, Key=self._key(name))
+        return f"{head['ETag']}-{head['LastModified'].isoformat()}"
+
     def delete(self, name: str) -> None:
         """Delete `name`; see `Storage.delete`."""
         with _s3_errors("delete", self.join(name)):
@@ -160,6 +166,8 @@ class S3Storage(Storage):
                 retries={"mode": "standard", "max_attempts": _ATTEMPTS},
                 connect_timeout=10,
                 read_timeout=60,
+                # Links of us-east-1 would otherwise be signed in a way that new buckets refuse.
+                signature_version="s3v4",
             )
             # A session of its own: boto3's default session is not safe between threads.
             self._lazy_client = boto3.session.Session().client("s3", config=config)

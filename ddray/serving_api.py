@@ -1,7 +1,7 @@
 """What the image service accepts and answers: requests, their checks, errors, image files.
 
 Knows neither Ray nor torch, so that every refusal can be tested without a server.
-Imports ddray.config, errors and schedule.
+Imports ddray.caption_file, config, errors and schedule.
 """
 
 import difflib
@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from ddray.caption_file import clean_caption
 from ddray.config import MAX_IMAGES
 from ddray.errors import ConfigError
 from ddray.schedule import TEACHER_ALONE, TeacherStages, parse_schedule
@@ -342,7 +343,11 @@ def find_schedule(steps: int | str, card: ModelCard) -> str:
             f"{unknown[0]}, only at {known}"
         )
         raise RequestError(400, message, "invalid_value", "steps")
-    return "".join(steps.split())
+    # One spelling: requests share a batch, and a series of a metric, by it.
+    return ",".join(
+        f"teacher:{step.first}-{step.last}" if isinstance(step, TeacherStages) else str(step)
+        for step in schedule
+    )
 
 
 def find_prompt(prompt: int | str, card: ModelCard) -> int | str:
@@ -360,6 +365,9 @@ def find_prompt(prompt: int | str, card: ModelCard) -> int | str:
             f"prompt={_show(prompt)} is not allowed: {card.id} takes a caption of 1 to "
             f"{MAX_CAPTION} characters on one line"
         )
+        raise RequestError(400, message, "invalid_value", "prompt")
+    if not clean_caption(text):  # an encoder refuses it, and the whole batch with it
+        message = f"prompt={_show(prompt)} is not allowed: behind markup and addresses it is empty"
         raise RequestError(400, message, "invalid_value", "prompt")
     return text
 

@@ -13,7 +13,7 @@ import torch
 
 from ddray.errors import ConfigError, ShardError
 from ddray.generate import Teacher
-from ddray.images import encode_png
+from ddray.image_file import encode_png
 from ddray.plan import Plan
 from ddray.report import labelled_grid
 from ddray.shards import TrajectorySet

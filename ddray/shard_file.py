@@ -1,7 +1,7 @@
-"""One shard as a Parquet file, format 1: rows to bytes and back, checked against the plan.
+"""One shard of trajectories as a Parquet file, format 1: rows to bytes and back, checked.
 
-Imports from ddray the plan and the errors; needs numpy and pyarrow, no torch. Legend: N rows of a
-shard, L tokens each.
+Imports from ddray the plan, the stamp of shards and the errors; needs numpy and pyarrow, no torch.
+Legend: N rows of a shard, L tokens each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ShardError
 from ddray.plan import Plan
-
-_HASH_KEY, _SHARD_KEY, _ROWS_KEY = b"ddray.plan_hash", b"ddray.shard", b"ddray.rows_sha256"
+from ddray.set_plan import SetPlan
+from ddray.sharded_set import check_stamp, stamp
 
 # Columns of a shard: index [N], label [N] (captions if the teacher takes text), tokens [N, L].
 Rows = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
@@ -75,28 +75,40 @@ def _check_range(name: str, values: npt.NDArray[Any], start: int, stop: int) -> 
         raise ShardError(f"{name} reaches from {least} to {most}; allowed is {start} to {stop - 1}")
 
 
+def label_field(plan: SetPlan) -> tuple[str, Any]:
+    """Name and type of the column that says what a row was asked for by."""
+    return ("label", pa.int32()) if plan.conditioning == "class" else ("caption", pa.string())
+
+
+def tokens_type(plan: SetPlan) -> Any:
+    """Type of the column of tokens."""
+    return pa.list_(pa.from_numpy_dtype(plan.token_dtype), plan.num_tokens)
+
+
+def tokens_column(plan: SetPlan, tokens: npt.NDArray[Any]) -> Any:
+    """Tokens, integers [N, L], as a column."""
+    flat = pa.array(np.ascontiguousarray(tokens, dtype=plan.token_dtype).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, plan.num_tokens)
+
+
+def label_bytes(plan: SetPlan, label: npt.NDArray[Any]) -> bytes:
+    """What is hashed of labels: little-endian int32, or captions as a JSON list."""
+    if plan.conditioning == "class":
+        return label.astype("<i4").tobytes()
+    return json.dumps(label.tolist()).encode()
+
+
 def _schema(plan: Plan) -> Any:
-    is_class = plan.conditioning == "class"
-    tokens = pa.list_(pa.from_numpy_dtype(plan.token_dtype), plan.num_tokens)
-    return pa.schema(
-        [
-            ("index", pa.int64()),
-            ("label", pa.int32()) if is_class else ("caption", pa.string()),
-            ("tokens", tokens),
-        ]
-    )
+    return pa.schema([("index", pa.int64()), label_field(plan), ("tokens", tokens_type(plan))])
 
 
-def _rows_sha256(plan: Plan, rows: Rows) -> bytes:
+def _rows_sha256(plan: Plan, rows: Rows) -> str:
     """Hash the columns as little-endian bytes, captions as a JSON list."""
     index, label, tokens = rows
     digest = hashlib.sha256(index.astype("<i8").tobytes())
-    if plan.conditioning == "class":
-        digest.update(label.astype("<i4").tobytes())
-    else:
-        digest.update(json.dumps(label.tolist()).encode())
+    digest.update(label_bytes(plan, label))
     digest.update(tokens.astype(plan.token_dtype).tobytes())
-    return digest.hexdigest().encode()
+    return digest.hexdigest()
 
 
 def encode(
@@ -115,28 +127,37 @@ def encode(
         label: integers [N], or captions.
         tokens: integers [N, L].
     """
-    metadata = {
-        _HASH_KEY: plan.hash.encode(),
-        _SHARD_KEY: str(k).encode(),
-        _ROWS_KEY: _rows_sha256(plan, (index, label, tokens)),
-    }
     schema = _schema(plan)
-    flat = pa.array(np.ascontiguousarray(tokens, dtype=plan.token_dtype).reshape(-1))
     columns = [
         pa.array(index, type=schema.field(0).type),
         pa.array(label.tolist(), type=schema.field(1).type),
-        pa.FixedSizeListArray.from_arrays(flat, plan.num_tokens),
+        tokens_column(plan, tokens),
     ]
+    metadata = stamp(plan, k, _rows_sha256(plan, (index, label, tokens)))
     table = pa.Table.from_arrays(columns, schema=schema.with_metadata(metadata))
+    packed = ["index", "tokens.list.element"] + ["label"] * (plan.conditioning == "class")
+    return write_table(table, packed=packed, compression="zstd")
+
+
+def write_table(
+    table: Any, *, packed: Sequence[str], compression: str, dictionary: Sequence[str] = ()
+) -> bytes:
+    """A table as a Parquet file with page checksums, the same bytes for the same table.
+
+    Args:
+        table: what to write.
+        packed: columns of integers that are delta bit-packed.
+        compression: of the pages.
+        dictionary: columns of few values.
+    """
     sink = io.BytesIO()
     # Parquet has no 16-bit integers. Delta packing stores just the bits in use, where plain
     # values would take 32 each and a dictionary costs its own size in every small shard.
-    packed = ["index", "tokens.list.element"] + ["label"] * (plan.conditioning == "class")
     pq.write_table(
         table,
         sink,
-        compression="zstd",
-        use_dictionary=False,
+        compression=compression,
+        use_dictionary=list(dictionary),
         column_encoding=dict.fromkeys(packed, "DELTA_BINARY_PACKED"),
         write_page_checksum=True,
     )
@@ -149,44 +170,50 @@ def decode(plan: Plan, k: int, data: bytes) -> Rows:
     Raises:
         ShardError: if they are not, or the file is damaged.
     """
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        metadata = file.schema_arrow.metadata or {}
-        _check_metadata(plan, k, metadata, file.metadata.num_rows)
-        if not file.schema_arrow.equals(_schema(plan)):
-            raise ShardError(f"the columns are {_names(file.schema_arrow)}, not those of the plan")
-        rows = _columns(plan, file.read(use_threads=False))
-    except _UNREADABLE as exc:
-        reason = (str(exc).splitlines() or [type(exc).__name__])[0].rstrip(". ")
-        raise ShardError(f"damaged or truncated ({reason})") from exc
-    if _rows_sha256(plan, rows) != metadata[_ROWS_KEY]:
+    table, expected = read_table(plan, k, data, _schema(plan))
+    rows = _columns(plan, table)
+    if _rows_sha256(plan, rows) != expected:
         raise ShardError("the rows do not fit their sha256")
     check_rows(plan, k, *rows)
     return rows
 
 
-def _check_metadata(plan: Plan, k: int, metadata: dict[bytes, bytes], num_rows: int) -> None:
-    if not metadata.keys() >= {_HASH_KEY, _SHARD_KEY, _ROWS_KEY}:
-        raise ShardError("not a shard that ddray wrote: its metadata names no plan")
-    found_hash = metadata[_HASH_KEY].decode()
-    if found_hash != plan.hash:
-        raise ShardError(f"it belongs to plan {found_hash[:12]}, the set to {plan.hash[:12]}")
-    if metadata[_SHARD_KEY] != str(k).encode():
-        raise ShardError(f"it is shard {metadata[_SHARD_KEY].decode()}, renamed")
-    expected = len(plan.shard_range(k))
-    if num_rows != expected:
-        raise ShardError(f"it has {num_rows} of {expected} rows")
+def read_table(plan: SetPlan, k: int, data: bytes, schema: Any) -> tuple[Any, str]:
+    """The table of a Parquet file that says it is shard `k`, and the hash its rows must have.
+
+    Raises:
+        ShardError: if it says it is another, has other columns, or is damaged.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        metadata = {
+            key.decode(): value.decode()
+            for key, value in (file.schema_arrow.metadata or {}).items()
+            if key.startswith(b"ddray.")
+        }
+        expected = check_stamp(plan, k, metadata, file.metadata.num_rows)
+        if not file.schema_arrow.equals(schema):
+            raise ShardError(f"the columns are {_names(file.schema_arrow)}, not those of the plan")
+        return file.read(use_threads=False), expected
+    except _UNREADABLE as exc:
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0].rstrip(". ")
+        raise ShardError(f"damaged or truncated ({reason})") from exc
 
 
 def _columns(plan: Plan, table: Any) -> Rows:
     index, label, tokens = (column.combine_chunks() for column in table.columns)
-    matrix = tokens.flatten().to_numpy(zero_copy_only=False).reshape(-1, plan.num_tokens)
     # Copies, because Arrow's memory is read-only and torch warns of such arrays.
     return (
         np.array(index.to_numpy(zero_copy_only=False)),
         np.array(label.to_numpy(zero_copy_only=False)),
-        np.array(matrix),
+        tokens_matrix(plan, tokens),
     )
+
+
+def tokens_matrix(plan: SetPlan, column: Any) -> npt.NDArray[Any]:
+    """A column of tokens as an array [N, L] of its own."""
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return np.array(flat.reshape(-1, plan.num_tokens))
 
 
 def _names(schema: Iterable[Any]) -> str:

@@ -1,7 +1,7 @@
 """URIs and atomic writes: one small interface over a local folder and an S3 prefix.
 
 What is behind a URI is in ddray.local_storage and ddray.s3_storage, loaded when one is opened.
-Imports from ddray only the errors.
+Imports from ddray the errors and prefetch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import os
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote
 
 from ddray.errors import ConfigError, StorageError
+from ddray.prefetch import in_order
 
 # A temporary file begins with this and ends in random digits: no reader that globs for
 # *.parquet or *.json takes one for data, and `list` leaves it out.
@@ -95,6 +95,15 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def version(self, name: str) -> str:
+        """Return a word that is another one when `name` has been written again.
+
+        Raises:
+            NotFoundError: If there is no such name.
+            StorageError: If it cannot be looked at.
+        """
+
+    @abstractmethod
     def delete(self, name: str) -> None:
         """Delete `name`; a name that does not exist is no error.
 
@@ -160,13 +169,7 @@ def read_ahead(storage: Storage, names: Iterable[str]) -> Iterator[bytes | None]
             return None
 
     with ThreadPoolExecutor(_READERS) as readers:
-        under_way: deque[Future[bytes | None]] = deque()
-        for name in names:
-            under_way.append(readers.submit(read, name))
-            if len(under_way) == 2 * _READERS:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        yield from in_order(lambda name: readers.submit(read, name), names, 2 * _READERS)
 
 
 def checked_name(name: str) -> str:

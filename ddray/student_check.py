@@ -13,10 +13,16 @@ from torch import Tensor
 
 from ddray.checkpoint import load_folder, save_folder
 from ddray.errors import ConfigError
-from ddray.evaluate import makes_digits, student_name
+from ddray.evaluate import student_name
 from ddray.generate import Student, Teacher
-from ddray.images import encode_png
-from ddray.metrics import DigitsMetric, FeatureStatistics, code_features, frechet_distance
+from ddray.image_file import encode_png
+from ddray.metrics import (
+    DigitsMetric,
+    FeatureStatistics,
+    code_features,
+    frechet_distance,
+    makes_digits,
+)
 from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
 from ddray.plan import Plan
 from ddray.report import labelled_grid

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddray.config import DistillConfig
 from ddray.critics import Critic
-from ddray.distill import batch_loss, kept_tokens, learning_rate
-from ddray.generate import Teacher
+from ddray.distill import batch_loss, jump_stages, learning_rate
+from ddray.generate import Teacher, given_tokens
 from ddray.losses import Losses, Prediction
 from ddray.trajectory_stream import Batch
 
@@ -154,7 +154,6 @@ class TrainingStep:
             schedule=self._schedule,
             logits_weight=config.logits_weight,
             code_weight=config.code_weight,
-            kept_weight=config.kept_weight,
         )
         total, figures = losses.total, self._figures(losses)
         judged = self._judged(losses.prediction, first) if self._critics else losses.prediction
@@ -166,12 +165,12 @@ class TrainingStep:
     def _judged(self, prediction: Prediction, first: int) -> Prediction:
         """What critics may move: not the tokens of a jump that the next one keeps.
 
-        The cross entropy alone makes them nearly the teacher's own, and a critic would trade that
-        for sequences that are safe to continue in this jump.
+        Those are the first ones behind t. The cross entropy alone makes them nearly the teacher's
+        own, and a critic would trade that for sequences that are safe to continue in this jump.
         """
-        count, device = len(prediction.t_B), prediction.t_B.device
-        stages = self._teacher.stages
-        return prediction.detached(kept_tokens(stages, self._schedule, first, count, device))
+        following = (*self._schedule[1:], self._schedule[-1])
+        next_B = jump_stages(following, first, len(prediction.t_B), prediction.t_B.device)
+        return prediction.detached(given_tokens(self._teacher.stages, next_B))
 
     def _figures(self, losses: Losses) -> dict[str, Tensor]:
         """What is logged of a batch; by t where every batch has rows of every t."""

@@ -1,80 +1,32 @@
-"""Images in bulk: a plan, a pool of students, shards of images.
+"""Images in bulk: a plan, a pool that has students or asks replicas for batches, shards of images.
 
-Imports ddray.config, images, the zoo and the pool.
+Imports ddray.captions, conditions, config, image_making, images, metrics, the workers, the pool
+and, for the engine of replicas, the fleet.
 """
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
-import torch
-
-from ddray.config import GenerateConfig
+from ddray import __version__
+from ddray.captions import cut_captions
+from ddray.conditions import check_encoder, open_captions
+from ddray.config import GenerateConfig, PoolConfig
 from ddray.errors import ConfigError
-from ddray.generate import Student
-from ddray.images import ImagePlan, ImageSet
+from ddray.image_making import extractor, make_plan, merge_statistics, planned_student
+from ddray.images import ImageSet
+from ddray.metrics import DigitsMetric, frechet_distance
 from ddray.models.zoo import load_student
 from ddray.run_folder import CONFIG_FILE, SUMMARY_FILE, write_json
-from ddray.runtime.pool import fill
-from ddray.schedule import TeacherStages, parse_schedule
+from ddray.runtime.cluster import connect
+from ddray.runtime.image_workers import StudentWorker
+from ddray.runtime.pool import Crew, Filled, fill
+from ddray.storage import open_storage
 
+STATISTICS_FILE = "statistics.npz"
 
-class ImageWorker:
-    """An actor's student, which writes whole shards of images.
-
-    Args:
-        uri: of the image set.
-        device: "auto", "cpu" or "cuda".
-    """
-
-    def __init__(self, uri: str, device: str):
-        self._set = ImageSet.open(uri)
-        torch.set_num_threads(self._set.plan.threads)
-        self._student = load_student(self._set.plan.student, device=device)
-
-    def do(self, shard: int) -> int:
-        """Generate and write one shard."""
-        plan = self._set.plan
-        rows = plan.shard_range(shard)
-        images = [
-            generate_rows(self._student, plan, np.arange(i, min(i + plan.batch_size, rows.stop)))
-            for i in range(rows.start, rows.stop, plan.batch_size)
-        ]
-        self._set.write_shard(shard, np.concatenate(images))
-        return len(rows)
-
-
-def generate_rows(student: Student, plan: ImagePlan, index: np.ndarray) -> np.ndarray:
-    """Images float32 [N, C, H, W] in [0, 1] of the given indices."""
-    codes = student.generate(
-        torch.from_numpy(plan.label(index)),
-        index=torch.from_numpy(index),
-        seed=plan.seed,
-        schedule=plan.schedule,
-    )
-    return student.decode(codes).cpu().numpy()
-
-
-def make_plan(config: GenerateConfig, student: Student) -> ImagePlan:
-    """Everything that decides the bytes of an image set."""
-    schedule = config.schedule or "0"
-    steps = parse_schedule(schedule, len(student.stages))
-    if any(isinstance(step, TeacherStages) for step in steps):
-        raise ConfigError(
-            f"schedule {schedule!r} has a teacher's part; in bulk the student is alone"
-        )
-    return ImagePlan(
-        student=student.name,
-        student_fingerprint=student.fingerprint,
-        tokenizer_fingerprint=student.tokenizer.fingerprint,
-        num_classes=student.num_classes,
-        seed=config.seed,
-        schedule=schedule,
-        encoding=config.format,
-        count=config.count,
-        shard_rows=config.shard_rows,
-        batch_size=config.batch_size,
-        threads=config.threads,
-    )
+# While one shard is written, the device is busy with the next.
+_SHARDS_AT_ONCE = 2
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
@@ -87,22 +39,116 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         Summary: what is there and what was made, seconds, images/s.
 
     Raises:
-        ConfigError: a schedule that does not fit, or another plan at the URI.
-        StorageError: the URI cannot be written.
+        ConfigError: settings, captions or a schedule that do not fit, or another plan at the URI.
+        StorageError: the URI cannot be written, or the captions not read.
         ClusterError: Ray cannot start, or the pool keeps failing.
         ShardError: shards are missing although the pool finished.
     """
+    storage = open_storage(config.out)
+    storage.check_writable()
     student = load_student(config.student, device="cpu")
-    images = ImageSet.create(config.out, make_plan(config, student))
-    write_json(images.storage, CONFIG_FILE, config.model_dump(mode="json"))
-    filled = fill("images", images, ImageWorker, config)
+    captions = open_captions(config, student)
+    if captions is not None and captions.has_features and config.engine == "serve":
+        raise ConfigError(
+            f"engine=serve, but {captions.uri} has features: replicas encode captions themselves; "
+            "take engine=data"
+        )
+    plan = make_plan(config, student, captions)
+    metric = extractor(student) if config.statistics else None
+    if captions is not None:
+        check_encoder(plan, student)
+        captions.check(plan.count)
+        # Before the set is made or grows: captions that are refused leave it as it was.
+        cut_captions(captions, storage, ImageSet.planned(config.out, plan))
+    images = ImageSet.create(config.out, plan)
+    images.with_statistics = config.statistics
+    write_json(storage, CONFIG_FILE, config.model_dump(mode="json"))
+    filled = _fill(images, config)
     summary = {
-        "uri": images.storage.uri,
-        "student": images.plan.student,
-        "schedule": images.plan.schedule,
-        "images": images.plan.count,
-        "format": images.plan.encoding,
+        "uri": images.uri,
+        "ddray_version": __version__,
+        "plan_hash": plan.hash,
+        "student": plan.student,
+        "schedule": plan.schedule,
+        "images": plan.count,
+        "format": plan.encoding,
+        "content": plan.content,
+        "engine": config.engine,
+        **(_statistics(images, metric) if metric else {}),
         **filled.summary(),
     }
-    write_json(images.storage, SUMMARY_FILE, summary)
+    write_json(storage, SUMMARY_FILE, summary)
     return summary
+
+
+def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
+    """Make what an existing set lacks, by its own plan.
+
+    Args:
+        uri: of the set.
+        pool: size of the pool; its `threads` give way to the plan's.
+
+    Returns:
+        How many shards and rows were made, and how fast.
+
+    Raises:
+        ConfigError: the plan's student is not here.
+        ShardError: there is no set, the student has other weights, or shards stay missing.
+        StorageError: the URI cannot be written.
+        ClusterError: Ray cannot start, or the pool keeps failing.
+    """
+    images = ImageSet.open(uri)
+    images.storage.check_writable()
+    planned_student(images.plan, "cpu")
+    config = GenerateConfig(
+        **{**pool.model_dump(), "threads": images.plan.threads, "engine": "data"}
+    )
+    return _fill(images, config).summary()
+
+
+def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
+    """Say what is there, and make the rest."""
+    plan, missing = images.plan, images.missing()
+    if not missing:
+        return Filled()
+    if len(missing) < plan.num_shards:
+        rows = plan.count - sum(len(plan.shard_range(k)) for k in missing)
+        print(
+            f"found {plan.num_shards - len(missing)} of {plan.num_shards} shards ({rows} of "
+            f"{plan.count} rows); {len(missing)} to make",
+            file=sys.stderr,
+            flush=True,
+        )
+    with connect(), _crew(images, config) as crew:
+        return fill("images", images, crew, config)
+
+
+def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Crew]:
+    """The actors of the job's engine, and whatever they need for as long as they work."""
+    if config.engine == "serve":
+        # Ray Serve reads its environment when it is imported, so Ray comes first.
+        from ddray.runtime.fleet import asking_crew
+
+        return asking_crew(images, config, _SHARDS_AT_ONCE)
+    crew = Crew(
+        StudentWorker,
+        {
+            "device": "cuda" if config.num_gpus else "cpu",
+            "encoders": config.encoders,
+            "statistics": config.statistics,
+        },
+        config.threads,
+        config.num_gpus,
+        _SHARDS_AT_ONCE,
+    )
+    return nullcontext(crew)
+
+
+def _statistics(images: ImageSet, metric: DigitsMetric) -> dict[str, Any]:
+    """Merge what lies beside the shards into one file, and judge it."""
+    statistics = merge_statistics(images, metric)
+    images.storage.write(STATISTICS_FILE, statistics.to_bytes(extractor=metric.fingerprint))
+    return {
+        "statistics": images.storage.join(STATISTICS_FILE),
+        "fd_digits": round(frechet_distance(metric.reference, statistics), 4),
+    }

@@ -27,6 +27,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from ddray import __version__
@@ -79,6 +80,11 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
     else:
         message, code = f"{path}: {error.detail}", "bad_request"
     return answer(RequestError(error.status_code, message, code), headers)
+
+
+async def _left(request: Request, error: ClientDisconnect) -> Response:
+    """For nobody but the log."""
+    return answer(RequestError(499, "the client left before its request had ended", "client_left"))
 
 
 async def _failed(request: Request, error: Exception) -> Response:
@@ -214,6 +220,7 @@ class Ingress:
         )
         routes.add_exception_handler(RequestError, _refused)  # type: ignore[arg-type]
         routes.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
+        routes.add_exception_handler(ClientDisconnect, _left)  # type: ignore[arg-type]
         routes.add_exception_handler(Exception, _failed)
         described: dict[str, Any] = {
             "openapi_extra": {
@@ -230,18 +237,20 @@ class Ingress:
         for path in ("/healthz", "/readyz", "/openapi.json", "/"):
             name = path.strip("/").partition(".")[0] or "page"
             routes.get(path, include_in_schema=path.endswith("z"))(getattr(self, name))
-        self._schema = to_json(routes.openapi())
+            # What load balancers and link checkers ask.
+            routes.head(path, include_in_schema=False)(getattr(self, name))
+        self._schema = routes.openapi()
         doors = self._doors
         return Access(routes, doors.key_digests, doors.cors_origins, doors.access_log)
 
     async def generations(self, request: Request) -> Response:
         """Images as base64 or as links, in JSON."""
         order = await self._accept(request)
-        files = await self._make(order)
+        deadline = self._deadline()
+        files = await self._make(order, deadline)
         if order.as_url:
-            data = [
-                {"url": url, "index": k} for k, url in enumerate(await self._upload(order, files))
-            ]
+            urls = await self._upload(order, files, deadline)
+            data = [{"url": url, "index": k} for k, url in enumerate(urls)]
         else:
             data = [
                 {"b64_json": base64.b64encode(file).decode("ascii"), "index": k}
@@ -263,7 +272,7 @@ class Ingress:
         if order.as_url:
             message = 'response_format="url" is not allowed: /v1/images/raw gives the bytes'
             raise RequestError(400, message, "invalid_value", "response_format")
-        (file,) = await self._make(order)
+        (file,) = await self._make(order, self._deadline())
         headers = {"x-ddray-seed": str(order.seed)}
         return Response(file, media_type=MEDIA_TYPES[order.output_format], headers=headers)
 
@@ -285,9 +294,10 @@ class Ingress:
             await self._ask(self._replicas.ready, deadline, "no student is ready yet", "not_ready")
         return _json({"status": "ready"})
 
-    async def openapi(self) -> Response:
+    async def openapi(self, request: Request) -> Response:
         """The interface as an OpenAPI schema."""
-        return Response(self._schema, media_type="application/json")
+        prefix = request.scope.get("root_path", "")
+        return _json({**self._schema, "servers": [{"url": prefix}]} if prefix else self._schema)
 
     async def page(self) -> Response:
         """A page to try it."""
@@ -300,7 +310,11 @@ class Ingress:
         request.state.details.update(asked)
         return order
 
-    async def _make(self, order: Order) -> list[bytes]:
+    def _deadline(self) -> float:
+        """Until when a request that is accepted now must be answered, in the loop's time."""
+        return asyncio.get_running_loop().time() + self._timeout_s
+
+    async def _make(self, order: Order, deadline: float) -> list[bytes]:
         clock, door = asyncio.get_running_loop().time, self._admission
         if not door.enter(order.n, clock()):
             raise RequestError(
@@ -314,9 +328,7 @@ class Ingress:
         late = f"no images within {self._timeout_s:g} s; ask for fewer, or try again later"
         images: list[bytes] | None = None
         try:
-            images = await self._ask(
-                self._handles[order.model], clock() + self._timeout_s, late, "timeout", order
-            )
+            images = await self._ask(self._handles[order.model], deadline, late, "timeout", order)
             self._answered_at = clock()
             return images
         finally:
@@ -358,7 +370,7 @@ class Ingress:
                 self._retries.inc()
                 await asyncio.sleep(_RETRY_AFTER_LOSS_S)
 
-    async def _upload(self, order: Order, files: Sequence[bytes]) -> list[str]:
+    async def _upload(self, order: Order, files: Sequence[bytes], deadline: float) -> list[str]:
         """Links to the files, which lie in storage under their sha256."""
         assert self._links is not None
         storage, expires_s = self._links, self._doors.url_expires_s
@@ -370,8 +382,9 @@ class Ingress:
             return storage.link(name, expires_s, MEDIA_TYPES[kind])
 
         try:
-            return list(await asyncio.gather(*(asyncio.to_thread(upload, file) for file in files)))
-        except StorageError as error:
-            log.error("cannot store images: %s", error)
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.gather(*(asyncio.to_thread(upload, file) for file in files))
+        except (StorageError, TimeoutError) as error:
+            log.error("cannot store images: %s", error or "the request's time is over")
             message = "the images cannot be stored for now; ask for b64_json, or try again"
             raise RequestError(503, message, "storage_unavailable", retry_after_s=5) from error

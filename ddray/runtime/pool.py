@@ -10,10 +10,11 @@ import gc
 import logging
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ddray import errors
@@ -35,15 +36,34 @@ _FRUITLESS_POOLS = 2
 
 
 class ShardWorker(Protocol):
-    """Holds a model and writes shards; built in the actor, from a URI and a device.
+    """Writes shards; built in the actor, from a URI and the arguments of its crew.
 
     It limits its own threads, as its plan says: Ray sets OMP_NUM_THREADS by whole CPUs alone.
     """
 
-    def __init__(self, uri: str, device: str): ...
-
     def do(self, shard: int) -> int:
         """Make and commit one shard, and say how many rows it has."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The actors of a pool.
+
+    Attributes:
+        worker: a `ShardWorker` class.
+        arguments: that it takes beside the set's URI.
+        num_cpus: that each reserves.
+        num_gpus: likewise.
+        shards_at_once: of an actor, each in a thread of its own.
+        notes: what the log says of them.
+    """
+
+    worker: type
+    arguments: Mapping[str, Any]
+    num_cpus: float
+    num_gpus: float = 0
+    shards_at_once: int = 1
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ShardPlan(Protocol):
@@ -59,7 +79,7 @@ class ShardPlan(Protocol):
         """Indices of shard k."""
 
 
-class ShardedSet(Protocol):
+class ShardsToFill(Protocol):
     """What of a set the pool needs."""
 
     @property
@@ -117,8 +137,8 @@ class Filled:
 
 def fill(
     label: str,
-    shards: ShardedSet,
-    worker: type,
+    shards: ShardsToFill,
+    crew: Crew,
     config: PoolConfig,
     ready: Callable[[], None] | None = None,
 ) -> Filled:
@@ -127,7 +147,7 @@ def fill(
     Args:
         label: what is made, for people.
         shards: the set.
-        worker: a `ShardWorker` class.
+        crew: its actors.
         config: size of the pool.
         ready: called once it is sure that the cluster can run it, before the first shard.
 
@@ -146,22 +166,28 @@ def fill(
     made: list[tuple[float, int]] = []
     there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
     found = plan.num_shards - len(missing)
+    beginning = {
+        "found": found,
+        "missing": len(missing),
+        "workers": config.workers,
+        **crew.notes,
+    }
     with (
-        EventLog(storage, found=found, missing=len(missing), workers=config.workers) as events,
+        EventLog(storage, **beginning) as events,
         connect(),
         Progress(label, plan.count, "rows", there) as bar,
     ):
         least = min(config.workers[0], len(missing))
-        require(label, least, config.threads, config.num_gpus, config.wait_s)
+        require(label, least, crew.num_cpus, crew.num_gpus, config.wait_s)
         if ready is not None:
             ready()
-        for done in _persist(config, label, worker, shards, events):
+        for done in _persist(config, label, crew, shards, events):
             if not tally.add(done):
                 events.add("retry", **dataclasses.asdict(done))
                 continue
             made.append((time.monotonic(), done.rows))
             events.add("shard", **dataclasses.asdict(done))
-            bar.advance_to(bar.done + done.rows, tally.note(config.num_gpus))
+            bar.advance_to(bar.done + done.rows, tally.note(crew.num_gpus))
             if time.monotonic() - noted_at > _METRICS_EVERY_S or bar.done == plan.count:
                 noted_at = time.monotonic()
                 metrics.add(rows=bar.done, seconds=round(noted_at - started, 3), **tally.figures())
@@ -181,7 +207,7 @@ def fill(
         rows_per_s=sum(rows for _, rows in made[1:]) / running if running else None,
         actor_s=tally.busy_s,
         busy_share=tally.busy_share,
-        gpu_s=tally.busy_s * config.num_gpus,
+        gpu_s=tally.busy_s * crew.num_gpus,
         retries=tally.retries,
     )
 
@@ -200,7 +226,10 @@ class _Actor:
             "actor": context.get_actor_id(),
             "pid": os.getpid(),
         }
-        self._since, self._busy_s = time.monotonic(), 0.0
+        self._since = time.monotonic()
+        # Shards may overlap: busy is who has at least one under way, and since when.
+        self._lock, self._under_way = threading.Lock(), 0
+        self._busy_s, self._busy_from = 0.0, 0.0
         tags = {"tag_keys": ("what",)}
         self._rows = Counter("ddray_rows_total", "Rows written by this actor.", **tags)
         self._seconds = Histogram(
@@ -212,16 +241,26 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         begin = time.monotonic()
         shard = int(batch["shard"][0])
-        rows = self._worker.do(shard)
-        end = time.monotonic()
-        self._busy_s += end - begin
+        with self._lock:
+            if not self._under_way:
+                self._busy_from = begin
+            self._under_way += 1
+        try:
+            rows = self._worker.do(shard)
+        finally:
+            with self._lock:
+                end = time.monotonic()
+                self._busy_s += end - self._busy_from
+                self._busy_from = end
+                self._under_way -= 1
+                busy_s = self._busy_s
         self._rows.inc(rows)
         self._seconds.observe(end - begin)
         done = Done(
             shard=shard,
             rows=rows,
             seconds=end - begin,
-            busy_s=self._busy_s,
+            busy_s=busy_s,
             alive_s=end - self._since,
             **self._who,
         )
@@ -233,7 +272,7 @@ class _PoolLostError(ClusterError):
 
 
 def _persist(
-    config: PoolConfig, label: str, worker: type, shards: ShardedSet, events: EventLog
+    config: PoolConfig, label: str, crew: Crew, shards: ShardsToFill, events: EventLog
 ) -> Iterator[Done]:
     """Shards as they are done; where a pool breaks, a new one makes what is missing then.
 
@@ -251,7 +290,7 @@ def _persist(
             # From the other end: a shard that kills its actor must not stand before all others.
             missing.reverse()
         try:
-            for done in _run(config, label, worker, shards.storage.uri, missing):
+            for done in _run(config, label, crew, shards.storage.uri, missing):
                 fruitless = 0
                 yield done
             return
@@ -264,7 +303,7 @@ def _persist(
 
 
 def _run(
-    config: PoolConfig, label: str, worker: type, uri: str, shards: Sequence[int]
+    config: PoolConfig, label: str, crew: Crew, uri: str, shards: Sequence[int]
 ) -> Iterator[Done]:
     """Shards as they are done, in any order, some perhaps twice."""
     import ray.data
@@ -286,18 +325,22 @@ def _run(
     done = plan.map_batches(
         _Actor,
         batch_size=1,
-        num_cpus=config.threads,
-        num_gpus=config.num_gpus or None,
+        num_cpus=crew.num_cpus,
+        num_gpus=crew.num_gpus or None,
         compute=ray.data.ActorPoolStrategy(
-            min_size=least, max_size=most, max_tasks_in_flight_per_actor=2
+            min_size=least,
+            max_size=most,
+            max_tasks_in_flight_per_actor=crew.shards_at_once + 1,
+            max_concurrent_calls_per_actor=crew.shards_at_once,
+            enable_true_multi_threading=crew.shards_at_once > 1,
         ),
         # Machines may be taken away for days on end; a shard that kills its actor is another thing.
         max_restarts=-1,
         max_task_retries=config.max_retries,
         fn_constructor_kwargs={
             "label": label,
-            "worker": worker,
-            "arguments": {"uri": uri, "device": "cuda" if config.num_gpus else "cpu"},
+            "worker": crew.worker,
+            "arguments": {"uri": uri, **crew.arguments},
         },
     )
     try:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ddray.rendering import Renderer, RowsOrder
+    from ddray.rendering import Renderer
+    from ddray.rows_order import RowsOrder
 
 log = logging.getLogger("ray.serve")
 
@@ -44,7 +45,6 @@ class Stock:
         rows: of the largest forward pass; None = what suits the device.
         threads: CPU threads of the model.
         in_memory: students that are kept loaded.
-        hung_s: a device that is at one batch for longer is broken.
     """
 
     students: dict[str, str]
@@ -53,7 +53,6 @@ class Stock:
     rows: int | None
     threads: int
     in_memory: int
-    hung_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,9 @@ class StudentReplica:
         self._batcher: Batcher[Order, npt.NDArray[np.uint8]] = Batcher(
             self._run, limit=1, started=self._started
         )
-        self._succeeded_at = 0.0
+        self._succeeded_at, self._model = 0.0, next(iter(stock.students))
+        # A device that is at one batch for longer is broken.
+        self._hung_s = math.inf
         # When what the device is at should be done; None = it is at nothing.
         self._due: float | None = None
         self._stage_s = metrics.Histogram(
@@ -111,9 +112,10 @@ class StudentReplica:
             await self._renderer(name)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take a new batch size and wait; requests under way are not disturbed."""
+        """Take a new batch size, wait and limit; requests under way are not disturbed."""
         self._batcher.limit = int(user_config["max_batch_size"])
         self._batcher.wait_s = float(user_config["batch_wait_s"])
+        self._hung_s = float(user_config["hung_s"])
 
     async def ready(self) -> bool:
         """An answer means that the replica is warm."""
@@ -137,6 +139,18 @@ class StudentReplica:
         self._succeed(order.model, order.schedule, len(rows))
         return rows
 
+    async def holds(self, model: str) -> dict[str, Any] | None:
+        """What decides the rows of a student here; None where there is no such student."""
+        if model not in self._stock.students:
+            return None
+        student = (await self._renderer(model)).student
+        return {
+            "student_fingerprint": student.fingerprint,
+            "tokenizer_fingerprint": student.tokenizer.fingerprint,
+            "threads": self._stock.threads,
+            "text_encoder": self._stock.text_encoder or "",
+        }
+
     async def check_health(self) -> None:
         """Make one image, unless a batch has succeeded just now or is under way.
 
@@ -147,11 +161,12 @@ class StudentReplica:
         """
         now, due = time.monotonic(), self._due
         if due is not None and now > due:
-            raise RuntimeError(f"a batch has taken more than {self._stock.hung_s:g} s")
+            raise RuntimeError(f"a batch has taken more than {self._hung_s:g} s")
         # Behind a slow batch, or a student that is being loaded, one image could wait too long.
         if due is not None or now - self._succeeded_at < _FRESH_S:
             return
-        model = next(iter(self._stock.students))
+        # Of the student of late: another one might have to be loaded in its place.
+        model = self._model
         await self._run(_Kind(model, "0", None), [Order(model, 0, 1, 0, 1, "0")])
 
     async def _run(self, kind: _Kind, orders: list[Order]) -> Sequence["npt.NDArray[np.uint8]"]:
@@ -177,13 +192,13 @@ class StudentReplica:
         self._queued.set(self._batcher.queued)
 
     def _succeed(self, model: str, schedule: str, images: int) -> None:
-        self._succeeded_at = time.monotonic()
+        self._succeeded_at, self._model = time.monotonic(), model
         # Schedules of clients' own would each be a series of their own.
         shown = schedule if "teacher" not in schedule else "with teacher"
         self._images.inc(images, {"model": model, "schedule": shown})
 
     async def _at_work(self, function: Any, *arguments: Any) -> Any:
-        return await self._on_device(function, *arguments, limit_s=self._stock.hung_s)
+        return await self._on_device(function, *arguments, limit_s=self._hung_s)
 
     async def _on_device(self, function: Any, *arguments: Any, limit_s: float = math.inf) -> Any:
         def work() -> Any:

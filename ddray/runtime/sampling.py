@@ -1,6 +1,6 @@
 """Trajectories at scale: a plan, a pool of teachers, shards.
 
-Imports ddray.captions, conditions, config, inspect_set, shards, storage, trajectories, the zoo and
+Imports ddray.captions, conditions, config, shards, storage, trajectories, the zoo and
 the pool.
 """
 
@@ -14,10 +14,9 @@ from ddray import __version__
 from ddray.captions import cut_captions
 from ddray.conditions import check_encoder, load_encoder, open_captions, read_conditions
 from ddray.config import PoolConfig, SampleConfig
-from ddray.inspect_set import quarantine, verified
 from ddray.models.zoo import load_teacher
 from ddray.run_folder import CONFIG_FILE, SUMMARY_FILE, write_json
-from ddray.runtime.pool import fill
+from ddray.runtime.pool import Crew, fill
 from ddray.shards import TrajectorySet
 from ddray.storage import open_storage
 from ddray.trajectories import made_on, make_plan, planned_teacher, sample_rows
@@ -116,36 +115,6 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
     return _fill(trajectories, pool.model_copy(update={"threads": trajectories.plan.threads}))
 
 
-def repair(uri: str, pool: PoolConfig) -> list[str]:
-    """Move what is damaged or does not belong to quarantine/, and refill the gaps.
-
-    Nothing is touched before it is sure that the plan's teacher is here.
-
-    Args:
-        uri: of the set. No other job may write to it meanwhile.
-        pool: as for `refill`.
-
-    Returns:
-        What was done, a line each.
-
-    Raises:
-        DDRayError: as `refill`.
-    """
-    trajectories = TrajectorySet.open(uri)
-    report = verified(trajectories)
-    if report.ok:
-        return ["nothing to mend"]
-    trajectories.storage.check_writable()
-    gaps = bool(report.missing or report.damaged)
-    if gaps:
-        planned_teacher(trajectories.plan, "cpu")
-    lines = quarantine(trajectories, report)
-    if gaps:
-        made = refill(uri, pool)
-        lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
-    return lines
-
-
 def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
     """Say what is there, make the rest, and leave a summary."""
     plan, storage = trajectories.plan, trajectories.storage
@@ -159,16 +128,18 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
             file=sys.stderr,
             flush=True,
         )
+    device = "cuda" if pool.num_gpus else "cpu"
     devices = made_on(storage) if found else []
     # Of shards that nobody took note of, nothing is known, and this run cannot mend that.
     if missing and (devices or not found):
-        devices = sorted({*devices, "cuda" if pool.num_gpus else "cpu"})
+        devices = sorted({*devices, device})
 
     def note_devices() -> None:
         # Before the first shard: a run that is killed has made some too.
         write_json(storage, SUMMARY_FILE, {"devices": devices})
 
-    filled = fill("trajectories", trajectories, TrajectoryWorker, pool, note_devices)
+    crew = Crew(TrajectoryWorker, {"device": device}, pool.threads, pool.num_gpus)
+    filled = fill("trajectories", trajectories, crew, pool, note_devices)
     summary = {
         "uri": trajectories.uri,
         "ddray_version": __version__,

@@ -1,9 +1,11 @@
 """The image service on Ray Serve: its two deployments, and how they start.
 
 Requests of all clients share batches, and yet an image depends on its own request alone.
-Imports ddray.api_keys, checkpoint, config, errors, models, serving_api and runtime.
+Imports ddray.api_keys, checkpoint, config, errors, models, serving_api, storage, text_encoder and
+runtime.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -15,14 +17,16 @@ import time
 import urllib.request
 import webbrowser
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from ddray import __version__
 from ddray.api_keys import read_keys
 from ddray.checkpoint import read_config
-from ddray.config import MAX_IMAGES, ServeConfig
+from ddray.config import MAX_IMAGES, ServeConfig, load_config
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
@@ -30,6 +34,8 @@ from ddray.runtime.cluster import require
 from ddray.runtime.ingress import Doors, Ingress
 from ddray.runtime.replica import Stock, StudentReplica
 from ddray.serving_api import ModelCard
+from ddray.storage import open_storage
+from ddray.text_encoder import FLAN_T5_XL, encoder_width
 
 log = logging.getLogger("ray.serve")
 
@@ -51,40 +57,62 @@ def build_app(config: ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: if there is no such student, two have one name, or the keys cannot be read.
+        CheckpointError: if there is no such text encoder.
     """
+    if config.teacher is None:
+        bundled = set(config.student) <= set(BUNDLED_MODELS)
+        config = config.model_copy(update={"teacher": bundled})
     cards, students = {}, {}
     for student in config.student:
-        card, place = _described(student, config.teacher)
+        card, place = described(student, config)
         if card.id in cards:
             raise ConfigError(f"two of the students are called {card.id!r}; rename a folder")
         cards[card.id], students[card.id] = card, place
-    return ingress_deployment(config, cards).bind(
-        replica_deployment(config).bind(
-            Stock(
-                students,
-                config.teacher,
-                config.text_encoder,
-                config.rows,
-                config.threads,
-                config.models_per_replica,
-                hung_s=2 * config.request_timeout_s,
-            )
-        ),
-        Doors(
-            cards,
-            read_keys(config.api_keys_file),
-            config.cors_origins,
-            config.images_uri,
-            config.url_expires_s,
-            config.access_log,
-            may_sleep=config.replicas[0] == 0,
-        ),
+    stock = Stock(
+        students,
+        bool(config.teacher),
+        config.text_encoder,
+        config.rows,
+        config.threads,
+        config.models_per_replica,
     )
+    doors = Doors(
+        cards,
+        read_keys(config.api_keys_file),
+        config.cors_origins,
+        config.images_uri,
+        config.url_expires_s,
+        config.access_log,
+        may_sleep=config.replicas[0] == 0,
+    )
+    undated = replace(doors, cards={name: replace(card, created=0) for name, card in cards.items()})
+    teachers = {card.teacher for card in cards.values() if card.teacher}
+    files = {place: _versions(place) for place in (*students.values(), *sorted(teachers))}
+    replicas = _kept_while(replica_deployment(config), stock, files)
+    return _kept_while(ingress_deployment(config), undated).bind(replicas.bind(stock), doors)
+
+
+def _kept_while(deployment: serve.Deployment, *same: object) -> serve.Deployment:
+    """A deployment whose replicas stay as long as all this is the same.
+
+    `serve.run` gives every deployment without a version a new one, which replaces all replicas; and
+    it takes versions only from its own code.
+    """
+    digest = hashlib.sha256(repr((__version__, same)).encode()).hexdigest()
+    return deployment.options(version=digest[:16], _internal=True)
+
+
+def _versions(model: str) -> dict[str, str]:
+    """Versions of a model's files; what is bundled changes with ddray alone."""
+    if model in BUNDLED_MODELS:
+        return {}
+    storage = open_storage(model)
+    return {name: storage.version(name) for name in storage.list()}
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """As `build_app`, for `import_path` and `args` of a Serve config file."""
-    return build_app(ServeConfig(**arguments))
+    return build_app(load_config(ServeConfig, preset=arguments))
 
 
 def replica_deployment(config: ServeConfig) -> serve.Deployment:
@@ -112,6 +140,7 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         user_config={
             "max_batch_size": config.max_batch_size,
             "batch_wait_s": config.batch_wait_s,
+            "hung_s": 2 * config.request_timeout_s,
         },
         max_ongoing_requests=config.ongoing_limit,
         max_queued_requests=config.admission_limit,
@@ -128,7 +157,7 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
-def ingress_deployment(config: ServeConfig, cards: dict[str, ModelCard]) -> serve.Deployment:
+def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     """What answers HTTP."""
     share = -(-config.admission_limit // config.ingress_replicas)
     # A batch under way and a batch that waits, on every replica.
@@ -150,20 +179,29 @@ def ingress_deployment(config: ServeConfig, cards: dict[str, ModelCard]) -> serv
     )
 
 
-def _described(student: str, with_teacher: bool) -> tuple[ModelCard, str]:
+def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
     """What a student can make, and where it is in words that mean the same on every node."""
     where = resolve(student)
-    config = dict(where if isinstance(where, Mapping) else read_config(where))
+    if isinstance(where, Mapping):
+        raise ConfigError(
+            f"{student} is a set of sizes without weights; make a model folder of the published "
+            f"files, and serve that: `ddray models show {student}` says where they are"
+        )
+    config = read_config(where)
     valid = [name for name, family in FAMILIES.items() if family.kind == "student"]
     if config.get("family") not in valid:
         raise ConfigError(
             f"{student} is of family {config.get('family')!r}, which is no student; "
             f"students are {', '.join(valid)}"
         )
-    teacher = str(config.get("teacher", "")) if with_teacher else ""
-    if with_teacher and not teacher:
+    teacher = str(config.get("teacher", "")) if wanted.teacher else ""
+    if wanted.teacher and not teacher:
         raise ConfigError(f"the config of {student} names no teacher that could be deployed")
+    if teacher:
+        resolve(teacher)
     network, side = empty_network(config, student), image_side(config, student)
+    if network.conditioning == "text":
+        _check_encoder(wanted.text_encoder or FLAN_T5_XL, student, network.config.caption_dim)
     card = ModelCard(
         id=config.get("name") or _name_of(student),
         created=int(time.time()),
@@ -177,6 +215,14 @@ def _described(student: str, with_teacher: bool) -> tuple[ModelCard, str]:
     )
     everywhere = student in BUNDLED_MODELS or "://" in student
     return card, student if everywhere else os.path.abspath(student)
+
+
+def _check_encoder(encoder: str, student: str, needed: int) -> None:
+    width = encoder_width(encoder)
+    if width != needed:
+        raise ConfigError(
+            f"text_encoder={encoder!r} makes features of width {width}; {student} takes {needed}"
+        )
 
 
 def _name_of(student: str) -> str:
@@ -203,7 +249,8 @@ def run(config: ServeConfig) -> str:
     require(f"serving {served}", least, config.threads, config.num_gpus)
     # Serve tells each step of its start on the terminal of who starts it.
     log.setLevel(logging.WARNING)
-    running = bool(serve.status().proxies)
+    found = serve.status()
+    running, updating = bool(found.proxies), APP_NAME in found.applications
     if not running:
         _check_port(config.host, config.port)
         # The first start of Serve in a cluster decides on these for as long as it runs.
@@ -220,18 +267,20 @@ def run(config: ServeConfig) -> str:
         url = _url(config.host, config.port)
         _check_answers(url, running)
     except (RuntimeError, ValueError, RayServeException) as error:
-        reason = _reason(error)
-        _remove(running)
+        reason = failure_reason(error, APP_NAME)
+        if not updating:  # what served before may serve on
+            _remove(running)
         raise ClusterError(f"the service of {served} did not start: {reason}") from error
     except ClusterError:
-        _remove(running)
+        if not updating:
+            _remove(running)
         raise
     return url
 
 
-def _reason(error: Exception) -> str:
+def failure_reason(error: Exception, name: str) -> str:
     """Why an application failed: the last exception of its deployments, which Serve only logs."""
-    application = serve.status().applications.get(APP_NAME)
+    application = serve.status().applications.get(name)
     messages = [d.message for d in application.deployments.values()] if application else []
     raised = re.findall(r"^[\w.]*(?:Error|Exception): .+", "\n".join(messages), re.MULTILINE)
     return raised[-1] if raised else " ".join(str(error).split())[-600:]

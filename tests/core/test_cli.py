@@ -23,9 +23,11 @@ from ddray.config import (
     SampleConfig,
     ServeConfig,
 )
+from ddray.images import ImageSet
 from ddray.models.zoo import load_teacher
 from ddray.shards import Plan, TrajectorySet, shard_name
 from ddray.trajectories import make_plan, sample_rows
+from tests.core.test_images import PLAN as IMAGE_PLAN
 from tests.core.tiny import student_config, student_state, tokenizer_state
 
 JOBS: dict[str, type[Job]] = {
@@ -404,3 +406,22 @@ def test_repair_of_what_has_no_gaps_needs_no_teacher(
         "shards/stray.parquet moved to quarantine/stray.parquet.bad",
         "verified: every index once, every hash right",
     ]
+
+
+def test_a_set_of_images_is_inspected_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    images = ImageSet.create(str(tmp_path), IMAGE_PLAN)
+    for k in range(2):
+        label = IMAGE_PLAN.label(IMAGE_PLAN.shard_range(k))
+        images.write_shard(k, label, [b"an image"] * len(label))
+    told, lines = _inspect(capsys, 0, str(tmp_path), "--verify")
+    assert (told["student"], told["rows"]) == ("tiny", 7)
+    assert lines == "verified: every index once, every hash right"
+    assert main(["inspect", str(tmp_path), "--verify", "--recompute", "5"]) == 2
+    assert "--recompute is for trajectories" in capsys.readouterr().err
+    (tmp_path / images.shard_name(1)).write_bytes(b"PAR1 and no more")
+    _, lines = _inspect(capsys, 1, str(tmp_path), "--verify")
+    assert lines.startswith("damaged: shards/shard-00001.parquet: damaged or truncated")
+    assert main(["inspect", str(tmp_path), "--repair"]) == 2
+    assert "no model 'tiny': " in capsys.readouterr().err

@@ -154,7 +154,39 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         (DistillConfig, ["batch_size=9", "workers=2"], "must be a multiple of workers=2"),
         (DistillConfig, ["zero=4"], "zero=4: input should be less than or equal to 3"),
         (GenerateConfig, ["format=zip"], "format='zip': input should be 'parquet'"),
+        (
+            GenerateConfig,
+            ["content=tokens", "format=webdataset"],
+            "content=tokens is written as",
+        ),
+        (GenerateConfig, ["content=tokens", "statistics=true"], "content=tokens has no images: no"),
+        (GenerateConfig, ["quality=80"], "quality=80 is of image_format=webp; png has no loss"),
+        (GenerateConfig, ["image_format=webp", "quality=0"], "quality=0: input should be greater"),
+        (GenerateConfig, ["engine=actors"], "engine='actors': input should be 'serve' or 'data'"),
         (ServeConfig, ["port=70000"], "port=70000: input should be less than or equal to 65535"),
+        (ServeConfig, ["replicas=3:1"], "replicas=3:1 must be MIN:MAX"),
+        (ServeConfig, ["replicas=0"], "replicas.1=0: input should be greater than 0"),
+        (ServeConfig, ["replicas=-1:2"], "replicas.0='-1': input should be greater than or equal"),
+        (ServeConfig, ["student="], "student"),
+        (
+            ServeConfig,
+            ["max_batch_size=8", "max_ongoing_requests=7"],
+            "max_ongoing_requests=7 is below max_batch_size=8: batches would never fill",
+        ),
+        (ServeConfig, ["max_images=63"], "max_images=63 is below max_batch_size=64"),
+        (
+            ServeConfig,
+            ["max_batch_size=1", "max_images=31", "ingress_replicas=2"],
+            "max_images=31 is below max_batch_size=1 or the 16 images of one request to each of 2",
+        ),
+        (
+            ServeConfig,
+            ["images_uri=/srv/images"],
+            "images_uri='/srv/images' must be s3://: links are made by S3",
+        ),
+        (ServeConfig, ["url_expires_s=604801"], "url_expires_s=604801 is more than a week, 604800"),
+        (ServeConfig, ["batch_wait_s=-1"], "batch_wait_s=-1: input should be greater than or"),
+        (ServeConfig, ["request_timeout_s=0"], "request_timeout_s=0: input should be greater"),
         (SampleConfig, ["count"], "--set 'count' is not of the form key.path=value"),
         (SampleConfig, ["=3"], "--set '=3' is not of the form"),
         (SampleConfig, ["a..b=3"], "--set 'a..b=3' is not of the form"),
@@ -167,6 +199,20 @@ def test_what_cannot_work_is_refused_in_one_line(
         load_config(kind, settings=settings)
     assert str(refusal.value).startswith(message) or message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_service_admits_what_its_replicas_can_take_and_one_whole_request_at_least() -> None:
+    assert (ServeConfig().ongoing_limit, ServeConfig().admission_limit) == (128, 512)
+    grown = ServeConfig(max_batch_size=8, replicas=(0, 3))
+    assert (grown.ongoing_limit, grown.admission_limit) == (16, 192)
+    assert ServeConfig(max_batch_size=1).admission_limit == 16
+    assert ServeConfig(max_batch_size=1, ingress_replicas=3).admission_limit == 48
+    assert ServeConfig(max_batch_size=8, max_images=40).admission_limit == 40
+
+
+def test_replicas_are_a_number_or_a_range() -> None:
+    for text, replicas in (("2", (2, 2)), ("1:4", (1, 4)), ("0:2", (0, 2))):
+        assert load_config(ServeConfig, settings=[f"replicas={text}"]).replicas == replicas
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Facts about the Frechet distance: closed forms, symmetry, and too few images."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from ddray.errors import ConfigError
-from ddray.metrics import FeatureStatistics, classify, frechet_distance
+from ddray.metrics import FeatureStatistics, FeatureSums, classify, frechet_distance
 from ddray.models.digits_classifier import NUM_FEATURES, DigitsClassifier
 
 
@@ -95,3 +97,38 @@ def test_images_are_judged_as_eight_bit_pixels():
     beyond = torch.where(images > 0.5, images + 3, images)
     clamped = torch.where(images > 0.5, torch.ones(()), images)
     assert torch.equal(classify(classifier, beyond)[0], classify(classifier, clamped)[0])
+
+
+def test_sums_of_parts_are_those_of_the_whole(tmp_path: Path) -> None:
+    # A mean far from zero, where raw second moments would lose their digits.
+    rows = torch.from_numpy(np.random.default_rng(0).normal(1e6, 1, (500, 4)))
+    whole = FeatureStatistics.from_features(rows)
+    parts = [FeatureSums.of(part) for part in rows.split([1, 199, 300])]
+    merged = FeatureStatistics.merged(parts)
+    assert merged.count == 500
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+    back = [FeatureSums.from_bytes(part.to_bytes("a" * 64), "a" * 64) for part in parts]
+    np.testing.assert_array_equal(FeatureStatistics.merged(back).covariance, merged.covariance)
+    (tmp_path / "s.npz").write_bytes(merged.to_bytes(extractor="a" * 64))
+    read = FeatureStatistics.load(str(tmp_path / "s.npz"))
+    assert read.count == 500
+    np.testing.assert_array_equal(read.covariance, merged.covariance)
+    # As pytorch-fid reads it.
+    with np.load(tmp_path / "s.npz") as file:
+        np.testing.assert_array_equal(file["mu"][:], merged.mean)
+    assert merged.to_bytes() == merged.to_bytes()
+
+
+def test_damaged_and_foreign_sums_are_refused(tmp_path: Path) -> None:
+    data = FeatureSums.of(torch.ones(3, 2)).to_bytes("a" * 64)
+    with pytest.raises(ConfigError, match="made by another extractor"):
+        FeatureSums.from_bytes(data, "b" * 64)
+    for damaged in (data[:-1], b"", b"x" * 100):
+        with pytest.raises(ConfigError, match="damaged"):
+            FeatureSums.from_bytes(damaged, "a" * 64)
+    with pytest.raises(ConfigError, match="at least 2 images, got 1"):
+        FeatureStatistics.merged([FeatureSums.of(torch.ones(1, 2))])
+    (tmp_path / "s.npz").write_bytes(b"no zip")
+    with pytest.raises(ConfigError, match="is no file of statistics"):
+        FeatureStatistics.load(str(tmp_path / "s.npz"))

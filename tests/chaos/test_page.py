@@ -1,0 +1,478 @@
+"""The page at / in a real Chromium, of the real `ddray serve` with two students and teachers."""
+
+import base64
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
+
+from tests.chaos.job import Job
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium (make browser)"),
+]
+
+KEY = "a-key-of-the-tests-0123"
+PATH = "/v1/images/generations"
+PHONE = {"width": 360, "height": 740}
+PREFIX = "data:image/png;base64,"
+# Generous: these machines are shared, and the teacher is slow.
+expect.set_options(timeout=40_000)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Base URL of the service, which asks for a key and admits 16 images at a time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    students = ["--student", "digits-llamagen-dd,digits-var-dd", "--teacher"]
+    small = ["--set", "max_batch_size=16", "--set", "max_images=16"]
+    job = Job("serve", "--port", str(port), *students, *small, DDRAY_API_KEYS=KEY)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        job.until(lambda: _is_ready(url))
+        yield url
+        job.process.send_signal(signal.SIGINT)
+        assert job.end()[0] in (0, 130)
+    finally:
+        if job.process.poll() is None:
+            for process in (*job.tree(), psutil.Process(job.process.pid)):
+                process.kill()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def api(url: str) -> Iterator[httpx.Client]:
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # The sandbox of Chromium does not run as root.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A tab of its own, and all that it asked for and complained of."""
+
+    def __init__(self, browser: Browser, url: str, key: str | None = KEY, **context: Any):
+        context = {"viewport": {"width": 1280, "height": 860}, "reduced_motion": "reduce"} | context
+        self.page: Page = browser.new_context(**context).new_page()
+        self.requests: list[str] = []
+        self.answers: list[Response] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("response", lambda answer: self.answers.append(answer))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        if key:
+            self.page.add_init_script(f"sessionStorage.setItem('ddray-key', '{key}')")
+        self.url = url
+
+    def open(self) -> Page:
+        self.page.goto(self.url)
+        return self.page
+
+    def orders(self) -> list[dict[str, Any]]:
+        """What images were asked for."""
+        posts = [answer.request for answer in self.answers if answer.url.endswith(PATH)]
+        return [post.post_data_json for post in posts]
+
+
+@pytest.fixture
+def visit(browser: Browser, url: str) -> Iterator[Callable[..., Visit]]:
+    visits: list[Visit] = []
+
+    def begin(**options: Any) -> Visit:
+        visits.append(Visit(browser, url, **options))
+        return visits[-1]
+
+    yield begin
+    for each in visits:
+        each.page.context.close()
+
+
+def _radio(page: Page, name: str) -> Locator:
+    return page.get_by_role("radio", name=name, exact=True)
+
+
+def _generate(page: Page) -> None:
+    page.locator("#go").click()
+    _finish(page)
+
+
+def _finish(page: Page) -> None:
+    expect(page.locator("#result")).to_have_attribute("aria-busy", "false")
+
+
+def _sources(rows: Locator) -> list[bytes]:
+    sources = rows.locator("img").evaluate_all("images => images.map((image) => image.src)")
+    assert all(source.startswith(PREFIX) for source in sources)
+    return [base64.b64decode(source.removeprefix(PREFIX)) for source in sources]
+
+
+def _made(api: httpx.Client, **order: Any) -> list[bytes]:
+    answer = api.post(PATH, json=order)
+    assert answer.status_code == 200, answer.text
+    return [base64.b64decode(image["b64_json"]) for image in answer.json()["data"]]
+
+
+def test_images_are_those_of_the_api(visit: Callable[..., Visit], api: httpx.Client) -> None:
+    tab = visit()
+    page = tab.open()
+    _radio(page, "7").check()
+    _radio(page, "2 steps").check()
+    page.get_by_label("Images", exact=True).fill("3")
+    # 2^53 - 1: beyond it, JavaScript would change a seed.
+    page.get_by_label("Seed", exact=True).fill("9007199254740991")
+    expect(page.locator("#go")).to_have_text("Generate")
+    _generate(page)
+    order = {"model": "digits-llamagen-dd", "prompt": 7, "n": 3, "seed": 2**53 - 1}
+    assert _sources(page.locator("#rows")) == _made(api, **order, steps=2)
+    expect(page.locator("#rows .time")).to_have_text(re.compile(r"^[\d.]+ m?s$"))
+    expect(page.locator("#said")).to_contain_text("Done. 2 steps: ")
+    alts = page.locator("#rows img").evaluate_all("images => images.map((image) => image.alt)")
+    assert alts[2] == "class 7, 2 steps, seed 9007199254740991, image 3 of 3"
+    with page.expect_download() as download:
+        page.locator("#rows a").first.click()
+    assert Path(download.value.path()).read_bytes() == _sources(page.locator("#rows"))[0]
+
+    page.get_by_label("Seed", exact=True).fill("")
+    _generate(page)
+    drawn = tab.orders()[-1]["seed"]
+    assert 0 <= drawn < 2**32
+    page.get_by_role("button", name="Keep this seed").click()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(str(drawn))
+    expect(page.get_by_label("Seed", exact=True)).to_be_focused()
+
+    past = page.get_by_role("list", name="Recent").get_by_role("button")
+    expect(past).to_have_count(2)
+    past.nth(1).click()
+    expect(page.locator("#title")).to_have_text("3 × class 7, seed 9007199254740991")
+    page.get_by_text("The same from a terminal").click()
+    command = page.locator("#curl").inner_text()
+    assert KEY not in command
+    assert '-H "authorization: Bearer $DDRAY_API_KEY"' in command
+    assert '{"model":"digits-llamagen-dd","prompt":7,"n":3,"seed":9007199254740991,' in command
+    assert tab.complaints == []
+
+
+def test_side_by_side_on_the_same_noise(visit: Callable[..., Visit], api: httpx.Client) -> None:
+    tab = visit(reduced_motion="no-preference")
+    page = tab.open()
+    expect(page.get_by_role("heading", level=1)).to_have_text("One step instead of 49")
+    page.get_by_label("Model").select_option("digits-var-dd")
+    expect(page.get_by_role("heading", level=1)).to_have_text("One step instead of 5")
+    _radio(page, "3").check()
+    page.get_by_label("Images", exact=True).fill("4")
+    page.get_by_role("button", name="Compare").click()  # one click
+    _finish(page)
+    rows = page.locator("#rows").get_by_role("group")
+    assert rows.evaluate_all("rows => rows.map((row) => row.getAttribute('aria-label'))") == [
+        *("1 step", "2 steps", "Teacher")
+    ]
+    orders = tab.orders()
+    assert [order.pop("steps") for order in orders] == [1, 2, "teacher"]
+    assert orders[0] == orders[1] == orders[2]
+    assert orders[0]["model"] == "digits-var-dd"
+    for row, steps in enumerate((1, 2, "teacher")):
+        assert _sources(rows.nth(row)) == _made(api, **orders[0], steps=steps)
+    # One after another, or they would slow each other down.
+    times = [a.request.timing for a in tab.answers if a.url.endswith(PATH)]
+    for earlier, later in zip(times, times[1:], strict=False):
+        assert later["startTime"] >= earlier["startTime"] + earlier["responseEnd"] - 5
+
+    shown = [_ms(rows.nth(row).locator(".time").inner_text()) for row in range(3)]
+    assert shown[2] == pytest.approx(times[2]["responseEnd"], abs=150, rel=0.1)
+    for row in range(2):
+        gain = rows.nth(row).locator(".gain")
+        if shown[2] > 1.1 * shown[row]:
+            ratio = float(gain.inner_text().removesuffix("× faster"))
+            assert ratio == pytest.approx(shown[2] / shown[row], rel=0.06)
+    expect(rows.nth(2).locator(".gain")).to_be_hidden()
+    expect(page.locator("#said")).to_have_text(
+        re.compile(r"Done\. 1 step: [\d.]+ times as fast as the 5 steps of the teacher\.")
+    )
+    assert tab.complaints == []
+
+
+def _ms(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"ms": 1, "s": 1000}[unit]
+
+
+def test_stopping_keeps_what_is_there(visit: Callable[..., Visit]) -> None:
+    page = visit().open()
+    page.get_by_label("Images", exact=True).fill("16")
+    page.locator("#go").click()
+    expect(page.get_by_role("group", name="1 step").locator("img")).to_have_count(16)
+    page.get_by_role("button", name="Stop").click()
+    _finish(page)
+    expect(page.get_by_role("group", name="Teacher")).to_have_count(0)
+    expect(page.get_by_role("group", name="1 step").locator("img")).to_have_count(16)
+    expect(page.locator("#error")).to_be_hidden()
+    expect(page.locator("#go")).to_be_focused()
+
+
+# What the button has said, however short.
+TOLD = """window.told = [];
+new MutationObserver(() => told.push(document.getElementById("again")?.textContent))
+  .observe(document, { subtree: true, childList: true, characterData: true });"""
+
+
+def test_busy_is_said_and_offered_again(visit: Callable[..., Visit], api: httpx.Client) -> None:
+    tab = visit()
+    tab.page.add_init_script(TOLD)
+    page = tab.open()
+    _radio(page, "1 step").check()
+    order = {"prompt": 1, "n": 9, "steps": "teacher", "seed": 1}
+
+    def occupy() -> None:
+        while api.post(PATH, json=order).status_code == 503:
+            pass  # a probe below came first
+
+    other = threading.Thread(target=occupy)
+    other.start()
+    deadline = time.monotonic() + 20
+    probe = {"prompt": 1, "n": 8}  # of which 16 are too many beside the nine
+    while api.post(PATH, json=probe).status_code != 503 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    page.locator("#go").click()
+    alert = page.get_by_role("alert").and_(page.locator("#problem"))
+    expect(alert).to_have_text(re.compile("^The service is busy just now"))
+    again = page.locator("#again")
+    other.join()
+    expect(again).to_have_text("Try again")
+    again.click()
+    expect(page.locator("#rows img")).to_have_count(8)
+    expect(page.locator("#error")).to_be_hidden()
+    refused, repeated = tab.orders()
+    assert refused == repeated
+    assert "Try again in 1 s" in page.evaluate("told")  # as long as Retry-After says
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab_only(visit: Callable[..., Visit]) -> None:
+    tab = visit(key=None)
+    page = tab.open()
+    field = page.get_by_label("API key")
+    expect(field).to_be_focused()
+    expect(page.locator("#form")).to_be_hidden()
+    page.keyboard.type("another-key-0123456")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-problem")).to_have_text("This API key is not accepted.")
+    expect(field).to_be_focused()
+    page.keyboard.type(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#go")).to_be_focused()
+    expect(page.locator("#key-form")).to_be_hidden()
+    _radio(page, "1 step").check()
+    page.keyboard.press("Enter")
+    expect(page.locator("#rows img")).to_have_count(8)
+    assert page.evaluate("sessionStorage.getItem('ddray-key')") == KEY
+    assert page.evaluate("localStorage.length + document.cookie.length") == 0
+    assert not any(KEY in request for request in tab.requests)
+    assert not any("Content Security" in text for text in tab.complaints)
+
+    # A key that is withdrawn later: the same field, and what was there stays.
+    page.evaluate("sessionStorage.setItem('ddray-key', 'withdrawn-key-01234')")
+    page.locator("#go").click()
+    expect(field).to_be_focused()
+    expect(page.locator("#rows img")).to_have_count(8)
+
+
+FOCUS = """() => {
+  const node = document.activeElement, radio = node.type === "radio";
+  const style = getComputedStyle(radio ? node.nextElementSibling : node);
+  const seen = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
+  return [radio ? node.name : node.id || node.localName, seen];
+}"""
+
+
+def test_it_can_be_used_by_keyboard_alone(visit: Callable[..., Visit]) -> None:
+    tab = visit()
+    page = tab.open()
+    expect(page.locator("#go")).to_be_visible()
+
+    def tabs(count: int) -> list[str]:
+        names = []
+        for _ in range(count):
+            page.keyboard.press("Tab")
+            name, seen = page.evaluate(FOCUS)
+            assert seen, f"nothing shows that {name} has the focus"
+            names.append(name)
+        return names
+
+    assert tabs(2) == ["model", "class"]
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    assert tabs(1) == ["steps"]
+    page.keyboard.press("ArrowRight")
+    assert tabs(1) == ["count"]
+    page.keyboard.type("2")
+    assert tabs(1) == ["seed"]
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    _finish(page)
+    (order,) = tab.orders()
+    assert order == {"model": "digits-llamagen-dd", "prompt": 4, "n": 2, "seed": 5, "steps": 1}
+    assert tabs(6) == ["go", "keep", "a", "a", "button", "summary"]
+    page.keyboard.press("Enter")
+    expect(page.locator("#curl")).to_be_visible()
+    assert tabs(2) == ["pre", "copy"]
+
+
+NAMELESS = """() => [...document.querySelectorAll("input, select, button, a, img, [role=group]")]
+  .filter((node) => node.checkVisibility())
+  .filter((node) => {
+    const label = node.labels?.[0]?.textContent ?? node.getAttribute("aria-label");
+    const inside = node.textContent.trim() || node.querySelector("img")?.alt;
+    return node.localName === "img" ? !node.hasAttribute("alt") : !(label?.trim() || inside);
+  }).map((node) => node.outerHTML)"""
+
+# Contrast of every visible piece of text with the nearest opaque ground below it.
+FAINT = """() => {
+  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (text) => {
+    const part = rgb(text).slice(0, 3).map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * part[0] + 0.7152 * part[1] + 0.0722 * part[2];
+  };
+  const ground = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if ((rgb(colour)[3] ?? 1) === 1) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const texts = [...document.body.querySelectorAll("*")].filter((node) => node.checkVisibility()
+    && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()));
+  const ratios = texts.map((node) => {
+    const [a, b] = [light(getComputedStyle(node).color), light(ground(node))].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), node.outerHTML.slice(0, 80)];
+  });
+  return [ratios.length, ratios.filter(([ratio]) => ratio < 4.5)];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_has_a_name_and_can_be_read(
+    visit: Callable[..., Visit], url: str, scheme: str
+) -> None:
+    tab = visit(color_scheme=scheme, viewport=PHONE, has_touch=True)
+    page = tab.open()
+    page.get_by_label("Model").select_option("digits-var-dd")
+    page.get_by_label("Images", exact=True).fill("5")
+    _generate(page)
+    # On a phone the images stand below the form, and come into view.
+    assert page.evaluate("scrollY") > 100
+    page.get_by_text("The same from a terminal").click()
+    page.evaluate("document.getElementById('error').hidden = false")
+    page.evaluate("document.getElementById('problem').textContent = 'Something'")
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert page.evaluate(NAMELESS) == []
+    count, faint = page.evaluate(FAINT)
+    assert count > 40
+    assert faint == []
+    small = "nodes => nodes.filter((n) => n.checkVisibility() && n.offsetHeight < 44).length"
+    assert page.locator("button, select, input").evaluate_all(small) == 0
+    levels = "nodes => nodes.filter((n) => n.checkVisibility()).map((n) => n.localName)"
+    headings = page.locator("h1, h2, h3").evaluate_all(levels)
+    assert headings == ["h1", "h2", "h3", "h3", "h3", "h2"]
+    assert page.locator("html").get_attribute("lang") == "en"
+    for role, number in (("banner", 1), ("main", 1), ("status", 2)):
+        assert page.get_by_role(role).count() == number
+    repeated = "all => all.map((n) => n.id).filter((id, k, ids) => ids.indexOf(id) !== k)"
+    assert page.locator("[id]").evaluate_all(repeated) == []
+    # Nothing from elsewhere, and nothing that the policy forbids.
+    assert all(request.startswith((url, "data:")) for request in tab.requests)
+    assert tab.complaints == []
+
+
+def test_reduced_motion_means_none(visit: Callable[..., Visit]) -> None:
+    moving = "() => document.getAnimations().length"
+    for wish, least in (("no-preference", 1), ("reduce", 0)):
+        page = visit(reduced_motion=wish).open()
+        page.locator("#go").click()
+        expect(page.get_by_role("group", name="Teacher")).to_have_class(re.compile("pending"))
+        assert min(page.evaluate(moving), 1) == least
+        page.get_by_role("button", name="Stop").click()
+
+
+def _card(**other: Any) -> dict[str, Any]:
+    card = {"id": "big", "conditioning": "class", "num_classes": 1000, "class_names": []}
+    more = {"stages": 256, "teacher": "", "size": "256x256", "steps": [1, 2], "max_n": 16}
+    return {**card, **more, **other}
+
+
+def test_many_classes_captions_and_no_teacher(visit: Callable[..., Visit], url: str) -> None:
+    names = [f"thing <{k}>" for k in range(1000)]
+    cards = [
+        _card(class_names=names),
+        _card(id="words", conditioning="text", num_classes=1, steps=[1]),
+    ]
+    tab = visit()
+    page = tab.page
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": cards}))
+    pixel = base64.b64encode(b"no image").decode()
+
+    def answer(route: Any) -> None:
+        n = route.request.post_data_json["n"]
+        route.fulfill(json={"data": [{"b64_json": pixel, "index": k} for k in range(n)]})
+
+    page.route(f"**{PATH}", answer)
+    tab.open()
+    page.get_by_label("Class").select_option("thing <701>")
+    _generate(page)
+    assert page.locator("#rows").get_by_role("group").count() == 2
+    expect(page.locator("#title")).to_contain_text("8 × thing <701>, seed")
+    expect(page.locator("#rows .gain:visible")).to_have_count(0)
+
+    page.get_by_label("Model").select_option("words")
+    expect(page.locator("#go")).to_have_text("Generate")  # one way only: nothing to compare
+    caption = page.get_by_label("Caption")
+    page.locator("#go").click()
+    expect(caption).to_be_focused()  # it must not be empty
+    caption.fill("<b>it's</b> a bicycle")
+    caption.press("Enter")
+    expect(page.locator("#title")).to_contain_text("“<b>it's</b> a bicycle”, seed")
+    _finish(page)
+    assert tab.orders()[-1]["prompt"] == "<b>it's</b> a bicycle"
+    page.get_by_text("The same from a terminal").click()
+    expect(page.locator("#curl")).to_contain_text(r"<b>it'\''s</b> a bicycle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_an_unreachable_service_is_said(visit: Callable[..., Visit]) -> None:
+    tab = visit()
+    page = tab.open()
+    _radio(page, "1 step").check()
+    page.route(f"**{PATH}", lambda route: route.abort())
+    page.locator("#go").click()
+    expect(page.locator("#problem")).to_have_text("The service cannot be reached.")
+    page.unroute(f"**{PATH}")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#rows img")).to_have_count(8)
