@@ -73,13 +73,13 @@ class Guard:
 
     def _watched(self, send: Send) -> Send:
         """Learn from an answer how many requests may be passed on."""
-        began = time.monotonic()
+        began, others = time.monotonic(), self._in_flight
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Once for all that were on their way together.
                 if _is_overload(message) and began > self._lowered_at:
-                    self._window = max(1.0, _LOWER * min(self._in_flight, self._window))
+                    self._window = max(1.0, _LOWER * min(others, self._window))
                     self._lowered_at = time.monotonic()
                 elif message["status"] == 200:
                     self._window += max(_RAISE, _LEAST_RAISE / self._window)
@@ -103,10 +103,11 @@ class Guard:
 
         try:
             await self._app(scope, receive, sending)
-        except Exception:  # what Serve leaves to its HTTP server, as when an ingress dies
+        except Exception:  # else the HTTP server would answer, in plain text
             log.warning("Serve's proxy raised", exc_info=True)
             if started:
                 raise
+        if not started:  # as when an ingress dies
             await answer(_LOST)(scope, receive, send)
 
 

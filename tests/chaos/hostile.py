@@ -121,7 +121,6 @@ _NAMES = st.sampled_from(
         "x-forwarded-for",
         "x-forwarded-proto",
         "forwarded",
-        "te",
         "via",
         "x-http-method-override",
         "content-encoding",

@@ -284,7 +284,7 @@ async def _settled(service: Service, name: str) -> float:
 
 @pytest.mark.parametrize("n", [1, 16])
 def test_overload_is_refused_at_once_and_passes_without_a_trace(single: Service, n: int) -> None:
-    load_s = 15.0
+    load_s = 20.0
 
     async def scenario() -> tuple[Load, Load, float, float, dict[int, list[int]]]:
         async with single.client() as http:
@@ -319,7 +319,7 @@ def test_overload_is_refused_at_once_and_passes_without_a_trace(single: Service,
         + "; ".join(f"{s}: median {w[4]:.2f} s, p90 {w[8]:.2f} s" for s, w in waits.items())
     )
     assert set(load.statuses) == {"200", "503"}, load.failures[:5]
-    assert waits["503"][4] < waits["200"][4] / 4
+    assert waits["503"][4] < waits["200"][4] / 2
     assert goodput > 0.7 * per_s
     assert recovered_s < max(5, 2 * 128 / per_s)
     for rss in memory.values():

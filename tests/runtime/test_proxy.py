@@ -1,13 +1,11 @@
 """What surrounds Serve's HTTP proxy, around a proxy of the test's own."""
 
 import asyncio
-import json
-from typing import Any
 
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ddray.runtime.access import answer
 from ddray.runtime.cluster import SERVE_ENVIRONMENT
@@ -23,23 +21,18 @@ FULL_QUEUE = RequestError(503, "full", "overloaded", retry_after_s=1)
 class Proxy:
     """Answers as it is told, and keeps what it was asked."""
 
-    def __init__(self, reply: Response | Exception):
+    def __init__(self, reply: ASGIApp | Exception):
         self.reply = reply
         self.headers: dict[bytes, bytes] = {}
-        self.asked = 0
-        self.open = asyncio.Event()
-        self.open.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.headers = dict(scope["headers"])
-        self.asked += 1
-        await self.open.wait()
         if isinstance(self.reply, Exception):
             raise self.reply
         await self.reply(scope, receive, send)
 
 
-def _client(proxy: Proxy) -> httpx.AsyncClient:
+def _client(proxy: ASGIApp) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(Guard(proxy)), base_url="http://x")
 
 
@@ -81,12 +74,19 @@ def test_headers_that_steer_or_break_serve_do_not_reach_it() -> None:
     ],
 )
 def test_serves_own_answers_are_reworded(
-    reply: Response | Exception, status: int, code: str
+    reply: ASGIApp | Exception, status: int, code: str
 ) -> None:
     got = _post(Proxy(reply))
     assert (got.status_code, got.json()["error"]["code"]) == (status, code)
     assert set(got.json()["error"]) == {"message", "type", "code", "param"}
     assert "retry-after" in got.headers
+
+
+def test_no_answer_at_all_is_reworded_too() -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        """As Serve's proxy after the death of an ingress."""
+
+    assert _post(Proxy(silent)).json()["error"]["code"] == "unavailable"
 
 
 def test_answers_of_the_service_and_health_checks_of_serve_pass_untouched() -> None:
@@ -100,33 +100,50 @@ def test_answers_of_the_service_and_health_checks_of_serve_pass_untouched() -> N
     assert asyncio.run(health()).text == "draining"
 
 
-def test_after_a_refusal_fewer_requests_are_passed_on_and_after_answers_more() -> None:
-    async def together(client: httpx.AsyncClient, proxy: Proxy, count: int) -> int:
-        """How many of so many requests at once the proxy is asked."""
+class Narrow:
+    """Refuses what comes while it has its hands full, and keeps the rest until it is told."""
+
+    def __init__(self, room: int):
+        self.room, self.asked, self.in_hand = room, 0, 0
+        self.done = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.asked += 1
+        if self.in_hand == self.room:
+            await answer(FULL_QUEUE)(scope, receive, send)
+            return
+        self.in_hand += 1
+        await self.done.wait()
+        self.in_hand -= 1
+        await Response(b"image", media_type="image/png")(scope, receive, send)
+
+
+def test_the_requests_that_are_passed_on_follow_what_is_taken() -> None:
+    async def together(client: httpx.AsyncClient, proxy: Narrow) -> tuple[int, int]:
+        """Of a hundred requests at once, how many are passed on and how many answered."""
         proxy.asked = 0
-        proxy.open.clear()
-        tasks = [asyncio.create_task(client.post(RAW)) for _ in range(count)]
+        proxy.done.clear()
+        tasks = [asyncio.create_task(client.post(RAW)) for _ in range(100)]
         await asyncio.sleep(0.05)
-        proxy.open.set()
+        proxy.done.set()
+        made = 0
         for got in await asyncio.gather(*tasks):
+            made += got.status_code == 200
             if got.status_code == 503:
-                assert json.loads(got.content)["error"]["code"] == "overloaded"
+                assert got.json()["error"]["code"] == "overloaded"
                 assert got.headers["retry-after"] == "1"
-        return proxy.asked
+        return proxy.asked, made
 
-    async def scenario() -> list[Any]:
-        made: Response = Response(b"image", media_type="image/png")
-        proxy = Proxy(made)
+    async def scenario() -> list[tuple[int, int]]:
+        proxy = Narrow(50)
         async with _client(proxy) as client:
-            asked = [await together(client, proxy, 100)]
-            proxy.reply = answer(FULL_QUEUE)
-            asked += [await together(client, proxy, 100) for _ in range(2)]
-            proxy.reply = made
-            return asked + [await together(client, proxy, 100) for _ in range(9)]
+            rounds = [await together(client, proxy) for _ in range(12)]
+            proxy.room = 100
+            return rounds + [await together(client, proxy) for _ in range(10)]
 
-    asked = asyncio.run(scenario())
-    # A round of refusals counts once, however many of them there were.
-    assert asked[:3] == [100, 100, 80]
-    assert asked[3] == 64
-    assert asked[3:] == sorted(asked[3:])
-    assert asked[-1] == 100
+    rounds = asyncio.run(scenario())
+    # The first refusal is enough, and from then on hardly any is passed on in vain.
+    assert rounds[0] == (51, 50)
+    for asked, made in rounds[1:12]:
+        assert 40 <= made <= asked <= 51
+    assert rounds[-1] == (100, 100)
