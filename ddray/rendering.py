@@ -213,15 +213,9 @@ class Renderer:
         )
 
     def _noise(self, jobs: Sequence[ImageJob]) -> Tensor:
-        """float32 [N, L, E], drawn at once for each seed."""
+        """float32 [N, L, E]."""
         shape = (self.student.num_tokens, self.student.codebook.shape[1])
-        places: dict[int, list[int]] = {}
-        for place, job in enumerate(jobs):
-            places.setdefault(job.seed, []).append(place)
-        noise_BLE = torch.empty(len(jobs), *shape)
-        for seed, members in places.items():
-            noise_BLE[members] = noise(seed, [jobs[place].index for place in members], shape)
-        return noise_BLE
+        return noise([job.seed for job in jobs], [job.index for job in jobs], shape)
 
     def _condition(self, prompts: Sequence[int | str]) -> AskedFor:
         if self.student.conditioning == "class":

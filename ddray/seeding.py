@@ -38,12 +38,14 @@ def _multiply_32x32(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return carry >> 16, ((carry & 0xFFFF) << 16) | (lower & 0xFFFF)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor
+) -> tuple[Tensor, ...]:
     """Philox4x32-10: four 32-bit random words for every counter.
 
     Args:
         counter: four int64 tensors that broadcast together, each holding one 32-bit counter word.
-        seed: the 64-bit key.
+        seed: the 64-bit key, or an int64 tensor of keys that broadcasts with the counters.
 
     Returns:
         Four int64 tensors with values in [0, 2^32).
@@ -81,18 +83,28 @@ def index_tensor(
     return index.long()
 
 
-def _words(seed: int, index_B: Tensor, count: int, stream: int) -> tuple[Tensor, ...]:
+def _words(
+    seed: int | Sequence[int], index_B: Tensor, count: int, stream: int
+) -> tuple[Tensor, ...]:
     """Four int64 tensors [B, count] of 32-bit words for the given samples."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+    for one in (seed,) if isinstance(seed, int) else seed:
+        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**63:
+            raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {one!r}")
+    key: int | Tensor
+    if isinstance(seed, int):
+        key = seed
+    else:
+        if len(seed) != len(index_B):
+            raise ConfigError(f"{len(seed)} seeds were given for {len(index_B)} samples")
+        key = torch.tensor(seed, device=index_B.device)[:, None]
     block = torch.arange(count, device=index_B.device)[None, :]
     index = index_B[:, None]
     purpose = torch.full_like(block, stream)
-    return philox((block, index & _MASK32, index >> 32, purpose), seed)
+    return philox((block, index & _MASK32, index >> 32, purpose), key)
 
 
 def noise(
-    seed: int,
+    seed: int | Sequence[int],
     index_B: Sequence[int] | Tensor,
     shape: tuple[int, int],
     device: torch.device | str | None = None,
@@ -103,7 +115,7 @@ def noise(
     batch it is in, and devices differ by less than 1e-6.
 
     Args:
-        seed: run seed, any int64 >= 0.
+        seed: run seed, any int64 >= 0; or one for each sample, as for requests that share a batch.
         index_B: sample indices [B], any int64 >= 0.
         shape: (L, E), the shape of one sample.
         device: where to draw; None = the CPU, or the device of `index_B` if it is a tensor.
@@ -112,7 +124,7 @@ def noise(
         float32 [B, L, E].
 
     Raises:
-        ConfigError: if the seed or an index is negative.
+        ConfigError: if a seed or an index is negative, or there are not as many seeds as samples.
     """
     index = index_tensor(index_B, device)
     size = math.prod(shape)

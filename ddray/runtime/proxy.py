@@ -25,7 +25,8 @@ _SERVES_OWN = "/-/"
 # refusal of the ingress lowers it by a factor, and each window of answers raises it by a tenth, but
 # no less than so many.
 _LOWER, _RAISE, _LEAST_RAISE = 0.8, 0.1, 4.0
-_BUSY = RequestError(503, "the service is busy; try again", "overloaded", retry_after_s=1)
+# Made once: refusing must cost as little as can be.
+_BUSY = answer(RequestError(503, "the service is busy; try again", "overloaded", retry_after_s=1))
 _LOST = RequestError(
     503, "the front of the service was lost; try again", "unavailable", retry_after_s=2
 )
@@ -48,9 +49,7 @@ class Guard:
         # A request that is passed on to be refused takes more of a busy machine than its images
         # would, and waits for its refusal behind all others.
         self._in_flight, self._window, self._lowered_at = 0, math.inf, -math.inf
-        self._refused = metrics.Counter(
-            "ddray_refused_total", "Requests refused by the proxy.", tag_keys=("application",)
-        )
+        self._refused = metrics.Counter("ddray_refused_total", "Requests refused at the door.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -62,8 +61,8 @@ class Guard:
             await self._pass_on(scope, receive, send)
             return
         if self._in_flight >= self._window:
-            self._refused.inc(1, {"application": "ddray"})
-            await answer(_BUSY)(scope, receive, send)
+            self._refused.inc()
+            await _BUSY(scope, receive, send)
             return
         self._in_flight += 1
         try:

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 import ddray
 from ddray.errors import ClusterError
-from ddray.runtime.pool import fill
+from ddray.runtime.pool import Crew, fill
 from ddray.runtime.sampling import TrajectoryWorker, sample
 from ddray.shards import TrajectorySet
 from ddray.trajectories import make_plan
@@ -89,7 +89,8 @@ def test_a_shard_that_kills_its_actor_each_time_is_the_only_one_missing(
     model = ddray.load_teacher(teacher, device="cpu")
     trajectories = TrajectorySet.create(config.out, make_plan(config, model))
     with pytest.raises(ClusterError, match="the pool of 1:1 actors failed"):
-        fill("trajectories", trajectories, DeadlyWorker, config)
+        crew = Crew(DeadlyWorker, {"device": "cpu"}, config.threads)
+        fill("trajectories", trajectories, crew, config)
     assert trajectories.missing() == [1]
 
 
@@ -114,7 +115,7 @@ def test_workers_that_die_each_time_end_the_run_in_one_line(
     trajectories = TrajectorySet.create(config.out, make_plan(config, model))
     started = time.monotonic()
     with pytest.raises(ClusterError, match=message) as refusal:
-        fill("trajectories", trajectories, _deadly(method), config)
+        fill("trajectories", trajectories, Crew(_deadly(method), {}, config.threads), config)
     assert time.monotonic() - started < 150
     assert "\n" not in str(refusal.value)
     assert "a rerun fills the gaps" in str(refusal.value)

@@ -67,6 +67,17 @@ def test_noise_is_bitwise_the_same_at_any_batch_size_and_order(shape):
                 assert torch.equal(row, alone[i])
 
 
+def test_each_sample_may_have_a_seed_of_its_own():
+    seeds, indices, shape = [0, LARGEST, 7, 2**32, 7], [3, 3, LARGEST, 0, 1], (5, 3)
+    together = ddray.noise(seeds, indices, shape)
+    for row, seed, index in zip(together, seeds, indices, strict=True):
+        assert torch.equal(row, ddray.noise(seed, [index], shape)[0])
+    with pytest.raises(ConfigError, match="2 seeds were given for 3 samples"):
+        ddray.noise([1, 2], [1, 2, 3], shape)
+    with pytest.raises(ConfigError, match=r"seed must be an integer from 0 .* got -1"):
+        ddray.noise([1, -1], [1, 2], shape)
+
+
 def test_a_shorter_sample_is_the_beginning_of_a_longer_one():
     longer = ddray.noise(1, [9], (5, 3)).flatten()
     assert torch.equal(ddray.noise(1, [9], (1, 7)).flatten(), longer[:7])
