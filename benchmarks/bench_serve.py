@@ -214,7 +214,8 @@ class BatchFill:
 
     def __call__(self) -> float | None:
         time.sleep(3 * METRICS_EVERY_S)
-        now = metric("ddray_batch_images_sum"), metric("ddray_batch_images_count")
+        # Not the histogram's own sum: Ray adds up the middles of the buckets.
+        now = metric("ddray_images_total"), metric("ddray_batch_images_count")
         images, batches = (a - b for a, b in zip(now, self._seen, strict=True))
         self._seen = now
         return images / batches if batches else None

@@ -136,6 +136,7 @@ class StudentReplica:
         """A batch of a data set, as `Renderer.rows`; it takes its turn between online batches."""
         renderer = await self._renderer(order.model)
         rows = await self._at_work(renderer.rows, order)
+        self._batch_images.observe(len(rows))
         self._succeed(order.model, order.schedule, len(rows))
         return rows
 

@@ -261,7 +261,7 @@ def test_clients_that_leave_take_their_work_with_them(single: Service) -> None:
             assert answer.status_code == 200
         return statistics.median(load.seconds["200"][:3]), time.monotonic() - began
 
-    before = single.total("ray_ddray_batch_images_sum")
+    before = single.total("ray_ddray_images_total")
     alone_s, after_s = asyncio.run(scenario())
     left = [access for access in single.accesses() if access["status"] == 499]
     print(
@@ -271,7 +271,7 @@ def test_clients_that_leave_take_their_work_with_them(single: Service) -> None:
     # A batch of them may have been under way; all of them would take this many times as long.
     assert after_s < alone_s * count / 4
     assert len(left) >= count / 2
-    made = asyncio.run(_settled(single, "ray_ddray_batch_images_sum")) - before
+    made = asyncio.run(_settled(single, "ray_ddray_images_total")) - before
     print(f"{made:.0f} of {count * n} images were made, with those of others")
     assert made < count * n / 2
 

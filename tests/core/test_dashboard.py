@@ -12,7 +12,8 @@ _SERVES_OWN = {
     "ray_serve_deployment_replica_healthy",
     "ray_serve_deployment_replica_starts_total",
 }
-_SUFFIXES = {"Histogram": ("_bucket", "_count", "_sum"), "Counter": ("",), "Gauge": ("",)}
+# Not the sums of histograms: Ray adds up the middles of the buckets.
+_SUFFIXES = {"Histogram": ("_bucket", "_count"), "Counter": ("",), "Gauge": ("",)}
 
 
 def _dashboard() -> dict[str, Any]:
@@ -44,8 +45,8 @@ def test_every_metric_of_the_dashboard_exists() -> None:
 
 
 def test_every_metric_of_the_code_is_shown() -> None:
-    shown = {re.sub("_(bucket|count|sum)$", "", name) for name in dashboard_metrics()}
-    made = {re.sub("_(bucket|count|sum)$", "", name) for name in _exported()}
+    shown = {re.sub("_(bucket|count)$", "", name) for name in dashboard_metrics()}
+    made = {re.sub("_(bucket|count)$", "", name) for name in _exported()}
     assert made <= shown
 
 
