@@ -87,16 +87,17 @@ def _words(
     seed: int | Sequence[int], index_B: Tensor, count: int, stream: int
 ) -> tuple[Tensor, ...]:
     """Four int64 tensors [B, count] of 32-bit words for the given samples."""
-    for one in (seed,) if isinstance(seed, int) else seed:
-        if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < 2**63:
-            raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {one!r}")
+    seeds = [*seed] if isinstance(seed, Sequence) else [seed]
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+            raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {value!r}")
     key: int | Tensor
-    if isinstance(seed, int):
-        key = seed
+    if isinstance(seed, Sequence):
+        if len(seeds) != len(index_B):
+            raise ConfigError(f"{len(seeds)} seeds were given for {len(index_B)} samples")
+        key = torch.tensor(seeds, dtype=torch.int64, device=index_B.device)[:, None]
     else:
-        if len(seed) != len(index_B):
-            raise ConfigError(f"{len(seed)} seeds were given for {len(index_B)} samples")
-        key = torch.tensor(seed, device=index_B.device)[:, None]
+        key = seed
     block = torch.arange(count, device=index_B.device)[None, :]
     index = index_B[:, None]
     purpose = torch.full_like(block, stream)
