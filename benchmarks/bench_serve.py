@@ -262,7 +262,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         echo = on(start_echo(file), lambda c: c.saturate(seconds, CLIENTS))
         serve.delete("echo")
         note("echo, saturated", echo, batches=False)
-        url = run(ServeConfig(student=(arguments.student,), port=PORT, max_batch_size=BATCH))
+        config = ServeConfig(
+            student=(arguments.student,),
+            port=PORT,
+            max_batch_size=BATCH,
+            num_gpus=arguments.num_gpus,
+        )
+        url = run(config)
         fill()
         idle = Load()
 
@@ -351,7 +357,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--student", default="digits-llamagen-dd")
+    parser.add_argument("--student", default="digits-llamagen-dd", help="of classes")
+    parser.add_argument("--num-gpus", type=float, default=0.0, help="of the replica")
     parser.add_argument("--seconds", type=float, default=20.0, help="of every load")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
     parser.add_argument("--json", metavar="FILE")

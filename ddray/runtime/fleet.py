@@ -20,7 +20,7 @@ from ddray.runtime.cluster import require
 from ddray.runtime.image_workers import HandleWorker
 from ddray.runtime.pool import Crew
 from ddray.runtime.replica import Stock, StudentReplica
-from ddray.runtime.serving import APP_NAME, STUDENTS, described, failure_reason
+from ddray.runtime.serving import APP_NAME, STUDENTS, described, failure_reason, remove
 
 log = logging.getLogger("ray.serve")
 
@@ -46,7 +46,7 @@ def asking_crew(images: ImageSet, config: GenerateConfig, shards_at_once: int) -
     log.setLevel(logging.WARNING)
     was_running = bool(serve.status().applications)
     model = _served(images.plan, config) if was_running else None
-    # A rerun after a driver that was killed takes over what it left.
+    # A rerun after a driver that was killed replaces what it left.
     private = f"ddray-images-{hashlib.sha256(images.uri.encode()).hexdigest()[:12]}"
     service = APP_NAME if model else private
     try:
@@ -68,7 +68,7 @@ def asking_crew(images: ImageSet, config: GenerateConfig, shards_at_once: int) -
         )
     finally:
         if model is None:
-            _remove(private)
+            remove(private)
 
 
 def _served(plan: ImagePlan, config: GenerateConfig) -> str | None:
@@ -128,10 +128,3 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
     except (RuntimeError, ValueError, RayServeException) as error:
         reason = failure_reason(error, application)
         raise ClusterError(f"the replicas of {plan.student} did not start: {reason}") from error
-
-
-def _remove(application: str) -> None:
-    """End the replicas, and Serve with them if nobody else uses it."""
-    serve.delete(application)
-    if not serve.status().applications:
-        serve.shutdown()

@@ -17,9 +17,15 @@ from ddray.serving_api import RequestError
 
 log = logging.getLogger("ray.serve")
 
-# By these a client could steer to which replica Serve sends it; of other bytes than UTF-8 in them,
-# as in x-request-id, the proxy dies with a plain 500.
-_STEERING = {b"serve_multiplexed_model_id", b"x_session_id"}
+# By these a client could steer to which replica Serve sends it, have its request kept after it has
+# left, or for ever; of other bytes than UTF-8 in the first, as in x-request-id, the proxy dies with
+# a plain 500.
+_STEERING = {
+    b"serve_multiplexed_model_id",
+    b"x_session_id",
+    b"x_request_disconnect_disabled",
+    b"x_request_timeout_seconds",
+}
 _SERVES_OWN = "/-/"
 # How the number of requests that are passed on at a time is found, as TCP finds its window: each
 # refusal of the ingress lowers it by a factor, and each window of answers raises it by a tenth, but

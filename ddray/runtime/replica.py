@@ -84,6 +84,7 @@ class StudentReplica:
         self._batcher: Batcher[Order, npt.NDArray[np.uint8]] = Batcher(
             self._run, limit=1, started=self._started
         )
+        self._rows_turn = asyncio.Lock()
         self._succeeded_at, self._model = 0.0, next(iter(stock.students))
         # A device that is at one batch for longer is broken.
         self._hung_s = math.inf
@@ -125,7 +126,10 @@ class StudentReplica:
         """Image files of one request, in order; it shares batches with other requests."""
         seed = order.seed if "teacher" in order.schedule else None
         kind = _Kind(order.model, order.schedule, seed)
-        pixels = await self._batcher(kind, order, order.n)
+        try:
+            pixels = await self._batcher(kind, order, order.n)
+        finally:
+            self._queued.set(self._batcher.queued)
         began = time.perf_counter()
         loop = asyncio.get_running_loop()
         files = await loop.run_in_executor(self._encoders, _encode, pixels, order)
@@ -135,7 +139,9 @@ class StudentReplica:
     async def rows(self, order: "RowsOrder") -> "npt.NDArray[Any]":
         """A batch of a data set, as `Renderer.rows`; it takes its turn between online batches."""
         renderer = await self._renderer(order.model)
-        rows = await self._at_work(renderer.rows, order)
+        # One at a time stands before the device: an online request never waits for two.
+        async with self._rows_turn:
+            rows = await self._at_work(renderer.rows, order)
         self._batch_images.observe(len(rows))
         self._succeed(order.model, order.schedule, len(rows))
         return rows
@@ -166,9 +172,12 @@ class StudentReplica:
         # Behind a slow batch, or a student that is being loaded, one image could wait too long.
         if due is not None or now - self._succeeded_at < _FRESH_S:
             return
+        from ddray.rendering import ImageJob
+
         # Of the student of late: another one might have to be loaded in its place.
-        model = self._model
-        await self._run(_Kind(model, "0", None), [Order(model, 0, 1, 0, 1, "0")])
+        renderer = await self._renderer(self._model)
+        await self._at_work(renderer.images, [ImageJob(0, 0, 0)], "0")
+        self._succeeded_at = time.monotonic()
 
     async def _run(self, kind: _Kind, orders: list[Order]) -> Sequence["npt.NDArray[np.uint8]"]:
         """Pixels of each order."""

@@ -146,11 +146,11 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         max_queued_requests=config.admission_limit,
         max_constructor_retry_count=_START_TRIES,
         logging_config=_QUIET,
-        # Three checks without an answer end a replica, well before its requests' deadline: they are
-        # begun again elsewhere.
+        # Three checks without an answer end a replica, by usual timeouts well before its requests'
+        # deadline: they are begun again elsewhere.
         health_check_period_s=5,
         health_check_timeout_s=max(1.0, min(10.0, config.request_timeout_s / 6)),
-        # What is under way may finish, and nothing lasts longer.
+        # What is under way may finish; what takes longer is begun again elsewhere.
         graceful_shutdown_timeout_s=min(config.request_timeout_s, _STOP_WAIT_S),
         ray_actor_options={"num_cpus": config.threads, "num_gpus": config.num_gpus},
         **number,
@@ -251,6 +251,11 @@ def run(config: ServeConfig) -> str:
     log.setLevel(logging.WARNING)
     found = serve.status()
     running, updating = bool(found.proxies), APP_NAME in found.applications
+    if found.applications and not running:
+        raise ClusterError(
+            f"cannot serve {served}: Ray Serve runs here without HTTP, for "
+            f"{', '.join(sorted(found.applications))}; wait until that has ended"
+        )
     if not running:
         _check_port(config.host, config.port)
         # The first start of Serve in a cluster decides on these for as long as it runs.
@@ -269,11 +274,11 @@ def run(config: ServeConfig) -> str:
     except (RuntimeError, ValueError, RayServeException) as error:
         reason = failure_reason(error, APP_NAME)
         if not updating:  # what served before may serve on
-            _remove(running)
+            remove(APP_NAME, running)
         raise ClusterError(f"the service of {served} did not start: {reason}") from error
     except ClusterError:
         if not updating:
-            _remove(running)
+            remove(APP_NAME, running)
         raise
     return url
 
@@ -286,10 +291,18 @@ def failure_reason(error: Exception, name: str) -> str:
     return raised[-1] if raised else " ".join(str(error).split())[-600:]
 
 
-def _remove(keep_serve: bool) -> None:
-    if keep_serve:
-        serve.delete(APP_NAME)
-    else:
+def remove(application: str, keep_serve: bool = False) -> None:
+    """End an application, and Serve with it unless others use it.
+
+    Args:
+        application: its name; it need not be there.
+        keep_serve: whether Serve stays in any case.
+    """
+    # First the application, so that what was begun can still be answered: a shutdown takes the
+    # proxy away at once.
+    if application in serve.status().applications:
+        serve.delete(application)
+    if not keep_serve and not serve.status().applications:
         serve.shutdown()
 
 
@@ -364,7 +377,4 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
         while True:
             time.sleep(3600)
     finally:
-        # First the application, so that what was begun can still be answered: a shutdown takes the
-        # proxy away at once.
-        serve.delete(APP_NAME)
-        serve.shutdown()
+        remove(APP_NAME)

@@ -17,7 +17,7 @@ from ray import serve
 
 import ddray
 from ddray.config import PoolConfig, ServeConfig
-from ddray.errors import ConfigError, ShardError
+from ddray.errors import ClusterError, ConfigError, ShardError
 from ddray.image_encoding import ShardMaker
 from ddray.image_file import decode_image
 from ddray.image_making import make_plan, planned_student
@@ -29,7 +29,7 @@ from ddray.report import to_uint8
 from ddray.runtime.bulk import generate
 from ddray.runtime.image_workers import StudentWorker
 from ddray.runtime.repair import repair
-from ddray.runtime.serving import APP_NAME, build_app
+from ddray.runtime.serving import APP_NAME, build_app, run
 from tests.core.tiny import write_text_encoder
 from tests.runtime.tiny import contents, generating, write_student, write_teacher
 
@@ -234,6 +234,18 @@ def test_a_running_service_of_the_student_is_used_and_stays(service: str, tmp_pa
     assert set(serve.status().applications) == {APP_NAME}
     started = json.loads((tmp_path / "set" / "events.jsonl").read_text().splitlines()[0])
     assert started["service"] == APP_NAME
+    # It has no HTTP; to give it that, its Serve would have to be ended.
+    with pytest.raises(ClusterError, match=f"Ray Serve runs here without HTTP, for {APP_NAME}"):
+        run(ServeConfig(student=(service,)))
+    assert set(serve.status().applications) == {APP_NAME}
+
+
+def test_a_cluster_that_is_too_small_for_the_replicas_is_named(
+    ray_local: None, student: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ClusterError, match="images asks for 99 workers of 1 CPUs"):
+        generate(generating(student, tmp_path, engine="serve", workers=(99, 99)))
+    assert not serve.status().applications
 
 
 def test_statistics_are_the_same_however_they_came_about(ray_local: None, tmp_path: Path) -> None:
