@@ -110,6 +110,16 @@ class Clients:
             load.latencies_s.append(time.perf_counter() - began)
             load.images += n
 
+    async def in_turn(self, requests: int = 60, warm_up: int = 10) -> Load:
+        """One request after another, of which the first do not count."""
+        load = Load()
+        for _ in range(warm_up):
+            await self.one(Load())
+        for _ in range(requests - warm_up):
+            await self.one(load)
+        load.seconds = sum(load.latencies_s)
+        return load
+
     async def saturate(self, seconds: float, clients: int, n: int = 1) -> Load:
         """A closed loop: each client sends its next request when it has the answer."""
         warm_up, load = Load(), Load()
@@ -270,17 +280,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         url = run(config)
         fill()
-        idle = Load()
-
-        async def one_by_one(clients: Clients) -> None:
-            for _ in range(60):
-                await clients.one(idle)
-            idle.latencies_s = idle.latencies_s[10:]
-            idle.seconds = sum(idle.latencies_s)
-
-        on(url, one_by_one)
-        idle.images = len(idle.latencies_s)
-        note("one after another", idle)
+        idle = note("one after another", on(url, lambda c: c.in_turn()))
         saturated = note("saturated", on(url, lambda c: c.saturate(seconds, CLIENTS)))
         many = note(
             f"saturated, {MANY} a request",

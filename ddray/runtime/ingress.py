@@ -18,7 +18,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve import metrics
 from ray.serve.exceptions import (
     BackPressureError,
@@ -82,8 +82,12 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
     return answer(RequestError(error.status_code, message, code), headers)
 
 
-async def _left(request: Request, error: ClientDisconnect) -> Response:
-    """For nobody but the log."""
+async def _left(request: Request, error: ClientDisconnect | TaskCancelledError) -> Response:
+    """For nobody but the log.
+
+    Serve cancels the request of a client that left and what that request itself had called, and
+    which of the two ends first is chance.
+    """
     return answer(RequestError(499, "the client left before its request had ended", "client_left"))
 
 
@@ -220,7 +224,8 @@ class Ingress:
         )
         routes.add_exception_handler(RequestError, _refused)  # type: ignore[arg-type]
         routes.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
-        routes.add_exception_handler(ClientDisconnect, _left)  # type: ignore[arg-type]
+        for left in (ClientDisconnect, TaskCancelledError):
+            routes.add_exception_handler(left, _left)  # type: ignore[arg-type]
         routes.add_exception_handler(Exception, _failed)
         described: dict[str, Any] = {
             "openapi_extra": {

@@ -128,8 +128,10 @@ class StudentReplica:
         kind = _Kind(order.model, order.schedule, seed)
         try:
             pixels = await self._batcher(kind, order, order.n)
-        finally:
+        except asyncio.CancelledError:
+            # Where all that waited have left, no batch follows that would tell.
             self._queued.set(self._batcher.queued)
+            raise
         began = time.perf_counter()
         loop = asyncio.get_running_loop()
         files = await loop.run_in_executor(self._encoders, _encode, pixels, order)
