@@ -36,6 +36,7 @@ _JOBS = {
     "generate": ("GenerateConfig", "ddray.cli:_generate", "images in bulk from a student"),
     "evaluate": ("EvaluateConfig", "ddray.cli:_evaluate", "a student beside its teacher"),
     "serve": ("ServeConfig", "ddray.cli:_serve", "a student behind HTTP (Ray Serve)"),
+    "doctor": ("DoctorConfig", "ddray.cli:_doctor", "what is wrong with this cluster, if anything"),
 }
 
 _ROWS_RECOMPUTED = 100
@@ -199,11 +200,14 @@ def _generate(config: Any) -> None:
 
 
 def _evaluate(config: Any) -> None:
-    from ddray.evaluate import evaluate
     from ddray.evaluation_report import build_report, tables_as_text, write_evaluation
     from ddray.storage import open_storage
 
     open_storage(config.out).check_writable()
+    if os.environ.get("RAY_ADDRESS"):
+        from ddray.runtime.evaluating import evaluate_on_cluster as evaluate
+    else:
+        from ddray.evaluate import evaluate
     evaluation = evaluate(config)
     report = build_report(
         evaluation,
@@ -224,6 +228,14 @@ def _serve(config: Any) -> None:
         from ddray.runtime.serving import serve_students
 
         serve_students(config)
+
+
+def _doctor(config: Any) -> int:
+    from ddray.runtime.doctor import doctor
+
+    lines, well = doctor(config)
+    print("\n".join(lines))
+    return 0 if well else 1
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -336,16 +348,27 @@ def _dry_run(verb: str, config: Any) -> None:
 
 def _cost(verb: str, config: Any) -> dict[str, Any]:
     """What a job will write or take, of the verbs that can tell."""
-    if verb not in ("sample", "distill"):
+    estimates = {"sample": "estimate_sample", "distill": "estimate_distill"}
+    if verb not in estimates:
         return {}
-    module = "ddray.runtime.sampling" if verb == "sample" else "ddray.cost"
-    told: dict[str, Any] = import_module(module).estimate(config)
+    told: dict[str, Any] = getattr(import_module("ddray.cost"), estimates[verb])(config)
     return told
 
 
-def _handler(target: str) -> Callable[[Any], None]:
+def _require_lasting(config: Any) -> None:
+    """Refuse results in the folder that Ray has unpacked for a job, and deletes after it."""
+    out = getattr(config, "out", "/")
+    unpacked = "/runtime_resources/working_dir_files/" in os.getcwd()
+    if unpacked and "://" not in out and not os.path.isabs(out):
+        raise ConfigError(
+            f"out={out!r} lies in the working directory, which Ray deletes after the job; give a "
+            "full path that all nodes share, or s3://"
+        )
+
+
+def _handler(target: str) -> Callable[[Any], int | None]:
     module, _, function = target.partition(":")
-    handler: Callable[[Any], None] = getattr(import_module(module), function)
+    handler: Callable[[Any], int | None] = getattr(import_module(module), function)
     return handler
 
 
@@ -363,9 +386,9 @@ def _run(argv: Sequence[str]) -> int:
     config = _resolve(verb, job)
     if job.dry_run:
         _dry_run(verb, config)
-    else:
-        _handler(_JOBS[verb][1])(config)
-    return 0
+        return 0
+    _require_lasting(config)
+    return _handler(_JOBS[verb][1])(config) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,6 +57,17 @@ Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_pa
 Texts = Annotated[tuple[str, ...], BeforeValidator(_parse_list)]
 Names = Annotated[Texts, Field(min_length=1)]
 
+NodePool = Annotated[
+    str | None, Field(description="label ddray.io/node-pool of the nodes to work on; absent = any")
+]
+WaitS = Annotated[
+    Annotated[float, Field(ge=0)] | None,
+    Field(
+        description="for nodes that are not there yet; absent = 1800 where the cluster grows by "
+        "itself, else 0"
+    ),
+]
+
 _WEEK_S = 7 * 24 * 3600
 # Images of one request to the service, which must be admitted whole.
 MAX_IMAGES = 16
@@ -76,9 +87,8 @@ class PoolConfig(Job):
     num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of an actor")
     max_retries: Annotated[int, Field(ge=0)] = Field(3, description="of a shard, after a crash")
     stall_timeout_s: CountT = Field(600, description="no shard for so long is an error")
-    wait_s: Annotated[float, Field(ge=0)] = Field(
-        0, description="how long to wait for nodes that a growing cluster lacks"
-    )
+    node_pool: NodePool = None
+    wait_s: WaitS = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -127,6 +137,8 @@ class DistillConfig(Job):
     )
     threads: CountT = Field(2, description="CPU threads of a worker")
     use_gpu: bool = False
+    node_pool: NodePool = None
+    wait_s: WaitS = None
     zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage")
     offload_optimizer: bool = Field(False, description="ZeRO: optimizer and its weights on the CPU")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
@@ -295,6 +307,11 @@ class EvaluateConfig(Job):
     seed: SeedT = 1_000_003
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     batch_size: CountT = 200
+    threads: CountT | None = Field(
+        None, description="on a cluster; absent = as many as the driver's machine has cores"
+    )
+    node_pool: NodePool = None
+    wait_s: WaitS = None
     speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(_parse_list)] = (1, 8, 64)
     speed_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="timed for each figure")
     transport_count: CountT = Field(400, description="images of the transport's comparison")
@@ -323,6 +340,8 @@ class ServeConfig(Job):
     ingress_replicas: CountT = Field(1, description="processes that take requests")
     threads: CountT = Field(1, description="CPU threads of a replica")
     num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of a replica")
+    node_pool: NodePool = None
+    wait_s: WaitS = None
     models_per_replica: CountT = Field(4, description="students in memory; the rest on demand")
     max_batch_size: CountT = Field(64, description="images of a batch")
     batch_wait_s: Annotated[float, Field(ge=0)] = Field(
@@ -380,6 +399,16 @@ class ServeConfig(Job):
         if self.url_expires_s > _WEEK_S:
             raise ValueError(f"url_expires_s={self.url_expires_s} is more than a week, {_WEEK_S}")
         return self
+
+
+class DoctorConfig(Job):
+    """`ddray doctor`: whether this machine and every node of the cluster can do the work."""
+
+    model: Texts = Field(
+        ("digits-llamagen",), description="names or folders that every node must read; with commas"
+    )
+    uri: Texts = Field((), description="locations that every node must read and write; with commas")
+    node_pool: NodePool = None
 
 
 class QuickstartConfig(Job):

@@ -1,4 +1,4 @@
-"""What a distillation costs: floating-point operations, memory, GPU hours.
+"""What sampling and distillation cost: floating-point operations, memory, GPU hours.
 
 Arithmetic on sizes, for networks on the meta device too. A multiplication and an addition count as
 two operations; what is no matrix product is left out, and causal attention counts as full, as is
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ddray.config import DistillConfig
+from ddray.config import DistillConfig, SampleConfig
 from ddray.errors import ShardError, StorageError, one_line
 from ddray.models.zoo import empty_student
 from ddray.shards import TrajectorySet
@@ -29,6 +29,10 @@ _PEAKS = {
     "L40S": (362e12, 91.6e12),
 }
 _ASSUMED_MFU = 0.4
+# Decoding one stage after the other is bound by memory and by launches, not by arithmetic.
+_ASSUMED_SAMPLING_MFU = 0.02
+# Evaluations of the transport's velocity at the published sizes of codebook, at most.
+_EVALUATIONS = 48
 
 # Bytes that a block keeps for its backward pass, for each position and unit of C; of a logit and
 # what becomes of it in the loss; and of all else. Measured (tests/core/test_cost.py).
@@ -177,7 +181,44 @@ def _blocks(student: Any) -> nn.ModuleList:
     return blocks
 
 
-def estimate(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[str, Any]:
+def estimate_sample(
+    config: SampleConfig, assumed_mfu: float = _ASSUMED_SAMPLING_MFU
+) -> dict[str, Any]:
+    """What a set of trajectories will write and take, for `--dry-run`.
+
+    Args:
+        config: the job; the teacher's sizes are enough.
+        assumed_mfu: share of a GPU's peak that is reached.
+
+    Returns:
+        Values by name, for people.
+
+    Raises:
+        ConfigError: for an unknown teacher.
+    """
+    try:
+        student = empty_student(config.teacher)
+    except StorageError as error:
+        return {"cost": f"unknown without the teacher: {one_line(error)}"}
+    tokens, codes = sum(student.stages), _vocabulary(student)
+    bytes_per_token = 2 if codes <= 2**16 else 4
+    told: dict[str, Any] = {
+        "shards": -(-config.count // config.shard_rows),
+        "stages_per_image": len(student.stages),
+        "megabytes": round(config.count * tokens * bytes_per_token / 1e6, 2),
+    }
+    if config.num_gpus:
+        # Guidance takes every stage twice; an evaluation is two products with the codebook.
+        evaluations = config.num_evals or _EVALUATIONS
+        transport = evaluations * 4 * codes * student.config.codebook_dim * tokens
+        flops = config.count * (2 * forward_flops(student) + transport)
+        workers = int(config.workers[1] * config.num_gpus)
+        told["gpu_hours"] = _gpu_hours(flops, config.dtype, workers, assumed_mfu)
+        told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in {config.dtype}; not measured"
+    return told
+
+
+def estimate_distill(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[str, Any]:
     """What a run will take, for `--dry-run`.
 
     Args:
@@ -210,7 +251,9 @@ def estimate(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[s
     }
     if config.use_gpu:
         again = 4 / 3 if config.activation_checkpointing else 1.0
-        told["gpu_hours"] = _gpu_hours(flops * config.steps * again, config, assumed_mfu)
+        told["gpu_hours"] = _gpu_hours(
+            flops * config.steps * again, config.precision, workers, assumed_mfu
+        )
         told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in {config.precision}; not measured"
     return told
 
@@ -224,9 +267,8 @@ def _gigabytes(needed: Memory) -> str:
     return ", ".join(f"{_rounded(x / 1e9):g} {what}" for what, x in parts.items() if x)
 
 
-def _gpu_hours(flops: float, config: DistillConfig, assumed_mfu: float) -> str:
-    which = int(config.precision == "float32")
-    workers = config.workers[1]
+def _gpu_hours(flops: float, precision: str, workers: int, assumed_mfu: float) -> str:
+    which = int(precision == "float32")
     parts = []
     for name in ("H100", "A100"):
         hours = flops / (_PEAKS[name][which] * assumed_mfu) / 3600

@@ -33,6 +33,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
     },
     "serve": {"default": {}, "tiny": {"max_batch_size": 8}},
+    "doctor": {"default": {}, "tiny": {}},
 }
 
 # Small batches and a late descent of the rate: what a run of minutes learns most by.
@@ -48,7 +49,7 @@ def preset(verb: str, name: str) -> Mapping[str, Any]:
     """Values of a preset.
 
     Args:
-        verb: "sample", "distill", "generate", "evaluate", "serve" or "quickstart".
+        verb: one that takes a config, such as "sample".
         name: "default" or "tiny".
 
     Raises:

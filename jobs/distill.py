@@ -2,8 +2,8 @@
 
     ray job submit --working-dir jobs -- python distill.py --config configs/digits-distill.yaml
 
-The flags are those of `ddray distill`. Submitted again, it goes on from what is written; `ray job stop`
-leaves it so.
+The flags are those of `ddray distill`. Submitted again, it goes on from what is written;
+`ray job stop` leaves it so.
 """
 
 import sys

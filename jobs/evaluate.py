@@ -1,8 +1,9 @@
 """Compare a student with its teacher, and write the report.
 
-    ray job submit --working-dir jobs -- python evaluate.py --out s3://bucket/report
+    ray job submit --working-dir jobs -- python evaluate.py --config configs/digits-evaluate.yaml
 
-The flags are those of `ddray evaluate`. It writes at its end, so a job that is stopped begins anew.
+The flags are those of `ddray evaluate`. It writes at its end, so a job that is
+stopped begins anew.
 """
 
 import sys

@@ -1,19 +1,19 @@
 """All stages of a student: trajectories, distillation, images, evaluation.
 
-    ray job submit --working-dir jobs -- python pipeline.py configs/digits-pipeline.yaml
+    ray job submit --working-dir jobs -- python pipeline.py --config configs/digits-pipeline.yaml
 
-The file has a config under the name of each stage, and leaves out what is not to run. Each stage asks for
-its own resources, as if it were submitted alone. With `follow: true` under `distill`, the student trains
-while its trajectories are still being sampled. Submitted again, it goes on from what is written.
+The file names the config of each stage that is to run, beside itself. Each stage asks for its own
+resources, as if it were submitted alone. With `overlap: true` the student trains while its
+trajectories are still being sampled. Submitted again, it goes on from what is written;
+`ray job stop` leaves it so.
 """
 
+import argparse
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -22,18 +22,32 @@ from ddray.storage import open_storage
 STAGES = ("sample", "distill", "generate", "evaluate")
 
 
-def start(stage: str, config: dict[str, Any]) -> subprocess.Popen[bytes]:
+def start(stage: str, file: Path, *flags: str) -> subprocess.Popen[bytes]:
     """Begin one stage in a process of its own."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        yaml.safe_dump(config, file)
-    return subprocess.Popen([sys.executable, "-m", "ddray.cli", stage, "--config", file.name])
+    print(f"pipeline: {stage} --config {file}", *flags, file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "ddray.cli", stage, "--config", str(file), *flags]
+    return subprocess.Popen(command)
 
 
-def main(path: str) -> int:
+def wait(running: list[subprocess.Popen[bytes]]) -> int:
+    """Exit status: 0, or that of the first process that fails; the others are told to stop then."""
+    while any(process.poll() is None for process in running):
+        if any(process.poll() for process in running):
+            for process in running:
+                process.terminate()
+        time.sleep(0.2)
+    return next((process.returncode for process in running if process.returncode), 0)
+
+
+def main() -> int:
     """Exit status: that of the first stage that failed, or 0."""
-    parts = yaml.safe_load(Path(path).read_text("utf-8"))
-    unknown = set(parts) - set(STAGES)
-    if unknown:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True)
+    path = parser.parse_args().config
+    parts = yaml.safe_load(path.read_text("utf-8"))
+    overlap = parts.pop("overlap", False)
+    files = {stage: path.with_name(name) for stage, name in parts.items()}
+    if unknown := set(files) - set(STAGES):
         sys.exit(f"{path}: no stage is called {', '.join(sorted(unknown))}; there are {STAGES}")
     running: list[subprocess.Popen[bytes]] = []
 
@@ -42,21 +56,20 @@ def main(path: str) -> int:
             process.send_signal(number)
 
     signal.signal(signal.SIGTERM, stop)
-    for stage in (stage for stage in STAGES if stage in parts):
-        running.append(start(stage, parts[stage]))
-        ahead = stage == "sample" and parts.get("distill", {}).get("follow")
-        while ahead and running[-1].poll() is None:
-            if "manifest.json" in open_storage(parts[stage]["out"]).list():
-                break
-            time.sleep(1)
+    for stage in (stage for stage in STAGES if stage in files):
+        follows = stage == "distill" and overlap
+        running.append(start(stage, files[stage], *(["--follow"] if follows else [])))
+        if stage == "sample" and overlap:
+            # A set can be followed as soon as it has a plan.
+            out = open_storage(yaml.safe_load(files[stage].read_text("utf-8"))["out"])
+            while running[0].poll() is None and not out.exists("manifest.json"):
+                time.sleep(1)
+        elif status := wait(running):
+            return status
         else:
-            for process in running:
-                if process.wait():
-                    stop(signal.SIGTERM, None)
-                    return process.returncode
             running.clear()
-    return 0
+    return wait(running)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

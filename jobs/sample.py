@@ -2,8 +2,8 @@
 
     ray job submit --working-dir jobs -- python sample.py --config configs/digits-sample.yaml
 
-The flags are those of `ddray sample`. Submitted again, it goes on from what is written; `ray job stop`
-leaves it so.
+The flags are those of `ddray sample`. Submitted again, it goes on from what is written;
+`ray job stop` leaves it so.
 """
 
 import sys

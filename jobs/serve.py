@@ -2,7 +2,8 @@
 
     ray job submit --no-wait --working-dir jobs -- python serve.py --student s3://bucket/run/student
 
-The flags are those of `ddray serve`. `ray job stop` lets what was begun be answered, then ends the service.
+The flags are those of `ddray serve`. `ray job stop` lets what was begun be
+answered, then ends the service.
 """
 
 import sys

@@ -139,6 +139,8 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
         },
         config.threads,
         config.num_gpus,
+        config.node_pool,
+        [images.plan.student],
         _SHARDS_AT_ONCE,
     )
     return nullcontext(crew)

@@ -7,12 +7,13 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
+from ddray import __version__
 from ddray.errors import ClusterError, one_line
 
 # Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core
@@ -35,7 +36,6 @@ SERVE_ENVIRONMENT = {
 }
 # Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
 _SHORT_TEMP = "/tmp"
-_LOOK_EVERY_S = 2.0
 
 
 @contextlib.contextmanager
@@ -89,6 +89,13 @@ def _start(address: str | None, temp: str | None, metrics_port: int | None) -> N
     try:
         if address:
             ray.init(address=address, **quiet)
+            has = ray.cluster_resources()
+            print(
+                f"ddray {__version__} from {Path(__file__).parents[1]}, Ray {ray.__version__} at "
+                f"{address}: {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             ray.init(
                 address="local",
@@ -103,60 +110,3 @@ def _start(address: str | None, temp: str | None, metrics_port: int | None) -> N
         where = f"connect to Ray at RAY_ADDRESS={address}" if address else "start a local Ray"
         advice = "is it running?" if address else "free memory or disk in /tmp, then rerun"
         raise ClusterError(f"cannot {where}: {one_line(error)}; {advice}") from error
-
-
-def require(what: str, workers: int, num_cpus: float, num_gpus: float, wait_s: float = 0.0) -> None:
-    """Refuse a job that the cluster cannot run, at once or after a wait for nodes.
-
-    Args:
-        what: the job, for people.
-        workers: how many must fit at the same time.
-        num_cpus: of a worker.
-        num_gpus: of a worker.
-        wait_s: how long a cluster that grows by itself is given; it is told what is wanted.
-
-    Raises:
-        ClusterError: with what is asked for and what there is.
-    """
-    import ray
-
-    asked = {"CPU": num_cpus, "GPU": num_gpus}
-    bundle = {name: number for name, number in asked.items() if number}
-    deadline = time.monotonic() + wait_s
-    try:
-        while (room := _room(num_cpus, num_gpus)) < workers:
-            if time.monotonic() >= deadline:
-                total = ray.cluster_resources()
-                raise ClusterError(
-                    f"{what} asks for {workers} workers of {num_cpus:g} CPUs and {num_gpus:g} "
-                    f"GPUs, but the cluster has room for {room}: {total.get('CPU', 0):g} CPUs and "
-                    f"{total.get('GPU', 0):g} GPUs on {len(_nodes())} nodes; ask for fewer or "
-                    "smaller workers, or a larger cluster"
-                )
-            ray.autoscaler.sdk.request_resources(bundles=[bundle] * workers)
-            time.sleep(min(_LOOK_EVERY_S, wait_s))
-    finally:
-        if wait_s:
-            # From here on it is the job itself that holds the nodes.
-            ray.autoscaler.sdk.request_resources(bundles=[])
-
-
-def _nodes() -> list[dict[str, Any]]:
-    """Nodes that are alive."""
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _room(num_cpus: float, num_gpus: float) -> int:
-    """How many workers fit at the same time: a worker lies on one node, a part of a GPU on one."""
-    room = 0
-    for node in _nodes():
-        has = node["Resources"]
-        fits = int(has.get("CPU", 0) // num_cpus)
-        if num_gpus:
-            gpus = has.get("GPU", 0)
-            on_gpus = gpus // num_gpus if num_gpus >= 1 else gpus * (1 // num_gpus)
-            fits = min(fits, int(on_gpus))
-        room += fits
-    return room

@@ -16,7 +16,8 @@ from ddray.config import GenerateConfig, ServeConfig
 from ddray.errors import ClusterError, DDRayError
 from ddray.image_plan import ImagePlan
 from ddray.images import ImageSet
-from ddray.runtime.cluster import require
+from ddray.runtime.capacity import node_labels, require
+from ddray.runtime.doctor import preflight
 from ddray.runtime.image_workers import HandleWorker
 from ddray.runtime.pool import Crew
 from ddray.runtime.replica import Stock, StudentReplica
@@ -88,7 +89,8 @@ def _served(plan: ImagePlan, config: GenerateConfig) -> str | None:
 def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
     """Start private replicas."""
     least, most = config.workers
-    require("images", least, plan.threads, config.num_gpus, config.wait_s)
+    require("images", least, plan.threads, config.num_gpus, config.wait_s, config.node_pool)
+    preflight([plan.student], node_pool=config.node_pool)
     deployment = serve.deployment(
         StudentReplica,
         name=STUDENTS,
@@ -111,7 +113,11 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
         max_ongoing_requests=8,
         max_constructor_retry_count=3,
         logging_config={"enable_access_log": False},
-        ray_actor_options={"num_cpus": plan.threads, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": plan.threads,
+            "num_gpus": config.num_gpus,
+            "label_selector": node_labels(config.node_pool),
+        },
     )
     stock = Stock(
         students={_MODEL: plan.student},

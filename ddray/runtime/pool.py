@@ -20,10 +20,14 @@ from typing import Any, Protocol
 from ddray import errors
 from ddray.config import PoolConfig
 from ddray.errors import ClusterError, DDRayError, ShardError
+from ddray.machine import Probe
 from ddray.progress import Progress
 from ddray.run_folder import METRICS_FILE, EventLog, LineLog
-from ddray.runtime.cluster import connect, require
+from ddray.runtime.capacity import node_labels, require
+from ddray.runtime.cluster import connect
+from ddray.runtime.doctor import preflight
 from ddray.runtime.tally import Done, Tally
+from ddray.sharded_set import MANIFEST
 from ddray.storage import Storage
 
 _SHARD_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
@@ -54,6 +58,8 @@ class Crew:
         arguments: that it takes beside the set's URI.
         num_cpus: that each reserves.
         num_gpus: likewise.
+        node_pool: label of the nodes that they may work on; None = any.
+        models: names or URIs that they load.
         shards_at_once: of an actor, each in a thread of its own.
         notes: what the log says of them.
     """
@@ -62,6 +68,8 @@ class Crew:
     arguments: Mapping[str, Any]
     num_cpus: float
     num_gpus: float = 0
+    node_pool: str | None = None
+    models: Sequence[str] = ()
     shards_at_once: int = 1
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -178,7 +186,8 @@ def fill(
         Progress(label, plan.count, "rows", there) as bar,
     ):
         least = min(config.workers[0], len(missing))
-        require(label, least, crew.num_cpus, crew.num_gpus, config.wait_s)
+        require(label, least, crew.num_cpus, crew.num_gpus, config.wait_s, crew.node_pool)
+        preflight(crew.models, [Probe(storage.uri, MANIFEST)], crew.node_pool)
         if ready is not None:
             ready()
         for done in _persist(config, label, crew, shards, events):
@@ -315,6 +324,7 @@ def _run(
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = config.stall_timeout_s
+    context.execution_options.label_selector = node_labels(crew.node_pool)
     # What goes wrong is raised here; Ray Data would print the traces of its own threads as well.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # Ray announces that free keyword arguments will go, but has no other way yet to bound restarts.

@@ -51,18 +51,6 @@ class TrajectoryWorker:
         return len(index)
 
 
-def estimate(config: SampleConfig) -> dict[str, Any]:
-    """What a run will write, for `--dry-run`."""
-    teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
-    plan = make_plan(config, teacher, open_captions(config, teacher))
-    bytes_per_token = np.dtype(plan.token_dtype).itemsize
-    return {
-        "shards": plan.num_shards,
-        "stages_per_image": len(plan.stages),
-        "megabytes": round(plan.count * plan.num_tokens * bytes_per_token / 1e6, 2),
-    }
-
-
 def sample(config: SampleConfig) -> dict[str, Any]:
     """Fill a trajectory set: plan, refuse what cannot work, sample what is missing, prove it whole.
 
@@ -138,7 +126,14 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         # Before the first shard: a run that is killed has made some too.
         write_json(storage, SUMMARY_FILE, {"devices": devices})
 
-    crew = Crew(TrajectoryWorker, {"device": device}, pool.threads, pool.num_gpus)
+    crew = Crew(
+        TrajectoryWorker,
+        {"device": device},
+        pool.threads,
+        pool.num_gpus,
+        pool.node_pool,
+        [plan.teacher],
+    )
     filled = fill("trajectories", trajectories, crew, pool, note_devices)
     summary = {
         "uri": trajectories.uri,

@@ -30,7 +30,8 @@ from ddray.config import MAX_IMAGES, ServeConfig, load_config
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
-from ddray.runtime.cluster import require
+from ddray.runtime.capacity import node_labels, require
+from ddray.runtime.doctor import preflight
 from ddray.runtime.ingress import Doors, Ingress
 from ddray.runtime.replica import Stock, StudentReplica
 from ddray.serving_api import ModelCard
@@ -152,7 +153,11 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         health_check_timeout_s=max(1.0, min(10.0, config.request_timeout_s / 6)),
         # What is under way may finish; what takes longer is begun again elsewhere.
         graceful_shutdown_timeout_s=min(config.request_timeout_s, _STOP_WAIT_S),
-        ray_actor_options={"num_cpus": config.threads, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.threads,
+            "num_gpus": config.num_gpus,
+            "label_selector": node_labels(config.node_pool),
+        },
         **number,
     )
 
@@ -213,8 +218,13 @@ def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
         teacher=teacher,
         size=f"{side}x{side}",
     )
+    return card, _place(student)
+
+
+def _place(student: str) -> str:
+    """The student in words that mean the same on every node."""
     everywhere = student in BUNDLED_MODELS or "://" in student
-    return card, student if everywhere else os.path.abspath(student)
+    return student if everywhere else os.path.abspath(student)
 
 
 def _check_encoder(encoder: str, student: str, needed: int) -> None:
@@ -246,7 +256,15 @@ def run(config: ServeConfig) -> str:
     """
     application, served = build_app(config), ", ".join(config.student)
     least = max(1, config.replicas[0])
-    require(f"serving {served}", least, config.threads, config.num_gpus)
+    require(
+        f"serving {served}",
+        least,
+        config.threads,
+        config.num_gpus,
+        config.wait_s,
+        config.node_pool,
+    )
+    preflight([_place(name) for name in config.student], node_pool=config.node_pool)
     # Serve tells each step of its start on the terminal of who starts it.
     log.setLevel(logging.WARNING)
     found = serve.status()

@@ -22,6 +22,7 @@ from ddray.config import DistillConfig
 from ddray.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from ddray.generate import Teacher
 from ddray.inspect_set import trainable_shards
+from ddray.machine import Probe
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import continue_student, load_teacher
 from ddray.perceptual import with_lpips_checked
@@ -37,11 +38,14 @@ from ddray.run_folder import (
     read_lines,
     write_json,
 )
-from ddray.runtime.cluster import connect, require
+from ddray.runtime.capacity import node_labels, require
+from ddray.runtime.cluster import connect
+from ddray.runtime.doctor import preflight
 from ddray.runtime.training_worker import STUDENT_FOLDER, work
 from ddray.runtime.watchdog import Board
 from ddray.schedule import default_schedule
 from ddray.shard_order import default_lanes
+from ddray.sharded_set import MANIFEST
 from ddray.shards import TrajectorySet
 from ddray.storage import NotFoundError, Storage, open_storage
 from ddray.student_check import BEST_FOLDER, PICTURES_FOLDER, check_student, require_classes
@@ -72,6 +76,8 @@ _FREE_TO_CHANGE = {
     "workers",
     "threads",
     "use_gpu",
+    "node_pool",
+    "wait_s",
     "activation_checkpointing",
     "compile",
     "checkpoint_every",
@@ -231,7 +237,16 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     storage = open_storage(config.out)
     _check_list(storage, name)
     with connect(), EventLog(storage, workers=config.workers, steps=config.steps) as events:
-        require("distillation", config.workers[0], config.threads, int(config.use_gpu))
+        require(
+            "distillation",
+            config.workers[0],
+            config.threads,
+            int(config.use_gpu),
+            config.wait_s,
+            config.node_pool,
+        )
+        probes = [Probe(config.data, MANIFEST, writable=False), Probe(config.out, CONFIG_FILE)]
+        preflight([config.teacher or trajectories.plan.teacher], probes, config.node_pool)
         step = _fit(config, name, job, config.teacher or trajectories.plan.teacher, events)
     history = read_history(config.out)
     last = history[-1] if history else {}
@@ -304,6 +319,7 @@ def _fit(
             num_workers=most if fewest == most else config.workers,
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.threads} | ({"GPU": 1} if config.use_gpu else {}),
+            label_selector=node_labels(config.node_pool) or None,
         ),
         run_config=RunConfig(
             name=name,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ddray.config import (
     DistillConfig,
@@ -254,10 +255,26 @@ JOBS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
-def test_every_job_in_the_repository_is_one_and_names_the_verb_that_it_is_for(file: Path) -> None:
+def test_every_job_in_the_repository_is_one_and_says_how_it_is_submitted(file: Path) -> None:
     model, _, verb = file.stem.rpartition("-")
+    command = f"--working-dir jobs -- python {verb}.py --config configs/{file.name}"
+    assert command in file.read_text()
+    assert (file.parents[1] / f"{verb}.py").is_file()
+    if verb == "pipeline":
+        parts = yaml.safe_load(file.read_text())
+        assert isinstance(parts.pop("overlap"), bool)
+        assert parts == {stage: f"{model}-{stage}.yaml" for stage in parts}
+        assert all(file.with_name(name).is_file() for name in parts.values())
+        return
     config = load_config(KINDS[verb], file=file)
-    assert f"ddray {verb} --config jobs/configs/{file.name}" in file.read_text()
+    if isinstance(config, SampleConfig):
+        return
+    sampled = load_config(SampleConfig, file=file.with_name(f"{model}-sample.yaml"))
     if isinstance(config, DistillConfig):
-        sampled = load_config(SampleConfig, file=file.with_name(f"{model}-sample.yaml"))
+        assert config.data == sampled.out
+        return
+    trained = load_config(DistillConfig, file=file.with_name(f"{model}-distill.yaml"))
+    student = config.student  # type: ignore[attr-defined]
+    assert student in (f"{trained.out}/student", (f"{trained.out}/student",))
+    if isinstance(config, EvaluateConfig):
         assert config.data == sampled.out

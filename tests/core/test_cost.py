@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.conditioning import Captions
 from ddray.config import DistillConfig
-from ddray.cost import estimate, forward_flops, memory, mfu, step_flops
+from ddray.cost import estimate_distill, forward_flops, memory, mfu, step_flops
 from ddray.distill import recompute_activations
 from ddray.errors import ConfigError
 from ddray.losses import distillation_loss
@@ -132,12 +132,12 @@ def test_utilisation_is_a_share_of_the_peak_of_known_devices() -> None:
 
 def test_an_estimate_needs_no_weights_and_no_set() -> None:
     job = {"data": "/nowhere", "use_gpu": True, "batch_size": 256, "precision": "bfloat16"}
-    told = estimate(DistillConfig(teacher="var-d16", workers=8, **job))  # type: ignore[arg-type]
+    told = estimate_distill(DistillConfig(teacher="var-d16", workers=8, **job))  # type: ignore[arg-type]
     assert told["student"] == "328.2 million parameters"
     # Three times the forward pass of 256 rows, 1000 steps, at 0.4 x 989 teraflops.
     hours = 3 * 256 * forward_flops(empty_student("var-d16")) * 1000 / (0.4 * 989e12) / 3600
     assert told["gpu_hours"].startswith(f"{hours:.3g} of H100s")
-    unknown = estimate(DistillConfig(**job))  # type: ignore[arg-type]
+    unknown = estimate_distill(DistillConfig(**job))  # type: ignore[arg-type]
     assert unknown["cost"].startswith("unknown without set or teacher: ")
     with pytest.raises(ConfigError, match="no student is known for family 'var-dd'"):
-        estimate(DistillConfig(teacher="digits-var-dd", **job))  # type: ignore[arg-type]
+        estimate_distill(DistillConfig(teacher="digits-var-dd", **job))  # type: ignore[arg-type]

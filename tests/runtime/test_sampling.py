@@ -16,7 +16,7 @@ from ddray.checkpoint import load_folder, save_folder
 from ddray.config import PoolConfig
 from ddray.errors import ClusterError, ConfigError, ShardError, StorageError
 from ddray.recompute import recompute
-from ddray.runtime.cluster import require
+from ddray.runtime.capacity import require
 from ddray.runtime.pool import Crew, fill
 from ddray.runtime.repair import repair
 from ddray.runtime.sampling import TrajectoryWorker, sample

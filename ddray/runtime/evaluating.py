@@ -1,0 +1,48 @@
+"""Evaluation on a node of the cluster that a job was submitted to.
+
+Imports ddray.config, evaluate, capacity, cluster and doctor.
+"""
+
+import os
+
+import torch
+
+from ddray.config import EvaluateConfig
+from ddray.errors import ClusterError, one_line
+from ddray.evaluate import Evaluation, evaluate
+from ddray.runtime.capacity import node_labels, require
+from ddray.runtime.cluster import connect
+from ddray.runtime.doctor import preflight
+
+_RETRIES = 2
+
+
+def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:
+    """As `ddray.evaluate.evaluate`, in a task with the threads that the job asks for.
+
+    The driver of a job runs on the head, where work has no place.
+
+    Raises:
+        ClusterError: if the cluster cannot be reached, or has no room.
+        DDRayError: what `evaluate` raises.
+    """
+    threads = config.threads or os.cpu_count() or 1
+
+    def task() -> Evaluation:
+        torch.set_num_threads(threads)
+        return evaluate(config)
+
+    models = [model for model in (config.student, config.teacher) if model]
+    with connect():
+        import ray
+
+        require("evaluation", 1, threads, 0, config.wait_s, config.node_pool)
+        preflight(models, node_pool=config.node_pool)
+        asked = {"num_cpus": threads, "max_retries": _RETRIES}
+        labels = node_labels(config.node_pool)
+        try:
+            return ray.get(ray.remote(**asked, label_selector=labels)(task).remote())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"the evaluation was lost: {one_line(error)}") from error
