@@ -308,7 +308,7 @@ class EvaluateConfig(Job):
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     batch_size: CountT = 200
     threads: CountT | None = Field(
-        None, description="on a cluster; absent = as many as the driver's machine has cores"
+        None, description="on a cluster; absent = 1, elsewhere all cores"
     )
     node_pool: NodePool = None
     wait_s: WaitS = None

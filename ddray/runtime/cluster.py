@@ -34,6 +34,15 @@ SERVE_ENVIRONMENT = {
     # elsewhere, and in time, where waiting for it would use up the deadline of its requests.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }
+CLUSTER_ENVIRONMENT = {
+    **KEEP_FREED_MEMORY,
+    **SERVE_ENVIRONMENT,
+    # Workers at the priority of all else, not at nice 15.
+    "RAY_worker_niceness": "0",
+    # From `ray job stop` to a kill, s: a training writes its last checkpoint.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+}
+"""What Ray's own processes must find in their environment on every node; the image sets it."""
 # Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
 _SHORT_TEMP = "/tmp"
 

@@ -3,8 +3,6 @@
 Imports ddray.config, evaluate, capacity, cluster and doctor.
 """
 
-import os
-
 import torch
 
 from ddray.config import EvaluateConfig
@@ -26,7 +24,7 @@ def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:
         ClusterError: if the cluster cannot be reached, or has no room.
         DDRayError: what `evaluate` raises.
     """
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or 1
 
     def task() -> Evaluation:
         torch.set_num_threads(threads)
