@@ -116,14 +116,13 @@ def versions() -> dict[str, str]:
 def differences(here: Machine, there: Machine) -> list[str]:
     """What two machines do not agree on, for people.
 
-    Of Python, Ray asks for the same minor version; of packages, tokens depend on the exact one.
+    Of Python, Ray asks for the same minor version; of packages, tokens depend on the release, of
+    which nodes with and without GPUs may have different builds.
     """
     found = []
     for name, version in here.versions.items():
         other = there.versions.get(name, "missing")
-        whole = name != "python"
-        same = version == other if whole else version.split(".")[:2] == other.split(".")[:2]
-        if not same:
+        if _release(name, version) != _release(name, other):
             found.append(f"{name} is {other} there and {version} here; use one image for all")
     if not found and here.ddray_code != there.ddray_code:
         found.append(
@@ -131,6 +130,12 @@ def differences(here: Machine, there: Machine) -> list[str]:
             f"{here.ddray_path} here; use one image, or submit with one working directory"
         )
     return found
+
+
+def _release(name: str, version: str) -> str:
+    """What of a version must be the same."""
+    minor = name == "python"
+    return ".".join(version.split(".")[:2]) if minor else version.partition("+")[0]
 
 
 def shortcomings(

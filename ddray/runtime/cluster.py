@@ -7,14 +7,16 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ddray import __version__
-from ddray.errors import ClusterError, one_line
+from ddray.errors import ClusterError, StoppedError, one_line
 
 # Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core
 # still leaves room for Ray's own light tasks; without them its reads would wait for ever.
@@ -83,11 +85,30 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
     temp = None if address else tempfile.mkdtemp(prefix="ddray-", dir=_SHORT_TEMP)
     try:
         _start(address, temp, metrics_port)
-        yield
+        with _terminable():
+            yield
     finally:
         ray.shutdown()
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within, SIGTERM (`ray job stop`) ends the process in order; Ray would dump its stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        print("ddray: terminated; what is written stays", file=sys.stderr, flush=True)
+        sys.exit(StoppedError.exit_code)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _start(address: str | None, temp: str | None, metrics_port: int | None) -> None:
