@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+import ddray
 from ddray.shards import TrajectorySet
 from tests.chaos.hosts import Host, hosts
 from tests.chaos.job import write_set
@@ -31,10 +32,25 @@ _QUICK = {
 
 @dataclass
 class Network:
-    """A head on the first host, and a node on each of the others."""
+    """A head on the first host, and nodes on others."""
 
     head: RayHead
     hosts: list[Host]
+    nodes: list[subprocess.Popen[bytes]]
+
+    def add_node(self, host: Host, *before: str) -> subprocess.Popen[bytes]:
+        """`ray start` on a host, after other commands if need be."""
+        command = [*host.enter, *before, str(BIN / "ray"), "start", "--block", "--num-cpus=1"]
+        command += [f"--address={self.head.address}", f"--node-ip-address={host.address}"]
+        command += ["--object-store-memory=104857600", "--disable-usage-stats"]
+        with (self.head.folder / f"{host.namespace}.log").open("wb") as log:
+            return subprocess.Popen(
+                command,
+                env=self.head.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """`ddray ...` on the head's host."""
@@ -53,39 +69,37 @@ class Network:
 @pytest.fixture
 def network() -> Iterator[Network]:
     """A head without CPUs, and two hosts of one each; the machine's disk is what they share."""
+    with _network() as network:
+        for host in network.hosts[1:]:
+            network.nodes.append(network.add_node(host))
+        yield network
+
+
+@contextlib.contextmanager
+def _network() -> Iterator[Network]:
+    """A head on the first of three hosts; what nodes are added end with it."""
     with contextlib.ExitStack() as stack:
-        first, *others = stack.enter_context(hosts(3))
+        made = stack.enter_context(hosts(3))
         # Collectives find each other by the address of a card, not by the machine's name.
         names = {**_QUICK, "GLOO_SOCKET_IFNAME": "eth0"}
         head = stack.enter_context(
-            ray_head(num_cpus=0, ip=first.address, prefix=first.enter, **names)
+            ray_head(num_cpus=0, ip=made[0].address, prefix=made[0].enter, **names)
         )
-        for host in others:
-            started = [*host.enter, str(BIN / "ray"), "start", "--block", "--num-cpus=1"]
-            started += [f"--address={head.address}", f"--node-ip-address={host.address}"]
-            started += ["--object-store-memory=104857600", "--disable-usage-stats"]
-            with (head.folder / f"{host.namespace}.log").open("wb") as log:
-                node = subprocess.Popen(
-                    started,
-                    env=head.environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            stack.callback(end, node)
-        yield Network(head, [first, *others])
+        network = Network(head, made, [])
+        try:
+            yield network
+        finally:
+            for node in network.nodes:
+                end(node)
 
 
-@pytest.fixture
-def running(network: Network) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    jobs: list[subprocess.Popen[str]] = []
-
-    def begin(*arguments: str) -> subprocess.Popen[str]:
-        jobs.append(network.start(*arguments))
-        return jobs[-1]
-
-    yield begin
-    for job in jobs:
+@contextlib.contextmanager
+def _running(network: Network, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A job; what a failed test leaves of it is ended."""
+    job = network.start(*arguments)
+    try:
+        yield job
+    finally:
         if job.poll() is None:
             for process in (*psutil.Process(job.pid).children(recursive=True), job):
                 with contextlib.suppress(psutil.Error):
@@ -108,29 +122,16 @@ def _until(job: subprocess.Popen[str], condition: Callable[[], object]) -> None:
 
 
 def test_sampling_runs_across_hosts_and_survives_one_that_is_cut_off(
-    network: Network,
-    running: Callable[..., subprocess.Popen[str]],
-    teacher: str,
-    tmp_path: Path,
+    network: Network, teacher: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "set"
     sizes = ("--count", "160", "--shard-rows", "8", "--batch-size", "8", "--num-evals", "2400")
-    job = running(
-        "sample",
-        "--teacher",
-        teacher,
-        "--out",
-        str(out),
-        *sizes,
-        "--workers",
-        "2",
-        "--wait-s",
-        "60",
-    )
-    shards = out / "shards"
-    _until(job, lambda: len(list(shards.glob("*.parquet"))) >= 6)
-    network.hosts[2].cut_off()
-    stdout, stderr = job.communicate(timeout=400)
+    where = ("--teacher", teacher, "--out", str(out), "--workers", "2", "--wait-s", "60")
+    with _running(network, "sample", *where, *sizes) as job:
+        shards = out / "shards"
+        _until(job, lambda: len(list(shards.glob("*.parquet"))) >= 6)
+        network.hosts[2].cut_off()
+        stdout, stderr = job.communicate(timeout=400)
     assert job.returncode == 0, stderr
     assert json.loads(stdout)["rows"] == 160
     assert TrajectorySet.open(str(out)).verify().ok
@@ -139,22 +140,58 @@ def test_sampling_runs_across_hosts_and_survives_one_that_is_cut_off(
 
 
 def test_training_runs_across_hosts_and_goes_on_without_one_that_is_cut_off(
-    network: Network,
-    running: Callable[..., subprocess.Popen[str]],
-    teacher: str,
-    tmp_path: Path,
+    network: Network, teacher: str, tmp_path: Path
 ) -> None:
     data, out = write_set(teacher, tmp_path / "set"), tmp_path / "run"
-    where = ("--data", str(data), "--out", str(out))
+    where = ("--data", str(data), "--out", str(out), "--workers", "1:2", "--wait-s", "60")
     sizes = ("--batch-size", "64", "--threads", "1", "--schedule", "0,8", "--log-every", "1")
-    often = ("--checkpoint-every", "50", "--step-timeout-s", "20", "--wait-s", "60")
-    job = running("distill", *where, *sizes, *often, "--steps", "1200", "--workers", "1:2")
-    metrics = out / "metrics.jsonl"
-    _until(job, lambda: len(list(out.glob("checkpoints-*/checkpoint_*"))) >= 1)
-    network.hosts[2].cut_off()
-    stdout, stderr = job.communicate(timeout=400)
+    often = ("--steps", "1200", "--checkpoint-every", "50", "--step-timeout-s", "20")
+    with _running(network, "distill", *where, *sizes, *often) as job:
+        _until(job, lambda: len(list(out.glob("checkpoints-*/checkpoint_*"))) >= 1)
+        network.hosts[2].cut_off()
+        stdout, stderr = job.communicate(timeout=400)
     assert job.returncode == 0, stderr
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert sorted(set(steps)) == list(range(1, 1201))
-    begun = _events(out, "resumed") or _events(out, "restarted")
-    assert begun, os.listdir(out)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert sorted({json.loads(line)["step"] for line in lines}) == list(range(1, 1201))
+    assert _events(out, "resumed"), (out / "events.jsonl").read_text()
+
+
+def _mounting(*arguments: object) -> list[str]:
+    """What stands before a command that is to see a disk of its own somewhere."""
+    mount = " ".join(map(str, arguments))
+    return ["unshare", "--mount", "sh", "-c", f'mount {mount} && exec "$@"', "sh"]
+
+
+def test_what_only_the_head_has_is_named_before_any_work(teacher: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.copytree(teacher, mine / "teacher")
+    package, older = Path(ddray.__file__).parent, tmp_path / "older"
+    shutil.copytree(package, older)
+    init = older / "__init__.py"
+    init.write_text(init.read_text().replace(ddray.__version__, "0.0.9"))
+    with _network() as network:
+        node = network.hosts[1]
+        network.nodes.append(network.add_node(node, *_mounting("-t", "tmpfs", "tmpfs", mine)))
+        another = f"node {node.address}: {mine}/set is another folder there than on the driver's"
+        for model, out, message in (
+            (teacher, mine / "set", another),
+            (mine / "teacher", tmp_path / "a", f"cannot read {mine}/teacher: no model"),
+        ):
+            flags = ("--teacher", str(model), "--out", str(out), "--wait-s", "60")
+            with _running(network, "sample", *flags) as job:
+                _, stderr = job.communicate(timeout=200)
+            assert job.returncode == 1, stderr
+            assert message in stderr
+            assert "Traceback" not in stderr
+        other = network.hosts[2]
+        network.nodes.append(network.add_node(other, *_mounting("--bind", older, package)))
+        wait = ("--wait-s", "60", "--workers", "2", "--out", str(tmp_path / "b"))
+        with _running(network, "sample", "--teacher", teacher, *wait) as job:
+            _, stderr = job.communicate(timeout=200)
+        assert f"node {other.address}: ddray is 0.0.9 there and {ddray.__version__} here" in stderr
+        with _running(network, "doctor", "--uri", str(mine)) as job:
+            stdout, _ = job.communicate(timeout=200)
+        assert job.returncode == 1
+        assert f"{mine} is another folder there" in stdout
+        assert "ddray is 0.0.9 there" in stdout
