@@ -186,7 +186,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         tree = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
+            process.wait(timeout=6)
         for child in (*tree, *_session(process.pid)):
             with contextlib.suppress(psutil.Error):
                 child.kill()
