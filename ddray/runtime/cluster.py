@@ -74,9 +74,9 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         for name, value in (KEEP_FREED_MEMORY | SERVE_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
-        # Ray's C++ core reports at ERROR level, past Python's logging, what is no error to anybody
-        # (that a pool's actors may restart). What does go wrong reaches us as an exception.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray's C++ core reports at ERROR level, past Python's logging, what is no error to anybody
+    # (that a pool's actors may restart). What does go wrong reaches us as an exception.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():

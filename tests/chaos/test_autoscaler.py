@@ -143,16 +143,18 @@ def test_sampling_brings_its_nodes_up_survives_one_and_lets_them_go(
 def test_what_no_growth_can_bring_is_refused_at_once_and_brings_up_nothing(
     growing: RayHead, start: Callable[..., Job], teacher: str, tmp_path: Path
 ) -> None:
-    sampling = ("sample", "--teacher", teacher, "--out", str(tmp_path / "set"))
-    for flags, message in (
+    sizes = ("--count", "80", "--shard-rows", "8", "--batch-size", "8")
+    cases = (
         (("--workers", f"{2 * _MOST_NODES + 1}"), "asks for 7 workers of 1 CPUs"),
         (("--node-pool", "sampling", "--workers", f"{_MOST_NODES + 1}"), "asks for 4 workers"),
         (("--threads", "2"), "asks for 1 workers of 2 CPUs and 0 GPUs"),
         (("--num-gpus", "1"), "asks for 1 workers of 1 CPUs and 1 GPUs"),
         (("--node-pool", "training"), f"on nodes with the label {NODE_POOL_LABEL}=training"),
-    ):
-        began = time.monotonic()
-        status, _, stderr = _job(start, growing, *sampling, *flags).end()
+    )
+    for number, (flags, message) in enumerate(cases):
+        out, began = str(tmp_path / f"set-{number}"), time.monotonic()
+        sampling = ("sample", "--teacher", teacher, "--out", out, *sizes, *flags)
+        status, _, stderr = _job(start, growing, *sampling).end()
         assert status == 1, stderr
         assert message in stderr
         assert "more than this cluster can grow to" in stderr

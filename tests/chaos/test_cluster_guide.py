@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import ddray
+from ddray.images import ImageSet
+from ddray.shards import TrajectorySet
 from tests.chaos.ray_head import BIN, ROOT, free_port, ray_head
 
 pytestmark = pytest.mark.chaos
@@ -44,7 +47,14 @@ def test_from_a_head_to_a_served_student_by_submitted_jobs_alone(tmp_path: Path)
         )
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed
+        assert running.status("digits") == "STOPPED"
+        unpacked = running.folder.glob("session_latest/runtime_resources/working_dir_files/*/**/*")
+        assert 1e3 < sum(file.stat().st_size for file in unpacked) < 1e6
     assert "all is well" in printed
-    assert printed.count("succeeded") >= 5
+    assert len(re.findall(r"Job '\w+' succeeded", printed)) == 5
+    assert f"ddray {ddray.__version__} from " in printed
+    assert TrajectorySet.open(f"{out}/digits/trajectories").verify().ok
+    assert ImageSet.open(f"{out}/digits/images").verify().ok
+    assert (out / "digits" / "evaluation" / "report.html").is_file()
     assert (tmp_path / "seven.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(out)) == ["digits"]

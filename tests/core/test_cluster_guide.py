@@ -36,12 +36,11 @@ def test_a_job_of_the_guide_is_one_with_sound_flags(
     options, _, entrypoint = line.partition(" -- ")
     assert "--working-dir jobs" in options
     monkeypatch.chdir(ROOT / "jobs")
-    python, script, *arguments = shlex.split(entrypoint)
-    assert python == "python"
-    if script == "-m":
-        module, *arguments = arguments
-        assert (module, arguments[0]) == ("ddray.cli", "doctor")
+    program, script, *arguments = shlex.split(entrypoint)
+    if program == "ddray":
+        arguments = [script, *arguments]
     else:
+        assert program == "python"
         assert Path(script).is_file()
         verb = Path(script).stem
         if verb == "pipeline":
