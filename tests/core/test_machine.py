@@ -59,7 +59,7 @@ def test_machines_must_agree_on_versions(name: str, version: str, message: str |
 
 
 def test_machines_must_agree_on_the_files_of_one_version() -> None:
-    (found,) = differences(SOUND, dataclasses.replace(SOUND, ddray_code="abd", ddray_path="/srv"))
+    (found,) = differences(SOUND, dataclasses.replace(SOUND, ddray_code="xyz", ddray_path="/srv"))
     assert "ddray 0.1.0 differs in its files: /srv there, /opt/ddray here" in found
 
 
