@@ -409,6 +409,7 @@ class DoctorConfig(Job):
     )
     uri: Texts = Field((), description="locations that every node must read and write; with commas")
     node_pool: NodePool = None
+    wait_s: WaitS = None
 
 
 class QuickstartConfig(Job):

@@ -61,7 +61,7 @@ class Machine:
         free_disk: share of the disk of Ray's folder that is free, 0 to 1.
         clock_s: its time, seconds since 1970.
         gpus: (name, bytes) of each GPU that its driver lists.
-        usable_gpus: how many PyTorch can use; None if no driver lists any.
+        usable_gpus: how many PyTorch can use; None if that was not asked.
         troubles: what it cannot reach, for people.
     """
 
@@ -78,13 +78,19 @@ class Machine:
     troubles: list[str] = field(default_factory=list)
 
 
-def examine(temp_folder: str, models: Sequence[str] = (), probes: Sequence[Probe] = ()) -> Machine:
+def examine(
+    temp_folder: str,
+    models: Sequence[str] = (),
+    probes: Sequence[Probe] = (),
+    use_gpu: bool = True,
+) -> Machine:
     """Look at the machine that this runs on.
 
     Args:
         temp_folder: where Ray keeps what it spills.
         models: names, or URIs of model folders, that it must be able to read.
         probes: files that it must find.
+        use_gpu: whether its GPUs, if it has any, are to compute.
     """
     gpus = _gpus()
     return Machine(
@@ -97,8 +103,8 @@ def examine(temp_folder: str, models: Sequence[str] = (), probes: Sequence[Probe
         free_disk=_free(temp_folder),
         clock_s=time.time(),
         gpus=gpus,
-        usable_gpus=_usable_gpus() if gpus else None,
-        troubles=[*_unreadable(models, gpus), *_unshared(probes)],
+        usable_gpus=_usable_gpus() if gpus and use_gpu else None,
+        troubles=[*_unreadable(models, gpus if use_gpu else []), *_unshared(probes)],
     )
 
 
@@ -158,10 +164,10 @@ def shortcomings(
             f"Ray counts {gpus:g} GPUs and the driver lists {len(machine.gpus)}; "
             "start Ray with the right --num-gpus, and containers with their GPUs"
         )
-    elif machine.usable_gpus is not None and machine.usable_gpus < len(machine.gpus):
+    elif machine.usable_gpus is not None and machine.usable_gpus < gpus:
         errors.append(
             f"PyTorch {machine.versions.get('torch')} can use {machine.usable_gpus} of "
-            f"{len(machine.gpus)} GPUs; its build and the driver's version must fit"
+            f"{gpus:g} GPUs; its build and the driver's version must fit"
         )
     if machine.shm_bytes is not None and machine.shm_bytes < object_store_bytes:
         warnings.append(
@@ -217,8 +223,11 @@ def _gpus() -> list[tuple[str, int]]:
 
 def _usable_gpus() -> int:
     """How many PyTorch finds, in a process that sees them all."""
-    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    # Without a context PyTorch counts by NVML, for which any driver is new enough.
+    hidden = ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    code = "import torch.cuda as c; print(c.device_count() if c.is_available() else 0)"
+    command = [sys.executable, "-c", code]
     try:
         counted = subprocess.run(
             command, capture_output=True, text=True, timeout=_COMMAND_S, env=environment, check=True
@@ -244,7 +253,10 @@ def _unreadable(models: Sequence[str], gpus: list[tuple[str, int]]) -> list[str]
             troubles.append(f"cannot read {model}: {one_line(error)}")
             continue
         needed = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-        for what, has in [("memory", _memory()), *(("GPU memory", size) for _, size in gpus[:1])]:
+        limits = [("memory", float(_memory()))]
+        if gpus:  # where weights may be half of what they are in the file
+            limits.append(("GPU memory", 2.0 * min(size for _, size in gpus)))
+        for what, has in limits:
             if needed > has:
                 troubles.append(
                     f"{model} has {needed / _GB:.1f} GB of weights and there are "

@@ -29,14 +29,41 @@ def start(stage: str, file: Path, *flags: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command)
 
 
+def stop(running: list[subprocess.Popen[bytes]]) -> None:
+    """Tell all that run to end, and wait until they have."""
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    for process in running:
+        process.wait()
+
+
 def wait(running: list[subprocess.Popen[bytes]]) -> int:
-    """Exit status: 0, or that of the first process that fails; the others are told to stop then."""
+    """Exit status: 0, or that of the first process that fails."""
     while any(process.poll() is None for process in running):
         if any(process.poll() for process in running):
-            for process in running:
-                process.terminate()
+            break
         time.sleep(0.2)
     return next((process.returncode for process in running if process.returncode), 0)
+
+
+def run(files: dict[str, Path], overlap: bool, running: list[subprocess.Popen[bytes]]) -> int:
+    """Exit status: that of the first stage that fails, or 0."""
+    for stage in (stage for stage in STAGES if stage in files):
+        beside = overlap and stage == "sample"
+        # A set can be followed as soon as it has a plan.
+        out = yaml.safe_load(files[stage].read_text("utf-8"))["out"] if beside else None
+        flags = ["--follow"] if overlap and stage == "distill" else []
+        running.append(start(stage, files[stage], *flags))
+        if out is not None:
+            while running[0].poll() is None and not open_storage(out).exists("manifest.json"):
+                time.sleep(1)
+            if not running[0].poll():
+                continue
+        if status := wait(running):
+            return status
+        running.clear()
+    return 0
 
 
 def main() -> int:
@@ -50,25 +77,12 @@ def main() -> int:
     if unknown := set(files) - set(STAGES):
         sys.exit(f"{path}: no stage is called {', '.join(sorted(unknown))}; there are {STAGES}")
     running: list[subprocess.Popen[bytes]] = []
-
-    def stop(number: int, frame: object) -> None:
-        for process in running:
-            process.send_signal(number)
-
-    signal.signal(signal.SIGTERM, stop)
-    for stage in (stage for stage in STAGES if stage in files):
-        follows = stage == "distill" and overlap
-        running.append(start(stage, files[stage], *(["--follow"] if follows else [])))
-        if stage == "sample" and overlap:
-            # A set can be followed as soon as it has a plan.
-            out = open_storage(yaml.safe_load(files[stage].read_text("utf-8"))["out"])
-            while running[0].poll() is None and not out.exists("manifest.json"):
-                time.sleep(1)
-        elif status := wait(running):
-            return status
-        else:
-            running.clear()
-    return wait(running)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return run(files, overlap, running)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stop(running)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def require(
     demand = _Demand(workers, bundle, labels)
     try:
         while _room(num_cpus, num_gpus, labels) < workers:
-            if demand.is_beyond_reach() and not _busy(*bundle):
+            if demand.is_beyond_reach() and not _busy(labels, "GPU" if num_gpus else "CPU"):
                 raise refusal("more than this cluster can grow to; now")
             if time.monotonic() >= deadline:
                 raise refusal(f"but after {wait_s:g} s")
@@ -113,12 +113,15 @@ def _autoscaler_state() -> Any:
     return state if state.autoscaler_state_version else None
 
 
-def _busy(*names: str) -> bool:
-    """Whether anybody uses the scarcest of some resources: then nodes may become free."""
-    import ray
+def _busy(labels: dict[str, str], name: str) -> bool:
+    """Whether anybody uses such nodes: then they may become free."""
+    from ray._private.state import available_resources_per_node
 
-    name = "GPU" if "GPU" in names else "CPU"
-    return bool(ray.available_resources().get(name, 0) < ray.cluster_resources().get(name, 0))
+    free = available_resources_per_node()
+    return any(
+        free.get(node["NodeID"], {}).get(name, 0) < node["Resources"].get(name, 0)
+        for node in nodes_with(labels)
+    )
 
 
 def nodes_with(labels: dict[str, str]) -> list[dict[str, Any]]:
@@ -139,15 +142,37 @@ def _there(num_cpus: float, num_gpus: float, labels: dict[str, str]) -> str:
     )
 
 
+def most_of(
+    workers: int, num_cpus: float, num_gpus: float, node_pool: str | None
+) -> tuple[float, float]:
+    """CPUs and GPUs of as many nodes as so many workers need, by the largest node there is.
+
+    Where a library asks for whole nodes of every kind, this is what it may ask for at most.
+    """
+    nodes = nodes_with(node_labels(node_pool))
+    largest = max(nodes, key=lambda node: _fits(node, num_cpus, num_gpus))
+    needed = -(-workers // max(1, _fits(largest, num_cpus, num_gpus)))
+    has = largest["Resources"]
+    return needed * has.get("CPU", 0), needed * has.get("GPU", 0)
+
+
 def _room(num_cpus: float, num_gpus: float, labels: dict[str, str]) -> int:
-    """How many workers fit at the same time: a worker lies on one node, a part of a GPU on one."""
-    room = 0
-    for node in nodes_with(labels):
-        has = node["Resources"]
-        fits = int(has.get("CPU", 0) // num_cpus)
-        if num_gpus:
-            gpus = has.get("GPU", 0)
-            on_gpus = gpus // num_gpus if num_gpus >= 1 else gpus * (1 // num_gpus)
-            fits = min(fits, int(on_gpus))
-        room += fits
-    return room
+    """How many workers fit at the same time."""
+    return sum(_fits(node, num_cpus, num_gpus) for node in nodes_with(labels))
+
+
+def _fits(node: dict[str, Any], num_cpus: float, num_gpus: float) -> int:
+    """How many workers fit on a node: each lies on one, and a part of a GPU on one GPU."""
+    has = node["Resources"]
+    fits = int(has.get("CPU", 0) // num_cpus)
+    if num_gpus:
+        gpus = has.get("GPU", 0)
+        on_gpus = gpus // num_gpus if num_gpus >= 1 else gpus * (1 // num_gpus)
+        fits = min(fits, int(on_gpus))
+    return fits
+
+
+def workable(num_cpus: float, num_gpus: float, node_pool: str | None) -> list[dict[str, Any]]:
+    """Nodes on which a worker fits, as `ray.nodes` tells of them."""
+    nodes = nodes_with(node_labels(node_pool))
+    return [node for node in nodes if _fits(node, num_cpus, num_gpus)]

@@ -101,6 +101,9 @@ def _terminable() -> Iterator[None]:
         return
 
     def stop(number: int, frame: object) -> None:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # what is on its way out is not to be told again
         print("ddray: terminated; what is written stays", file=sys.stderr, flush=True)
         sys.exit(StoppedError.exit_code)
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ddray import __version__
 from ddray.config import DoctorConfig
-from ddray.errors import ClusterError, StorageError
+from ddray.errors import ClusterError, StorageError, one_line
 from ddray.machine import Machine, Probe, differences, examine, shortcomings
-from ddray.runtime.capacity import node_labels, nodes_with
+from ddray.runtime.capacity import node_labels, nodes_with, require
 from ddray.runtime.cluster import connect
 from ddray.storage import open_storage, temporary_name
 
@@ -30,37 +31,42 @@ class Patient:
         machine: what it said; None if it did not answer.
         errors: with which jobs fail, for people.
         warnings: that may explain a slow job.
+        silent: whether it did not answer at all.
     """
 
     address: str
     machine: Machine | None
     errors: list[str]
     warnings: list[str]
+    silent: bool = False
 
 
 def preflight(
-    models: Sequence[str], probes: Sequence[Probe] = (), node_pool: str | None = None
+    nodes: Sequence[dict[str, Any]],
+    models: Sequence[str],
+    probes: Sequence[Probe] = (),
+    use_gpu: bool = False,
 ) -> None:
     """Refuse a job whose nodes cannot do it, before it holds any GPU.
 
     Costs a few seconds on a cluster of several nodes, and nothing on one.
 
     Args:
+        nodes: on which its workers may run, as `ray.nodes` tells of them.
         models: names or URIs that the workers will load.
         probes: files that they must find, with what lies beside them.
-        node_pool: of the workers.
+        use_gpu: whether they compute on GPUs.
 
     Raises:
         ClusterError: with the first node's first trouble.
     """
     import ray
 
-    nodes = nodes_with(node_labels(node_pool))
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
         return
-    for patient in _examine(nodes, models, probes):
-        # A node that does not answer may be one that was just taken away: no reason to stop.
-        if patient.machine is not None and patient.errors:
+    for patient in _examine(nodes, models, probes, use_gpu):
+        # A node that is silent may be one that was just taken away: no reason to stop.
+        if patient.errors and not patient.silent:
             raise ClusterError(f"node {patient.address}: {patient.errors[0]}")
 
 
@@ -105,8 +111,11 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
     with probing(config.uri) as probes, connect():
         import ray
 
+        if config.node_pool is not None:
+            require("the doctor", 1, 1, 0, config.wait_s, config.node_pool)
         nodes = nodes_with(node_labels(config.node_pool))
-        patients = _examine(nodes, [_everywhere(model) for model in config.model], probes)
+        models = [_everywhere(model) for model in config.model]
+        patients = _examine(nodes, models, probes, use_gpu=True)
         total = ray.cluster_resources()
         where = os.environ.get("RAY_ADDRESS") or "private, as RAY_ADDRESS is not set"
     lines = [
@@ -119,11 +128,12 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
         lines += [f"  warning: {warning}" for warning in patient.warnings]
     for uri in config.uri:
         lines.append(f"{uri}: read, written and conditionally written")
+    if not any(node["Resources"].get("CPU") for node in nodes):
+        lines.append(
+            "  warning: no worker is up, so none was looked at; --node-pool NAME brings one"
+        )
     errors = sum(len(patient.errors) for patient in patients)
     warnings = sum(len(patient.warnings) for patient in patients)
-    if not nodes:
-        errors = 1
-        lines.append(f"ERROR no node has the label of node_pool={config.node_pool}")
     lines.append(f"{errors} errors, {warnings} warnings" if errors or warnings else "all is well")
     return lines, errors == 0
 
@@ -152,7 +162,10 @@ def _authentication() -> str:
 
 
 def _examine(
-    nodes: Sequence[dict[str, Any]], models: Sequence[str], probes: Sequence[Probe]
+    nodes: Sequence[dict[str, Any]],
+    models: Sequence[str],
+    probes: Sequence[Probe],
+    use_gpu: bool,
 ) -> list[Patient]:
     """Ask all nodes at the same time."""
     import ray
@@ -163,23 +176,34 @@ def _examine(
     here, asked, began = examine(temp), [], time.time()
     for node in nodes:
         on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked.append(task.options(scheduling_strategy=on_it).remote(temp, models, probes))
+        asked.append(task.options(scheduling_strategy=on_it).remote(temp, models, probes, use_gpu))
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=_NODE_S) if asked else ([], [])
     ended = time.time()
     patients = []
     for node, answer in zip(nodes, asked, strict=True):
         try:
             machine = ray.get(answer, timeout=0.1 if answer in ready else 0)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        except (
+            ray.exceptions.GetTimeoutError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.TaskUnschedulableError,
+            ray.exceptions.WorkerCrashedError,
+        ) as error:
             ray.cancel(answer, force=True)
             silent = f"it did not answer in {_NODE_S:g} s ({type(error).__name__})"
-            patients.append(Patient(node["NodeManagerAddress"], None, [silent], []))
+            patients.append(Patient(node["NodeManagerAddress"], None, [silent], [], silent=True))
+            continue
+        except ray.exceptions.RayError as error:
+            # Such as an installation so old that it cannot be asked.
+            said = one_line(getattr(error, "cause", None) or error)
+            trouble = f"it cannot run ddray {__version__}: {said}; use one image for all"
+            patients.append(Patient(node["NodeManagerAddress"], None, [trouble], []))
             continue
         # Asked at some time between: what lies within is no difference.
         skew_s = machine.clock_s - min(max(machine.clock_s, began), ended)
         errors, warnings = shortcomings(
             machine,
-            gpus=node["Resources"].get("GPU", 0),
+            gpus=node["Resources"].get("GPU", 0) if use_gpu else 0,
             object_store_bytes=node["Resources"].get("object_store_memory", 0),
             skew_s=skew_s,
         )

@@ -23,7 +23,7 @@ from ddray.errors import ClusterError, DDRayError, ShardError
 from ddray.machine import Probe
 from ddray.progress import Progress
 from ddray.run_folder import METRICS_FILE, EventLog, LineLog
-from ddray.runtime.capacity import node_labels, require
+from ddray.runtime.capacity import most_of, node_labels, require, workable
 from ddray.runtime.cluster import connect
 from ddray.runtime.doctor import preflight
 from ddray.runtime.tally import Done, Tally
@@ -187,7 +187,8 @@ def fill(
     ):
         least = min(config.workers[0], len(missing))
         require(label, least, crew.num_cpus, crew.num_gpus, config.wait_s, crew.node_pool)
-        preflight(crew.models, [Probe(storage.uri, MANIFEST)], crew.node_pool)
+        nodes = workable(crew.num_cpus, crew.num_gpus, crew.node_pool)
+        preflight(nodes, crew.models, [Probe(storage.uri, MANIFEST)], bool(crew.num_gpus))
         if ready is not None:
             ready()
         for done in _persist(config, label, crew, shards, events):
@@ -316,6 +317,7 @@ def _run(
 ) -> Iterator[Done]:
     """Shards as they are done, in any order, some perhaps twice."""
     import ray.data
+    from ray.data import ExecutionResources
     from ray.data.exceptions import ExecutionTimeoutError, RayDataUserCodeException
     from ray.exceptions import RayError
 
@@ -325,6 +327,9 @@ def _run(
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = config.stall_timeout_s
     context.execution_options.label_selector = node_labels(crew.node_pool)
+    # Ray Data asks a growing cluster for one more node of every kind while all are busy.
+    cpus, gpus = most_of(config.workers[1], crew.num_cpus, crew.num_gpus, crew.node_pool)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=cpus, gpu=gpus)
     # What goes wrong is raised here; Ray Data would print the traces of its own threads as well.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # Ray announces that free keyword arguments will go, but has no other way yet to bound restarts.

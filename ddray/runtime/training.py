@@ -38,7 +38,7 @@ from ddray.run_folder import (
     read_lines,
     write_json,
 )
-from ddray.runtime.capacity import node_labels, require
+from ddray.runtime.capacity import node_labels, require, workable
 from ddray.runtime.cluster import connect
 from ddray.runtime.doctor import preflight
 from ddray.runtime.training_worker import STUDENT_FOLDER, work
@@ -54,6 +54,8 @@ from ddray.training_log import TENSORBOARD_FOLDER
 _POLL_S = 1.0
 # A group of processes has at least so long to come up and meet in its first collective.
 _MEETING_S = 600
+# Signals so close together are one.
+_TOLD_TWICE_S = 3.0
 
 # What a run writes into its folder, and --fresh may delete; other things may lie beside it.
 _RUN_FILES = (
@@ -246,7 +248,9 @@ def distill(config: DistillConfig) -> dict[str, Any]:
             config.node_pool,
         )
         probes = [Probe(config.data, MANIFEST, writable=False), Probe(config.out, CONFIG_FILE)]
-        preflight([config.teacher or trajectories.plan.teacher], probes, config.node_pool)
+        models = [config.teacher or trajectories.plan.teacher]
+        nodes = workable(config.threads, int(config.use_gpu), config.node_pool)
+        preflight(nodes, models, probes, config.use_gpu)
         step = _fit(config, name, job, config.teacher or trajectories.plan.teacher, events)
     history = read_history(config.out)
     last = history[-1] if history else {}
@@ -286,7 +290,8 @@ def _validation(config: DistillConfig, teacher: str, board: Any) -> Any:
             board.stop.remote()
         return line
 
-    return ValidationConfig(validate, ray_remote_kwargs={"num_cpus": 1, "max_retries": 1})
+    beside = {"num_cpus": 1, "max_retries": 1, "label_selector": node_labels(config.node_pool)}
+    return ValidationConfig(validate, ray_remote_kwargs=beside)
 
 
 def _fit(
@@ -373,7 +378,7 @@ class _Watch:
 
     def __init__(self, board: Any, config: DistillConfig, events: EventLog):
         self._board, self._config, self._events = board, config, events
-        self.step, self.terminated = 0, False
+        self.step, self.terminated, self._told = 0, False, 0.0
         self.failure: str | None = None
         self.reason: str | None = None
 
@@ -418,14 +423,19 @@ class _Watch:
 
     @contextlib.contextmanager
     def _terminable(self) -> Iterator[None]:
-        """Within, SIGTERM asks the workers for a last checkpoint; a second one ends at once."""
+        """Within, SIGTERM asks the workers for a last checkpoint; one more, later, ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def stop(number: int, frame: object) -> None:
-            signal.signal(signal.SIGTERM, before)
-            self.terminated = True
+            if self.terminated:
+                # `ray job stop` tells every process of a job, and a pipeline tells its stages too.
+                if time.monotonic() - self._told > _TOLD_TWICE_S:
+                    signal.signal(signal.SIGTERM, before)
+                    signal.raise_signal(signal.SIGTERM)
+                return
+            self.terminated, self._told = True, time.monotonic()
             self._board.stop.remote()
 
         before = signal.signal(signal.SIGTERM, stop)
