@@ -11,7 +11,7 @@ import pytest
 from ddray.images import ImageSet
 from ddray.shards import TrajectorySet
 from tests.chaos.job import write_set
-from tests.chaos.ray_head import BIN, RayHead, answers, ray_head
+from tests.chaos.ray_head import BIN, ROOT, RayHead, answers, ray_head
 
 pytestmark = pytest.mark.chaos
 
@@ -118,6 +118,19 @@ def test_the_pipeline_makes_all_of_it_with_training_beside_sampling(
     assert head.status(job) == "SUCCEEDED", printed
     assert TrajectorySet.open(f"{out}/set").verify().ok
     assert ImageSet.open(f"{out}/images").verify().ok
+
+
+def test_the_repository_can_be_submitted_and_says_that_its_own_ddray_runs(head: RayHead) -> None:
+    job, printed = head.submit("ddray", "doctor", working_dir=ROOT)
+    assert head.status(job) == "SUCCEEDED", printed
+    (ours,) = {
+        line.partition(" from ")[2].partition(", Ray")[0]
+        for line in printed.splitlines()
+        if line.startswith("ddray ") and " from " in line
+    }
+    assert "/runtime_resources/working_dir_files/_ray_pkg_" in ours
+    assert printed.count(f"ddray from {ours}/ddray;") >= 1
+    assert not (Path(ours) / "tests").exists()
 
 
 def test_jobs_that_cannot_work_fail_in_one_line(head: RayHead, tmp_path: Path) -> None:
