@@ -2,8 +2,9 @@
 
     ray job submit --working-dir jobs -- python pipeline.py --config configs/digits-pipeline.yaml
 
-The file names the config of each stage that is to run, beside itself. Each stage asks for its own
-resources, as if it were submitted alone. With `overlap: true` the student trains while its
+The file names the config of each stage that is to run, beside itself; other flags, such as
+`--set node_pool=null`, go to every stage. Each asks for its own resources, as if it were submitted
+alone. With `overlap: true` the student trains while its
 trajectories are still being sampled. Submitted again, it goes on from what is written;
 `ray job stop` leaves it so.
 """
@@ -47,14 +48,16 @@ def wait(running: list[subprocess.Popen[bytes]]) -> int:
     return next((process.returncode for process in running if process.returncode), 0)
 
 
-def run(files: dict[str, Path], overlap: bool, running: list[subprocess.Popen[bytes]]) -> int:
+def run(
+    files: dict[str, Path], overlap: bool, flags: list[str], running: list[subprocess.Popen[bytes]]
+) -> int:
     """Exit status: that of the first stage that fails, or 0."""
     for stage in (stage for stage in STAGES if stage in files):
         beside = overlap and stage == "sample"
         # A set can be followed as soon as it has a plan.
         out = yaml.safe_load(files[stage].read_text("utf-8"))["out"] if beside else None
-        flags = ["--follow"] if overlap and stage == "distill" else []
-        running.append(start(stage, files[stage], *flags))
+        follow = ["--follow"] if overlap and stage == "distill" else []
+        running.append(start(stage, files[stage], *follow, *flags))
         if out is not None:
             while running[0].poll() is None and not open_storage(out).exists("manifest.json"):
                 time.sleep(1)
@@ -70,7 +73,8 @@ def main() -> int:
     """Exit status: that of the first stage that failed, or 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
-    path = parser.parse_args().config
+    arguments, flags = parser.parse_known_args()
+    path = arguments.config
     parts = yaml.safe_load(path.read_text("utf-8"))
     overlap = parts.pop("overlap", False)
     files = {stage: path.with_name(name) for stage, name in parts.items()}
@@ -79,7 +83,7 @@ def main() -> int:
     running: list[subprocess.Popen[bytes]] = []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        return run(files, overlap, running)
+        return run(files, overlap, flags, running)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         stop(running)
