@@ -149,9 +149,11 @@ def most_of(
 
     Where a library asks for whole nodes of every kind, this is what it may ask for at most.
     """
-    nodes = nodes_with(node_labels(node_pool))
+    nodes = workable(num_cpus, num_gpus, node_pool)
+    if not nodes:  # all lost; others may come
+        return workers * num_cpus, workers * num_gpus
     largest = max(nodes, key=lambda node: _fits(node, num_cpus, num_gpus))
-    needed = -(-workers // max(1, _fits(largest, num_cpus, num_gpus)))
+    needed = -(-workers // _fits(largest, num_cpus, num_gpus))
     has = largest["Resources"]
     return needed * has.get("CPU", 0), needed * has.get("GPU", 0)
 
