@@ -282,7 +282,7 @@ async def _settled(service: Service, name: str) -> float:
     return service.total(name)
 
 
-@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("n", [4, 16])
 def test_overload_is_refused_at_once_and_passes_without_a_trace(single: Service, n: int) -> None:
     load_s = 20.0
 
@@ -298,7 +298,7 @@ def test_overload_is_refused_at_once_and_passes_without_a_trace(single: Service,
                 per_s = (full.images - done) / (time.monotonic() - began)
             load, memory, sent = Load(), {p.pid: [] for p in single.processes()}, 0
             # This client takes several milliseconds a request: more of them, and it would measure
-            # how long they wait for itself.
+            # how long they wait for itself; and with one image each they would be no overload.
             per_s_asked = min(3 * per_s / n, 60.0)
             tasks, began = set(), time.monotonic()
             while (now := time.monotonic() - began) < load_s:
