@@ -1,7 +1,7 @@
 """What a machine says of itself and can reach, and what of it would spoil a job.
 
-A cluster is sound if each of its machines is, and if they agree. Imports ddray.checkpoint, errors,
-storage and, for the names of models, the zoo.
+A cluster is sound if each of its machines is, and if they agree. Imports ddray.errors, storage and,
+for the names of models, the zoo.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ from ddray import __version__
 from ddray.config import DoctorConfig
 from ddray.errors import ClusterError, StorageError, one_line
 from ddray.machine import Machine, Probe, differences, examine, shortcomings
-from ddray.runtime.capacity import node_labels, nodes_with, require
+from ddray.runtime.capacity import node_labels, nodes_with, require, workable
 from ddray.runtime.cluster import connect
 from ddray.storage import open_storage, temporary_name
 
@@ -42,29 +42,32 @@ class Patient:
 
 
 def preflight(
-    nodes: Sequence[dict[str, Any]],
+    num_cpus: float,
+    num_gpus: float,
+    node_pool: str | None,
     models: Sequence[str],
     probes: Sequence[Probe] = (),
-    use_gpu: bool = False,
 ) -> None:
     """Refuse a job whose nodes cannot do it, before it holds any GPU.
 
     Costs a few seconds on a cluster of several nodes, and nothing on one.
 
     Args:
-        nodes: on which its workers may run, as `ray.nodes` tells of them.
+        num_cpus: of a worker; nodes on which none fits are not asked.
+        num_gpus: likewise.
+        node_pool: label of the nodes on which they may run; None = any.
         models: names or URIs that the workers will load.
         probes: files that they must find, with what lies beside them.
-        use_gpu: whether they compute on GPUs.
 
     Raises:
         ClusterError: with the first node's first trouble.
     """
     import ray
 
+    nodes = workable(num_cpus, num_gpus, node_pool)
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
         return
-    for patient in _examine(nodes, models, probes, use_gpu):
+    for patient in _examine(nodes, models, probes, bool(num_gpus)):
         # A node that is silent may be one that was just taken away: no reason to stop.
         if patient.errors and not patient.silent:
             raise ClusterError(f"node {patient.address}: {patient.errors[0]}")
@@ -173,7 +176,7 @@ def _examine(
 
     temp = ray.get_runtime_context().get_temp_dir()
     task = ray.remote(num_cpus=0, max_retries=0)(examine)
-    here, asked, began = examine(temp), [], time.time()
+    here, asked, began = examine(temp, use_gpu=False), [], time.time()
     for node in nodes:
         on_it = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked.append(task.options(scheduling_strategy=on_it).remote(temp, models, probes, use_gpu))

@@ -8,7 +8,7 @@ import torch
 from ddray.config import EvaluateConfig
 from ddray.errors import ClusterError, one_line
 from ddray.evaluate import Evaluation, evaluate
-from ddray.runtime.capacity import node_labels, require, workable
+from ddray.runtime.capacity import node_labels, require
 from ddray.runtime.cluster import connect
 from ddray.runtime.doctor import preflight
 
@@ -35,7 +35,7 @@ def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:
         import ray
 
         require("evaluation", 1, threads, 0, config.wait_s, config.node_pool)
-        preflight(workable(threads, 0, config.node_pool), models)
+        preflight(threads, 0, config.node_pool, models)
         asked = {"num_cpus": threads, "max_retries": _RETRIES}
         labels = node_labels(config.node_pool)
         try:

@@ -16,7 +16,7 @@ from ddray.config import GenerateConfig, ServeConfig
 from ddray.errors import ClusterError, DDRayError
 from ddray.image_plan import ImagePlan
 from ddray.images import ImageSet
-from ddray.runtime.capacity import node_labels, require, workable
+from ddray.runtime.capacity import node_labels, require
 from ddray.runtime.doctor import preflight
 from ddray.runtime.image_workers import HandleWorker
 from ddray.runtime.pool import Crew
@@ -91,8 +91,7 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
     """Start private replicas."""
     least, most = config.workers
     require("images", least, plan.threads, config.num_gpus, config.wait_s, config.node_pool)
-    nodes = workable(plan.threads, config.num_gpus, config.node_pool)
-    preflight(nodes, [plan.student], use_gpu=bool(config.num_gpus))
+    preflight(plan.threads, config.num_gpus, config.node_pool, [plan.student])
     deployment = serve.deployment(
         StudentReplica,
         name=STUDENTS,

@@ -23,7 +23,7 @@ from ddray.errors import ClusterError, DDRayError, ShardError
 from ddray.machine import Probe
 from ddray.progress import Progress
 from ddray.run_folder import METRICS_FILE, EventLog, LineLog
-from ddray.runtime.capacity import most_of, node_labels, require, workable
+from ddray.runtime.capacity import most_of, node_labels, require
 from ddray.runtime.cluster import connect
 from ddray.runtime.doctor import preflight
 from ddray.runtime.tally import Done, Tally
@@ -187,8 +187,8 @@ def fill(
     ):
         least = min(config.workers[0], len(missing))
         require(label, least, crew.num_cpus, crew.num_gpus, config.wait_s, crew.node_pool)
-        nodes = workable(crew.num_cpus, crew.num_gpus, crew.node_pool)
-        preflight(nodes, crew.models, [Probe(storage.uri, MANIFEST)], bool(crew.num_gpus))
+        probes = [Probe(storage.uri, MANIFEST)]
+        preflight(crew.num_cpus, crew.num_gpus, crew.node_pool, crew.models, probes)
         if ready is not None:
             ready()
         for done in _persist(config, label, crew, shards, events):

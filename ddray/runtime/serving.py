@@ -30,7 +30,7 @@ from ddray.config import MAX_IMAGES, ServeConfig, load_config
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
-from ddray.runtime.capacity import node_labels, require, workable
+from ddray.runtime.capacity import node_labels, require
 from ddray.runtime.doctor import preflight
 from ddray.runtime.ingress import Doors, Ingress
 from ddray.runtime.replica import Stock, StudentReplica
@@ -264,8 +264,8 @@ def run(config: ServeConfig) -> str:
         config.wait_s,
         config.node_pool,
     )
-    nodes = workable(config.threads, config.num_gpus, config.node_pool)
-    preflight(nodes, [_place(name) for name in config.student], use_gpu=bool(config.num_gpus))
+    places = [_place(name) for name in config.student]
+    preflight(config.threads, config.num_gpus, config.node_pool, places)
     # Serve tells each step of its start on the terminal of who starts it.
     log.setLevel(logging.WARNING)
     found = serve.status()

@@ -38,7 +38,7 @@ from ddray.run_folder import (
     read_lines,
     write_json,
 )
-from ddray.runtime.capacity import node_labels, require, workable
+from ddray.runtime.capacity import node_labels, require
 from ddray.runtime.cluster import connect
 from ddray.runtime.doctor import preflight
 from ddray.runtime.training_worker import STUDENT_FOLDER, work
@@ -249,8 +249,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         )
         probes = [Probe(config.data, MANIFEST, writable=False), Probe(config.out, CONFIG_FILE)]
         models = [config.teacher or trajectories.plan.teacher]
-        nodes = workable(config.threads, int(config.use_gpu), config.node_pool)
-        preflight(nodes, models, probes, config.use_gpu)
+        preflight(config.threads, int(config.use_gpu), config.node_pool, models, probes)
         step = _fit(config, name, job, config.teacher or trajectories.plan.teacher, events)
     history = read_history(config.out)
     last = history[-1] if history else {}
