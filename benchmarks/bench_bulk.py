@@ -29,13 +29,14 @@ import ray
 import torch
 
 import ddray
-from ddray.config import GenerateConfig
-from ddray.image_file import encode_png
-from ddray.image_making import make_plan
-from ddray.images import ImageSet
-from ddray.report import Column, markdown_table, to_uint8
-from ddray.runtime.bulk import generate
-from ddray.runtime.cluster import KEEP_FREED_MEMORY
+from ddray.config.generation import GenerateConfig
+from ddray.report.image_file import encode_png
+from ddray.report.pictures import to_uint8
+from ddray.report.table import Column, markdown_table
+from ddray.runtime.cluster.connection import KEEP_FREED_MEMORY
+from ddray.runtime.pools.bulk import generate
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.making import make_plan
 
 BAR = 0.9
 COLUMNS = (

@@ -26,11 +26,11 @@ import ray
 from random_plan import random_plan
 
 import ddray
-from ddray.config import PoolConfig
-from ddray.report import Column, markdown_table
-from ddray.run_folder import EVENTS_FILE
-from ddray.runtime.pool import Crew, fill
-from ddray.shards import TrajectorySet
+from ddray.config.base import PoolConfig
+from ddray.report.table import Column, markdown_table
+from ddray.runtime.pools.pool import Crew, fill
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage.run_folder import EVENTS_FILE
 
 # (stages, codebook size) of the published teachers.
 MODELS = {

@@ -29,13 +29,13 @@ from bench_models import random_teacher
 from random_plan import random_plan
 
 import ddray
-from ddray.distill import batch_loss, parameter_groups, set_learning_rate
-from ddray.generate import Teacher
+from ddray.distillation.optimization import batch_loss, parameter_groups, set_learning_rate
+from ddray.distillation.stream import Batch, TrajectoryStream
+from ddray.method.schedule import default_schedule
+from ddray.method.teacher import Teacher
 from ddray.models.zoo import new_student
-from ddray.report import Column, markdown_table
-from ddray.schedule import default_schedule
-from ddray.shards import TrajectorySet
-from ddray.trajectory_stream import Batch, TrajectoryStream
+from ddray.report.table import Column, markdown_table
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 BAR = 5.0
 SHARD_ROWS, SHARDS = 500, 40

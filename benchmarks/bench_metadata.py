@@ -25,11 +25,12 @@ import pyarrow
 from random_plan import random_plan
 
 import ddray
-from ddray.inspect_set import describe
-from ddray.plan import Plan
-from ddray.report import Column, markdown_table
-from ddray.shard_file import encode
-from ddray.shards import TrajectorySet, shard_name
+from ddray.report.table import Column, markdown_table
+from ddray.sets.inspection import describe
+from ddray.sets.sharded_set import shard_name
+from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.shard import encode
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 MOST_SECONDS, MOST_MEGABYTES, MOST_OF_TWO_BYTES = 30, 500, 1.15
 # Shards that are committed with fsync and rename, to time that.

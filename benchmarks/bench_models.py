@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddray
-from ddray.generate import Student, Teacher
+from ddray.method.schedule import default_schedule
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
 from ddray.models.linear import Linear, linear
 from ddray.models.llamagen import LlamaGen
 from ddray.models.zoo import empty_network, empty_tokenizer, load_teacher, new_student, resolve
-from ddray.report import Column, markdown_table
-from ddray.schedule import default_schedule
+from ddray.report.table import Column, markdown_table
 
 COLUMNS = (
     Column("what", "what"),

@@ -24,23 +24,25 @@ import torch
 from torch import Tensor, nn
 
 import ddray
-from ddray.config import DistillConfig, load_config
-from ddray.critics import new_critics
-from ddray.distill import (
+from ddray.config.distillation import DistillConfig
+from ddray.config.loading import load_config
+from ddray.distillation.critics import new_critics
+from ddray.distillation.optimization import (
     MovingAverage,
     default_code_precision,
     parameter_groups,
     set_learning_rate,
 )
-from ddray.generate import Student, Teacher
-from ddray.metrics import DigitsMetric
+from ddray.distillation.order import default_lanes
+from ddray.distillation.step import Agreement, Means, TrainingStep
+from ddray.distillation.stream import TrajectoryStream
+from ddray.method.schedule import default_schedule
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
+from ddray.metrics.fd_digits import DigitsMetric
 from ddray.models.zoo import METRIC_FOLDER, continue_student, load_teacher, new_student
-from ddray.report import Column, markdown_table
-from ddray.schedule import default_schedule
-from ddray.shard_order import default_lanes
-from ddray.shards import TrajectorySet
-from ddray.training_step import Agreement, Means, TrainingStep
-from ddray.trajectory_stream import TrajectoryStream
+from ddray.report.table import Column, markdown_table
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 SELECTION_SEED = 555
 TOGETHER = 64
@@ -52,10 +54,10 @@ START = "start"
 ROWS: dict[str, dict[str, Any]] = {
     START: {},
     "plain": {},
-    "score": {"score_weight": 1.0},
-    "adversary": {"adversary_weight": 1.0},
-    "both": {"score_weight": 1.0, "adversary_weight": 1.0},
-    "perceptual": {"perceptual": "tokenizer"},
+    "score": {"score": {"weight": 1.0}},
+    "adversary": {"adversary": {"weight": 1.0}},
+    "both": {"score": {"weight": 1.0}, "adversary": {"weight": 1.0}},
+    "perceptual": {"perceptual": {"distance": "tokenizer"}},
 }
 
 
@@ -161,7 +163,7 @@ def judged_schedules(schedule: tuple[int, ...], stages: int) -> list[str]:
 
 
 class PlainEngine:
-    """What moves the weights in one process: ddray.runtime.engine without Ray and DeepSpeed.
+    """What moves the weights in one process: `Engine` without Ray and DeepSpeed.
 
     Args:
         network: the student.

@@ -25,12 +25,12 @@ import ray
 import torch
 
 import ddray
-from ddray.config import SampleConfig
-from ddray.report import Column, markdown_table
-from ddray.runtime.cluster import KEEP_FREED_MEMORY
-from ddray.runtime.sampling import TrajectoryWorker, sample
-from ddray.shards import TrajectorySet
-from ddray.trajectories import make_plan
+from ddray.config.sampling import SampleConfig
+from ddray.report.table import Column, markdown_table
+from ddray.runtime.cluster.connection import KEEP_FREED_MEMORY
+from ddray.runtime.pools.sampling import TrajectoryWorker, sample
+from ddray.sets.trajectories.making import make_plan
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 COLUMNS = (
     Column("what", "what"),

@@ -39,12 +39,13 @@ from fastapi import FastAPI, Request, Response
 from ray import serve
 
 import ddray
-from ddray.config import ServeConfig
-from ddray.rendering import ImageJob, Renderer, RowsOrder
-from ddray.report import Column, markdown_table
-from ddray.runtime.cluster import connect
-from ddray.runtime.serving import run
-from ddray.serving_api import image_bytes
+from ddray.config.serving import ServeConfig
+from ddray.report.table import Column, markdown_table
+from ddray.runtime.cluster.connection import connect
+from ddray.runtime.serving.app import run
+from ddray.serving.api import image_bytes
+from ddray.serving.rendering import ImageJob, Renderer
+from ddray.sets.images.orders import RowsOrder
 
 LEAST_RAW, LEAST_16, MOST_P95, MOST_ADDED_MS, LEAST_GOODPUT = 0.60, 0.70, 3.0, 25.0, 0.90
 MOST_RECOVERY_S = 5.0

@@ -33,24 +33,25 @@ import torch
 from bench_metadata import write_unflushed
 
 import ddray
-from ddray.config import DistillConfig, SampleConfig
-from ddray.distill import (
+from ddray.config.distillation import DistillConfig
+from ddray.config.sampling import SampleConfig
+from ddray.distillation.optimization import (
     MovingAverage,
     batch_loss,
     learning_rate,
     parameter_groups,
     set_learning_rate,
 )
+from ddray.distillation.order import default_lanes
+from ddray.distillation.stream import TrajectoryStream
+from ddray.method.schedule import default_schedule
 from ddray.models.zoo import load_teacher, new_student
-from ddray.report import Column, markdown_table
-from ddray.run_folder import EVENTS_FILE
-from ddray.runtime.cluster import KEEP_FREED_MEMORY, connect
-from ddray.runtime.training import distill, read_history
-from ddray.schedule import default_schedule
-from ddray.shard_order import default_lanes
-from ddray.shards import TrajectorySet
-from ddray.trajectories import make_plan
-from ddray.trajectory_stream import TrajectoryStream
+from ddray.report.table import Column, markdown_table
+from ddray.runtime.cluster.connection import KEEP_FREED_MEMORY, connect
+from ddray.runtime.training.driver import distill, read_history
+from ddray.sets.trajectories.making import make_plan
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage.run_folder import EVENTS_FILE
 
 LEAST_SHARE, LEAST_SPEEDUP, MOST_START_S = 0.95, 1.7, 25.0
 BATCH, ROWS, SHARD_ROWS = 16, 2000, 100

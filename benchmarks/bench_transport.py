@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ddray
-from ddray.flow import Grid, Transport, multistep_weights
-from ddray.report import Column, markdown_table
+from ddray.method.flow import Grid, Transport, multistep_weights
+from ddray.report.table import Column, markdown_table
 
 # Solver, and the share of its default evaluations.
 SETTINGS = (

@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddray.checkpoint import load_into
-from ddray.conditioning import concatenate, left_padded
-from ddray.flow import full_float32
-from ddray.generate import Student, Teacher, given_tokens, keep_data
-from ddray.guidance import filter_logits, top_p_filter_from_below
+from ddray.method.conditioning import concatenate, left_padded
+from ddray.method.flow import full_float32
+from ddray.method.guidance import filter_logits, top_p_filter_from_below
+from ddray.method.student import Student, given_tokens, keep_data
+from ddray.method.teacher import Teacher
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig, rope_table
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.var import VAR, VARConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.var_vq import MultiScaleQuantizer, VARVQConfig, phi_of_scale
 from ddray.models.zoo import load_student, load_teacher
+from ddray.storage.checkpoint import load_into
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 ABSOLUTE, RELATIVE = 2e-4, 1e-4

@@ -1,6 +1,6 @@
 """The plan of a trajectory set that no teacher made, for benchmarks of what surrounds one."""
 
-from ddray.plan import Plan
+from ddray.sets.trajectories.plan import Plan
 
 
 def random_plan(

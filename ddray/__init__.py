@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ddray.flow import transport
+    from ddray.method.flow import transport
+    from ddray.method.seeding import noise
     from ddray.models.zoo import load_student, load_teacher
-    from ddray.seeding import noise
 
 _HOMES = {
     "load_student": "ddray.models.zoo",
     "load_teacher": "ddray.models.zoo",
-    "noise": "ddray.seeding",
-    "transport": "ddray.flow",
+    "noise": "ddray.method.seeding",
+    "transport": "ddray.method.flow",
 }
 
 __all__ = ["__version__", "load_student", "load_teacher", "noise", "transport"]

@@ -1,7 +1,7 @@
 """The command line: `ddray <verb>`.
 
 A verb's flags are the keys of its config. Handlers import what they need, so `ddray --help` is
-instant. Imports ddray.errors.
+instant.
 """
 
 import argparse
@@ -16,27 +16,43 @@ from typing import Any, NoReturn
 from ddray import __version__
 from ddray.errors import ConfigError, DDRayError
 
-# verb: (config class in ddray.config, handler "module:function", one line)
+# verb: (config "module:class" in ddray.config, handler "module:function", one line)
 _JOBS = {
     "quickstart": (
-        "QuickstartConfig",
+        "quickstart:QuickstartConfig",
         "ddray.cli:_quickstart",
         "distil the bundled teacher on this machine, with a report",
     ),
     "sample": (
-        "SampleConfig",
+        "sampling:SampleConfig",
         "ddray.cli:_sample",
         "fill a trajectory set from a teacher (Ray Data)",
     ),
     "distill": (
-        "DistillConfig",
+        "distillation:DistillConfig",
         "ddray.cli:_distill",
         "train a student on a trajectory set (Ray Train + DeepSpeed)",
     ),
-    "generate": ("GenerateConfig", "ddray.cli:_generate", "images in bulk from a student"),
-    "evaluate": ("EvaluateConfig", "ddray.cli:_evaluate", "a student beside its teacher"),
-    "serve": ("ServeConfig", "ddray.cli:_serve", "a student behind HTTP (Ray Serve)"),
-    "doctor": ("DoctorConfig", "ddray.cli:_doctor", "what is wrong with this cluster, if anything"),
+    "generate": (
+        "generation:GenerateConfig",
+        "ddray.cli:_generate",
+        "images in bulk from a student",
+    ),
+    "evaluate": (
+        "evaluation:EvaluateConfig",
+        "ddray.cli:_evaluate",
+        "a student beside its teacher",
+    ),
+    "serve": (
+        "serving:ServeConfig",
+        "ddray.cli:_serve",
+        "a student behind HTTP (Ray Serve)",
+    ),
+    "doctor": (
+        "doctor:DoctorConfig",
+        "ddray.cli:_doctor",
+        "what is wrong with this cluster, if anything",
+    ),
 }
 
 _ROWS_RECOMPUTED = 100
@@ -111,14 +127,22 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--tokenizer", help="file of the tokenizer")
 
 
+def _config_class(verb: str) -> Any:
+    module, _, name = _JOBS[verb][0].partition(":")
+    return getattr(import_module(f"ddray.config.{module}"), name)
+
+
 def _job_parser(verb: str) -> argparse.ArgumentParser:
     """Flags of a job: one for every key of its config, and the common ones."""
-    config = import_module("ddray.config")
-    kind = getattr(config, _JOBS[verb][0])
+    from ddray.config.flags import add_flags, example_of
+
+    kind = _config_class(verb)
     parser = _Parser(
         prog=f"ddray {verb}",
-        description=kind.__doc__,
+        usage=f"ddray {verb} [flags]",
+        description=example_of(kind),
         epilog="Order: preset < --config FILE < --set < flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="default", help="default or tiny (default: default)")
     parser.add_argument("--config", metavar="FILE", help="YAML file with keys of the config")
@@ -133,40 +157,27 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and the cost, do nothing"
     )
-    keys = parser.add_argument_group("keys of the config")
-    for name, field in kind.model_fields.items():
-        default = field.get_default()
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(default, config.Job):
-            continue
-        text = field.description or ""
-        if isinstance(default, bool) or field.annotation == bool | None:
-            keys.add_argument(flag, action="store_const", const=True, dest=f"key_{name}", help=text)
-            continue
-        pair = name == "replicas" or (name == "workers" and verb != "distill")
-        shown = ":".join(map(str, default)) if pair else default
-        shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        suffix = "" if shown in (None, "") else f" (default: {shown})"
-        keys.add_argument(flag, metavar="X", dest=f"key_{name}", help=f"{text}{suffix}".strip())
+    add_flags(parser, kind)
     return parser
 
 
-def _resolve(verb: str, arguments: argparse.Namespace) -> Any:
-    from ddray import config
-    from ddray.presets import preset
+def _resolve(verb: str, argv: Sequence[str]) -> tuple[Any, bool]:
+    """The config that a command line comes to, and whether it is only to be shown."""
+    from ddray.config.flags import given_values, refuse_moved_flags
+    from ddray.config.loading import load_config
+    from ddray.config.presets import preset
 
-    given = {
-        name.removeprefix("key_"): value
-        for name, value in vars(arguments).items()
-        if name.startswith("key_") and value is not None
-    }
-    return config.load_config(
-        getattr(config, _JOBS[verb][0]),
+    kind = _config_class(verb)
+    refuse_moved_flags(kind, argv)
+    arguments = _job_parser(verb).parse_args(argv)
+    config = load_config(
+        kind,
         preset=preset(verb, arguments.preset),
         file=arguments.config,
         settings=arguments.settings,
-        flags=given,
+        flags=given_values(arguments),
     )
+    return config, arguments.dry_run
 
 
 def _quickstart(config: Any) -> None:
@@ -182,32 +193,32 @@ def _apart_from_ray(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _sample(config: Any) -> None:
-    from ddray.runtime.sampling import sample
+    from ddray.runtime.pools.sampling import sample
 
     _print_json(_apart_from_ray(lambda: sample(config)))
 
 
 def _distill(config: Any) -> None:
-    from ddray.runtime.training import distill
+    from ddray.runtime.training.driver import distill
 
     _print_json(_apart_from_ray(lambda: distill(config)))
 
 
 def _generate(config: Any) -> None:
-    from ddray.runtime.bulk import generate
+    from ddray.runtime.pools.bulk import generate
 
     _print_json(_apart_from_ray(lambda: generate(config)))
 
 
 def _evaluate(config: Any) -> None:
-    from ddray.evaluation_report import build_report, tables_as_text, write_evaluation
+    from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
     from ddray.storage import open_storage
 
     open_storage(config.out).check_writable()
     if os.environ.get("RAY_ADDRESS"):
         from ddray.runtime.evaluating import evaluate_on_cluster as evaluate
     else:
-        from ddray.evaluate import evaluate
+        from ddray.evaluation.evaluate import evaluate
     evaluation = evaluate(config)
     report = build_report(
         evaluation,
@@ -221,17 +232,17 @@ def _evaluate(config: Any) -> None:
 
 
 def _serve(config: Any) -> None:
-    from ddray.runtime.cluster import connect
+    from ddray.runtime.cluster.connection import connect
 
     with connect(config.metrics_port):
         # Ray Serve reads its environment when it is imported, so Ray comes first.
-        from ddray.runtime.serving import serve_students
+        from ddray.runtime.serving.app import serve_students
 
         serve_students(config)
 
 
 def _doctor(config: Any) -> int:
-    from ddray.runtime.doctor import doctor
+    from ddray.runtime.cluster.doctor import doctor
 
     lines, well = doctor(config)
     print("\n".join(lines))
@@ -239,8 +250,9 @@ def _doctor(config: Any) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from ddray.config import PoolConfig, load_config
-    from ddray.inspect_set import describe
+    from ddray.config.base import PoolConfig
+    from ddray.config.loading import load_config
+    from ddray.sets.inspection import describe
 
     needs = {"recompute": "verify", "workers": "repair", "num_gpus": "repair"}
     for name, needed in needs.items():
@@ -251,12 +263,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     flags = {"workers": arguments.workers or "1:1", "num_gpus": arguments.num_gpus or 0}
     pool = load_config(PoolConfig, flags=flags)
     if arguments.picture:
-        from ddray.set_picture import write_picture
+        from ddray.sets.trajectories.picture import write_picture
 
         write_picture(arguments.uri, arguments.picture)
     _print_json(describe(arguments.uri))
     if arguments.repair:
-        from ddray.runtime.repair import repair
+        from ddray.runtime.pools.repair import repair
 
         with contextlib.redirect_stdout(sys.stderr):
             lines = repair(arguments.uri, pool)
@@ -265,9 +277,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from ddray.image_plan import ImagePlan
-    from ddray.inspect_set import verify
-    from ddray.sharded_set import manifest_kind
+    from ddray.sets.images.plan import ImagePlan
+    from ddray.sets.inspection import verify
+    from ddray.sets.sharded_set import manifest_kind
 
     of_images = manifest_kind(arguments.uri) == ImagePlan.KIND
     if of_images and arguments.recompute:
@@ -276,7 +288,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     print("\n".join(problems) or "verified: every index once, every hash right", flush=True)
     if of_images or arguments.recompute == 0:
         return 1 if problems else 0
-    from ddray.recompute import recompute
+    from ddray.sets.trajectories.recompute import recompute
 
     try:
         outcome = recompute(arguments.uri, arguments.recompute or _ROWS_RECOMPUTED)
@@ -382,9 +394,8 @@ def _run(argv: Sequence[str]) -> int:
             return _inspect(arguments)
         {"models": _models, "export": _export}[verb](arguments)
         return 0
-    job = _job_parser(verb).parse_args(rest)
-    config = _resolve(verb, job)
-    if job.dry_run:
+    config, shown = _resolve(verb, rest)
+    if shown:
         _dry_run(verb, config)
         return 0
     _require_lasting(config)

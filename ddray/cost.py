@@ -2,7 +2,7 @@
 
 Arithmetic on sizes, for networks on the meta device too. A multiplication and an addition count as
 two operations; what is no matrix product is left out, and causal attention counts as full, as is
-usual for figures of utilisation. Imports ddray.config, errors, shards and the zoo.
+usual for figures of utilisation.
 
 Shapes: B rows of a step, T condition tokens, L image tokens, S = T + L, V codebook size, C model
 width.
@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from ddray.config import DistillConfig, SampleConfig
+from ddray.config.distillation import DistillConfig
+from ddray.config.sampling import SampleConfig
 from ddray.errors import ShardError, StorageError, one_line
 from ddray.models.zoo import empty_student
-from ddray.shards import TrajectorySet
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 # Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
 # from NVIDIA's data sheets. The first that fits counts.

@@ -2,7 +2,7 @@
 
 Each message says what was wrong, the value, what is allowed and what to do. The command line prints
 the message alone and exits with the class's `exit_code`: 2 for wrong usage or configuration, 1 for
-work that failed. Imports nothing.
+work that failed.
 """
 
 import math

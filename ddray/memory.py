@@ -1,4 +1,4 @@
-"""Peak memory of this process and everything it has started. Imports nothing from ddray."""
+"""Peak memory of this process and everything it has started."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""The next items of an iterator, made while the last one is used. Imports nothing from ddray."""
+"""The next items of an iterator, made while the last one is used."""
 
 import threading
 from collections import deque

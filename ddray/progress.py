@@ -1,7 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere.
-
-Imports nothing from ddray.
-"""
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 import sys
 import time

@@ -5,8 +5,8 @@ python jobs/bundle_digits_student.py SOURCE ddray/models/bundled/digits-llamagen
 
 import sys
 
-from ddray.checkpoint import load_folder, save_folder
 from ddray.models.zoo import load_student
+from ddray.storage.checkpoint import load_folder, save_folder
 
 
 def main(source: str, target: str) -> None:

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddray.checkpoint import load_into, read_weights, save_folder
-from ddray.digits import Digits, augment, load_digits, reference_digits
-from ddray.metrics import FeatureStatistics, frechet_distance
-from ddray.models.digits_classifier import DigitsClassifier
+from ddray.metrics.digits import Digits, augment, load_digits, reference_digits
+from ddray.metrics.digits_classifier import DigitsClassifier
+from ddray.metrics.fd_digits import statistics_of
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.models.var import VAR, VARConfig
 from ddray.models.var_vq import VARVQ, VARVQConfig
+from ddray.storage.checkpoint import load_into, read_weights, save_folder
 
 DIGITS_TOKENIZER = {"z_channels": 64, "ch": 32, "num_res_blocks": 1, "in_channels": 1}
 SCALES = (1, 2, 3, 5, 7)
@@ -162,7 +162,8 @@ def descend(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, sc
 def halves_distance(model: DigitsClassifier, held_out: Digits) -> float:
     """Frechet distance between two disjoint halves of the held-out digits, class by class."""
     halves = (reference_digits(Digits(*(x[i::2] for x in held_out))) for i in (0, 1))
-    return frechet_distance(*(FeatureStatistics.of(model, half.images) for half in halves))
+    a, b = (statistics_of(model, half.images) for half in halves)
+    return a.distance(b)
 
 
 @torch.no_grad()
@@ -189,14 +190,14 @@ def train_classifier(train: Digits, held_out: Digits, out: Path, steps: int) -> 
     model = model.eval().cpu()
     rescale_features(model, halves_distance(model, held_out) ** -0.5)
     model = model.half().float()
-    statistics = FeatureStatistics.of(model, reference_digits(held_out).images)
+    statistics = statistics_of(model, reference_digits(held_out).images)
     with torch.no_grad():
         accuracy = float((model(held_out.images).argmax(-1) == held_out.labels).float().mean())
-    training = FeatureStatistics.of(model, reference_digits(train, 1).images)
+    training = statistics_of(model, reference_digits(train, 1).images)
     quality = {
         "held_out_accuracy": accuracy,
         "fd_digits_of_disjoint_halves": halves_distance(model, held_out),
-        "fd_digits_of_training_digits": frechet_distance(statistics, training),
+        "fd_digits_of_training_digits": statistics.distance(training),
     }
     state = {**model.state_dict(), **statistics.tensors()}
     save_folder(out / "digits-classifier", {"family": "digits-classifier", **quality}, model=state)

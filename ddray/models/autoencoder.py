@@ -1,7 +1,7 @@
 """The convolutional halves of both families' tokenizers, and the search for the nearest code.
 
 The recipe is VQGAN's (Esser et al., arXiv 2012.09841). The families differ in how they name the
-parts, so every class takes the names that the official checkpoints use. Imports ddray.errors.
+parts, so every class takes the names that the official checkpoints use.
 
 Shapes: B batch, N rows, V codebook size, E code width, X any channel count, H and W pixels or
 cells.

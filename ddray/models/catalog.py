@@ -1,4 +1,4 @@
-"""Published models by name: sizes, files, settings and figures. Pure data; imports no torch.
+"""Published models by name: sizes, files, settings and figures. Pure data.
 
 Sizes, files and figures come from the repositories FoundationVision/VAR, FoundationVision/LlamaGen
 and microsoft/distilled_decoding and their model cards. FIDs are those that the authors report, each

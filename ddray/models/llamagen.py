@@ -2,10 +2,10 @@
 
 Positions are 2-D rotary embeddings. Sun et al., "Autoregressive model beats diffusion: Llama for
 scalable image generation" (arXiv 2406.06525). Parameter names are those of the official
-checkpoints. Imports ddray.conditioning, ddray.errors, ddray.guidance and ddray.models.kv_cache.
+checkpoints.
 
-Shapes: B batch, T condition tokens, L image tokens, S = T + L, l tokens of this step, P tokens of
-a prefix, V codebook size, C model width, H heads, h head width, D = h / 2 rotation pairs (of
+Shapes: B batch, T condition tokens, L image tokens, S = T + L, l tokens of this step, P tokens of a
+prefix, V codebook size, C model width, H heads, h head width, D = h / 2 rotation pairs (of
 captions: feature width).
 """
 
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddray.conditioning import Captions, Condition
 from ddray.errors import ConfigError, positive_integers
-from ddray.guidance import classifier_free_guidance, top_p_filter
+from ddray.method.conditioning import Captions, Condition
+from ddray.method.guidance import classifier_free_guidance, top_p_filter
 from ddray.models.kv_cache import KeyValueCache
 from ddray.models.linear import Linear
 

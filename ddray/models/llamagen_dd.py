@@ -2,7 +2,7 @@
 
 Liu et al., "Distilled Decoding" (arXiv 2412.17153). It reads a sequence X_t whose first t tokens
 are data and the rest noise, and gives all tokens at once: as logits over the codebook and as a
-regressed code. Parameter names are those of the published students. Imports ddray.models.llamagen.
+regressed code. Parameter names are those of the published students.
 
 Shapes: B batch, L image tokens, V codebook size, E code width, C model width.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddray.conditioning import Captions, Condition
+from ddray.method.conditioning import Captions, Condition
 from ddray.models.code_head import CodeHead
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig, LlamaGenTrunk
 

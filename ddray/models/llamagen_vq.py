@@ -1,8 +1,7 @@
 """The LlamaGen VQ tokenizer: a convolutional autoencoder with a codebook between its halves.
 
 Sun et al. (arXiv 2406.06525). Parameter names are those of the official checkpoints:
-`encoder.conv_blocks.0` is the highest resolution, `decoder.conv_blocks.0` the lowest. Imports
-ddray.models.autoencoder.
+`encoder.conv_blocks.0` is the highest resolution, `decoder.conv_blocks.0` the lowest.
 
 Shapes: B batch, L tokens, V codebook size, E code width, P cells along a side.
 """

@@ -1,7 +1,5 @@
 """Published files: what to download, whether a file is the model it should be, and writing one.
 
-Imports ddray.checkpoint, errors, generate, the catalog and the zoo.
-
 Shapes: B batch, L tokens, E code width.
 """
 
@@ -11,18 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddray.checkpoint import (
+from ddray.errors import CheckpointError, ConfigError
+from ddray.method.seeding import noise
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
+from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
+from ddray.models.zoo import FAMILIES, load_student, load_teacher, resolve
+from ddray.storage.checkpoint import (
     CONFIG_FILE,
     load_folder,
     read_weights,
     save_folder,
     write_container,
 )
-from ddray.errors import CheckpointError, ConfigError
-from ddray.generate import Student, Teacher
-from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
-from ddray.models.zoo import FAMILIES, load_student, load_teacher, resolve
-from ddray.seeding import noise
 
 
 def describe(name: str) -> dict[str, Any]:

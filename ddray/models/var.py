@@ -1,8 +1,7 @@
 """The VAR transformer: one autoregressive step a scale, every block modulated by the class.
 
 Tian et al., "Visual autoregressive modeling: scalable image generation via next-scale prediction"
-(arXiv 2404.02905). Parameter names are those of the official checkpoints. Imports ddray.errors,
-ddray.guidance, ddray.models.kv_cache and ddray.models.var_vq.
+(arXiv 2404.02905). Parameter names are those of the official checkpoints.
 
 Shapes: B batch, L tokens of all levels, l tokens of this step, P tokens of a prefix, V codebook
 size, E code width, C model width, H heads, h head width, K scales.
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError, positive_integers
-from ddray.guidance import top_p_filter_from_below
+from ddray.method.guidance import top_p_filter_from_below
 from ddray.models.kv_cache import KeyValueCache
 from ddray.models.linear import Linear, linear
 from ddray.models.var_vq import (

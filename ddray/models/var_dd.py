@@ -2,8 +2,8 @@
 
 Liu et al., "Distilled Decoding" (arXiv 2412.17153). It reads a sequence X_t whose first t scales
 are data and the rest noise, and gives all tokens at once: as logits over the codebook and as
-regressed codes. One more level than the teacher's comes first, the class. Parameter names are
-those of the published students. Imports ddray.models.code_head and ddray.models.var.
+regressed codes. One more level than the teacher's comes first, the class. Parameter names are those
+of the published students.
 
 Shapes: B batch, L image tokens, S = 1 + L, V codebook size, E code width, C model width.
 """

@@ -1,10 +1,9 @@
 """The VAR tokenizer: an autoencoder whose latent is a sum of codes over ever finer scales.
 
-Tian et al., "Visual autoregressive modeling" (arXiv 2404.02905). Scale k holds p_k x p_k codes
-z_k; the latent is sum_k phi_k(up(z_k)), where up is bicubic to the last scale's grid and phi_k
-mixes its input with a 3x3 convolution of it. Parameter names are those of the official
-checkpoints: the levels of encoder and decoder count from the highest resolution. Imports
-ddray.errors and ddray.models.autoencoder.
+Tian et al., "Visual autoregressive modeling" (arXiv 2404.02905). Scale k holds p_k x p_k codes z_k;
+the latent is sum_k phi_k(up(z_k)), where up is bicubic to the last scale's grid and phi_k mixes its
+input with a 3x3 convolution of it. Parameter names are those of the official checkpoints: the
+levels of encoder and decoder count from the highest resolution.
 
 Shapes: B batch, L tokens of all scales, l tokens of one scale, V codebook size, E code width, K
 scales, P cells along a side of the last scale.

@@ -1,7 +1,6 @@
 """Names, families and layouts: from a name, a folder or a dictionary to a model in memory.
 
 Models are built on the meta device and take the loaded tensors over, so weights are in memory once.
-Imports the architectures, ddray.checkpoint, ddray.generate and ddray.errors.
 """
 
 import difflib
@@ -14,17 +13,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ddray.checkpoint import (
-    CONFIG_FILE,
-    StateDict,
-    load_folder,
-    load_into,
-    read_config,
-    read_weights,
-)
 from ddray.errors import CheckpointError, ConfigError
-from ddray.generate import Student, Teacher
-from ddray.model import Tokenizer
+from ddray.method.model import Tokenizer
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
@@ -33,6 +25,14 @@ from ddray.models.var import VAR, VARConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.var_vq import VARVQ, VARVQConfig
 from ddray.storage import open_storage
+from ddray.storage.checkpoint import (
+    CONFIG_FILE,
+    StateDict,
+    load_folder,
+    load_into,
+    read_config,
+    read_weights,
+)
 
 Source = str | Path | Mapping[str, Any]
 """Weights: a file, or a state dict in memory."""

@@ -1,22 +1,19 @@
-"""Evaluation on a node of the cluster that a job was submitted to.
-
-Imports ddray.config, evaluate, capacity, cluster and doctor.
-"""
+"""Evaluation on a node of the cluster that a job was submitted to."""
 
 import torch
 
-from ddray.config import EvaluateConfig
+from ddray.config.evaluation import EvaluateConfig
 from ddray.errors import ClusterError, one_line
-from ddray.evaluate import Evaluation, evaluate
-from ddray.runtime.capacity import node_labels, require
-from ddray.runtime.cluster import connect
-from ddray.runtime.doctor import preflight
+from ddray.evaluation.evaluate import Evaluation, evaluate
+from ddray.runtime.cluster.capacity import node_labels, require
+from ddray.runtime.cluster.connection import connect
+from ddray.runtime.cluster.doctor import preflight
 
 _RETRIES = 2
 
 
 def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:
-    """As `ddray.evaluate.evaluate`, in a task with the threads that the job asks for.
+    """As `ddray.evaluation.evaluate.evaluate`, in a task with the threads that the job asks for.
 
     The driver of a job runs on the head, where work has no place.
 

@@ -1,33 +1,28 @@
 """All of ddray in one run: trajectories, a student, bulk images, an evaluation, a report.
 
-Each part is the one that a cluster runs. Imports the other runtime modules, ddray.evaluate and its
-report.
+Each part is the one that a cluster runs.
 """
 
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, TypeVar
 
-from ddray.config import (
-    DistillConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    QuickstartConfig,
-    SampleConfig,
-)
-from ddray.evaluate import evaluate
-from ddray.evaluation_report import bars, build_report, tables_as_text, write_evaluation
+from ddray.config.distillation import DistillConfig
+from ddray.config.evaluation import EvaluateConfig
+from ddray.config.generation import GenerateConfig
+from ddray.config.quickstart import QuickstartConfig
+from ddray.config.sampling import SampleConfig
+from ddray.evaluation.evaluate import evaluate
+from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
 from ddray.memory import PeakMemory
-from ddray.report import Bar
-from ddray.run_folder import claim
-from ddray.runtime.bulk import generate
-from ddray.runtime.cluster import connect
-from ddray.runtime.sampling import sample
-from ddray.runtime.training import distill, read_history
-from ddray.runtime.training_worker import STUDENT_FOLDER
+from ddray.runtime.cluster.connection import connect
+from ddray.runtime.pools.bulk import generate
+from ddray.runtime.pools.sampling import sample
+from ddray.runtime.training.driver import distill, read_history
+from ddray.runtime.training.worker import STUDENT_FOLDER
 from ddray.storage import open_storage
+from ddray.storage.run_folder import claim
 
 T = TypeVar("T")
 
@@ -84,16 +79,10 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         # Ray's processes are gone by now: speed is measured on a machine of one's own.
         evaluation = _stage("evaluation", lambda: evaluate(evaluating))
     minutes, gigabytes = (time.monotonic() - started) / 60, memory.peak_bytes / 1e9
-    reached = [
-        *bars(evaluation),
-        Bar("this run: minutes, set-up apart", "<= 10", f"{minutes:.1f}", minutes <= 10),
-        Bar("this run: peak memory, GB", "<= 6", f"{gigabytes:.1f}", gigabytes <= 6),
-    ]
     summary |= {
         "evaluation": evaluation.summary(),
         "minutes": round(minutes, 2),
         "peak_memory_gb": round(gigabytes, 2),
-        "bars": [asdict(bar) for bar in reached],
     }
     report = build_report(
         evaluation,
@@ -109,7 +98,6 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             "evaluate": evaluating.model_dump(mode="json"),
         },
         commands=[f"ddray quickstart --teacher {config.teacher} --out {config.out}"],
-        reached=reached,
     )
     write_evaluation(config.out, evaluation, report, summary)
     print(tables_as_text(evaluation))

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from ddray.serving_api import (
+from ddray.serving.api import (
     MAX_SEED,
     ModelCard,
     RequestError,

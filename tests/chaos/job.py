@@ -15,8 +15,8 @@ import psutil
 import torch
 
 import ddray
-from ddray.shards import TrajectorySet
-from ddray.trajectories import make_plan, sample_rows
+from ddray.sets.trajectories.making import make_plan, sample_rows
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.runtime.tiny import command, environment, sampling
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from ddray.runtime.cluster import CLUSTER_ENVIRONMENT
+from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 _START_S = 90.0
 

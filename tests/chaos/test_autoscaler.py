@@ -15,8 +15,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_TYPE,
 )
 
-from ddray.runtime.capacity import NODE_POOL_LABEL
-from ddray.shards import TrajectorySet
+from ddray.runtime.cluster.capacity import NODE_POOL_LABEL
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.job import Job
 from tests.chaos.ray_head import RayHead, free_port, ray_head
 

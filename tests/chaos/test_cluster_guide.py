@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import ddray
-from ddray.images import ImageSet
-from ddray.shards import TrajectorySet
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.ray_head import BIN, ROOT, free_port, ray_head
 
 pytestmark = pytest.mark.chaos

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ddray.shards import TrajectorySet
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.job import Job, is_alive, write_set
 from tests.runtime.tiny import contents, sampling
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import ddray
-from ddray.image_making import make_plan
-from ddray.images import ImageSet
-from ddray.inspect_set import verify
-from ddray.runtime.image_workers import StudentWorker
+from ddray.runtime.pools.image_workers import StudentWorker
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.making import make_plan
+from ddray.sets.inspection import verify
 from ddray.storage import open_storage
 from tests.chaos.job import Job
 from tests.runtime.tiny import contents, generating, write_student

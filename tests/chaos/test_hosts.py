@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import ddray
-from ddray.shards import TrajectorySet
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.hosts import Host, hosts
 from tests.chaos.job import write_set
 from tests.chaos.ray_head import BIN, RayHead, end, ray_head

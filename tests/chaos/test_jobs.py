@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ddray.images import ImageSet
-from ddray.shards import TrajectorySet
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.job import write_set
-from tests.chaos.ray_head import BIN, ROOT, RayHead, answers, ray_head
+from tests.chaos.ray_head import BIN, RayHead, answers, ray_head
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.chaos
 
@@ -96,7 +97,7 @@ def test_the_pipeline_makes_all_of_it_with_training_beside_sampling(
 ) -> None:
     jobs = tmp_path / "jobs"
     (jobs / "configs").mkdir(parents=True)
-    scripts = Path(__file__).parents[2] / "jobs"
+    scripts = ROOT / "jobs"
     for name in ("pipeline.py",):
         (jobs / name).write_text((scripts / name).read_text())
     out = tmp_path / "out"

@@ -13,10 +13,10 @@ from ray.cluster_utils import Cluster
 
 import ddray
 from ddray.errors import ClusterError
-from ddray.runtime.pool import Crew, fill
-from ddray.runtime.sampling import TrajectoryWorker, sample
-from ddray.shards import TrajectorySet
-from ddray.trajectories import make_plan
+from ddray.runtime.pools.pool import Crew, fill
+from ddray.runtime.pools.sampling import TrajectoryWorker, sample
+from ddray.sets.trajectories.making import make_plan
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.runtime.tiny import contents, sampling
 
 pytestmark = pytest.mark.chaos

@@ -10,7 +10,7 @@ import boto3
 import pytest
 
 from ddray.errors import StorageError
-from ddray.shards import TrajectorySet
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 from tests.runtime.tiny import command, contents, environment, sampling, write_teacher
 from tests.s3_server import BUCKET, FaultyProxy, s3_environment, s3_server

@@ -17,11 +17,11 @@ import httpx
 import psutil
 import pytest
 
-from ddray.serving_api import ModelCard
+from ddray.serving.api import ModelCard
 from tests.chaos.hostile import Case, cases, read_cards
 from tests.chaos.job import is_alive
 from tests.chaos.service import FULL, RAW, Load, Service, clients, until
-from tests.core.test_dashboard import dashboard_metrics
+from tests.core.deployment.test_dashboard import dashboard_metrics
 
 pytestmark = pytest.mark.chaos
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 import ddray
-from ddray.shards import shard_name
+from ddray.sets.sharded_set import shard_name
 from tests.chaos.job import Job, is_alive, write_set
 from tests.runtime.tiny import distilling
 

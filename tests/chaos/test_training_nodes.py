@@ -11,8 +11,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from ddray.config import DistillConfig
-from ddray.runtime.training import distill, read_history
+from ddray.config.distillation import DistillConfig
+from ddray.runtime.training.driver import distill, read_history
 from tests.chaos.job import write_set
 from tests.runtime.tiny import distilling
 

@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import yaml
 
-from ddray.checkpoint import MODEL_FILE, save_folder
 from ddray.cli import main
-from ddray.config import (
-    DistillConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    Job,
-    QuickstartConfig,
-    SampleConfig,
-    ServeConfig,
-)
-from ddray.images import ImageSet
+from ddray.config.base import Job
+from ddray.config.distillation import DistillConfig
+from ddray.config.evaluation import EvaluateConfig
+from ddray.config.generation import GenerateConfig
+from ddray.config.quickstart import QuickstartConfig
+from ddray.config.sampling import SampleConfig
+from ddray.config.serving import ServeConfig
 from ddray.models.zoo import load_teacher
-from ddray.shards import Plan, TrajectorySet, shard_name
-from ddray.trajectories import make_plan, sample_rows
-from tests.core.test_images import PLAN as IMAGE_PLAN
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.sharded_set import shard_name
+from ddray.sets.trajectories.making import make_plan, sample_rows
+from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage.checkpoint import MODEL_FILE, save_folder
+from tests.core.sets.images.test_image_set import PLAN as IMAGE_PLAN
 from tests.core.tiny import student_config, student_state, tokenizer_state
 
 JOBS: dict[str, type[Job]] = {

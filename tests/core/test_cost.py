@@ -7,12 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddray.conditioning import Captions
-from ddray.config import DistillConfig
+from ddray.config.distillation import DistillConfig
 from ddray.cost import estimate_distill, forward_flops, memory, mfu, step_flops
-from ddray.distill import recompute_activations
+from ddray.distillation.losses import distillation_loss
+from ddray.distillation.optimization import recompute_activations
 from ddray.errors import ConfigError
-from ddray.losses import distillation_loss
+from ddray.method.conditioning import Captions
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.zoo import empty_student

@@ -42,15 +42,16 @@ for module in pkgutil.walk_packages(ddray.__path__, "ddray.", onerror=lambda nam
     if not module.name.startswith("ddray.runtime") and not module.name.endswith(NOT_HERE):
         importlib.import_module(module.name)
         names.append(module.name)
-assert {"ddray.flow", "ddray.generate", "ddray.digits", "ddray.models.llamagen_dd"} <= set(names)
+WANTED = {"method.flow", "method.student", "metrics.digits", "models.llamagen_dd"}
+assert {f"ddray.{name}" for name in WANTED} <= set(names)
 
 import torch
 torch.set_num_threads(1)
-from ddray.losses import distillation_loss
+from ddray.distillation.losses import distillation_loss
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.models.zoo import new_student
-from ddray.generate import Student
+from ddray.method.student import Student
 
 sizes = dict(dim=16, n_layer=1, n_head=2, vocab_size=8, num_classes=3, block_size=4, multiple_of=16)
 vq = dict(codebook_size=8, codebook_embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1))
@@ -74,7 +75,7 @@ assert not [name for name in sys.modules if name.partition(".")[0] in BLOCKED]
 
 from ddray.errors import ConfigError
 try:
-    ddray.digits.load_digits()
+    ddray.metrics.digits.load_digits()
 except ConfigError as error:
     assert "install ddray[teachers]" in str(error)
 else:

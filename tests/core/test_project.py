@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ddray
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {
     "setup", "quickstart", "test", "test-core", "test-ray", "test-chaos", "test-gpu",
     "lint", "format", "constraints", "teachers", "clean",

@@ -5,17 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddray.generate import Student, Teacher
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.models.zoo import empty_network, empty_tokenizer, load_student, load_teacher
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.paths import GOLDEN
 
 SIZES = {
     "dim": 16,
@@ -162,3 +163,8 @@ def tiny_var(family: str = "var", seed: int = 0, **sizes: Any) -> Any:
         tokenizer=random_state(empty_tokenizer(config), 1),
         device="cpu",
     )
+
+
+def random_images(count: int, channels: int = 1, size: int = 8) -> np.ndarray:
+    """Float images [count, channels, size, size] in [0, 1]."""
+    return np.random.default_rng(count).random((count, channels, size, size), np.float32)

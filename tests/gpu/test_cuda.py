@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import ddray
-from ddray.flow import Transport, transport
-from ddray.shards import TrajectorySet
-from ddray.trajectory_stream import TrajectoryStream
-from tests.core.test_shards import fill, plan_of
+from ddray.distillation.stream import TrajectoryStream
+from ddray.method.flow import Transport, transport
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from tests.core.sets.trajectories.test_trajectory_set import fill, plan_of
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
 
 pytestmark = [

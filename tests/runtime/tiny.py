@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddray.checkpoint import save_folder
-from ddray.config import DistillConfig, GenerateConfig, SampleConfig
+from ddray.config.distillation import DistillConfig
+from ddray.config.generation import GenerateConfig
+from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher, new_student
+from ddray.storage.checkpoint import save_folder
 from tests.core.tiny import teacher_config, teacher_state, tokenizer_state
 
 SIZES: Mapping[str, Any] = {

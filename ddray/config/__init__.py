@@ -1,0 +1,1 @@
+"""What each verb can be told, checked before anything starts: a module a verb."""

@@ -1,0 +1,94 @@
+"""What all job configurations are made of: types of values, the base class, a pool of actors."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+CountT = Annotated[int, Field(gt=0)]
+
+SeedT = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def parse_pair(value: Any) -> Any:
+    """A pair from "MIN:MAX", "N" or N."""
+    if isinstance(value, str):
+        value = value.split(":")
+    if isinstance(value, int):
+        value = (value, value)
+    if isinstance(value, Sequence) and len(value) == 1:
+        value = (value[0], value[0])
+    return value
+
+
+def parse_list(value: Any) -> Any:
+    """A list from "0,16", or from a single number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    return value.split(",") if isinstance(value, str) else value
+
+
+def parse_off(value: Any) -> Any:
+    """The word `off`, which YAML reads as a truth value."""
+    return "off" if value is False else value
+
+
+def check_ordered(workers: tuple[int, int]) -> None:
+    """Refuse a pair of numbers of workers that is not MIN:MAX."""
+    if workers[0] > workers[1]:
+        raise ValueError(f"workers {workers[0]}:{workers[1]} must be MIN:MAX")
+
+
+Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
+
+Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(parse_list)]
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
+
+NodePool = Annotated[
+    str | None, Field(description="label ddray.io/node-pool of the nodes to work on; absent = any")
+]
+
+WaitS = Annotated[
+    Annotated[float, Field(ge=0)] | None,
+    Field(
+        description="for nodes that are not there yet; absent = 1800 where the cluster grows by "
+        "itself, else 0"
+    ),
+]
+
+
+class Job(BaseModel):
+    """Base of all job configurations: immutable, unknown keys refused.
+
+    Attributes:
+        EXAMPLE: a command line of the verb, as its help shows it.
+        HEADINGS: of the help, in its order, each with the first of its keys; the keys that follow
+            in the class belong to it too, up to the first one of another heading.
+        MOVED: keys that have got another name or place, with the path that they have now.
+    """
+
+    EXAMPLE: ClassVar[str] = ""
+    HEADINGS: ClassVar[Mapping[str, str]] = {}
+    MOVED: ClassVar[Mapping[str, str]] = {}
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolConfig(Job):
+    """A pool of actors that each hold a model and write shards."""
+
+    workers: Workers = Field((1, 2), description="actors, MIN:MAX")
+    threads: CountT = Field(1, description="CPU threads of an actor; part of the plan")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of an actor")
+    node_pool: NodePool = None
+    wait_s: WaitS = None
+    max_retries: Annotated[int, Field(ge=0)] = Field(3, description="of a shard, after a crash")
+    stall_timeout_s: CountT = Field(600, description="no shard for so long is an error")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        check_ordered(self.workers)
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus={self.num_gpus:g} must be a part of one GPU, or whole ones")
+        return self

@@ -1,0 +1,37 @@
+"""What `ddray evaluate` can be told."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from ddray.config.base import CountT, Job, NodePool, SeedT, WaitS, parse_list
+
+
+class EvaluateConfig(Job):
+    """`ddray evaluate`: a student beside its teacher."""
+
+    EXAMPLE: ClassVar[str] = "ddray evaluate --student digits-var-dd --count 1000"
+    HEADINGS: ClassVar[Mapping[str, str]] = {
+        "Data and output": "student",
+        "Images": "count",
+        "Speed and transport": "speed_batches",
+        "Workers and memory": "threads",
+    }
+
+    student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
+    teacher: str | None = Field(None, description="absent = the one named in the student's config")
+    data: str | None = Field(None, description="trajectory set, for its rows of the table")
+    out: str = Field("runs/evaluate", description="URI of the report")
+    count: CountT = Field(5000, description="images of every generator")
+    seed: SeedT = 1_000_003
+    cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
+    batch_size: CountT = Field(200, description="images made together")
+    speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = (1, 8, 64)
+    speed_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="timed for each figure")
+    transport_count: CountT = Field(400, description="images of the transport's comparison")
+    threads: CountT | None = Field(
+        None, description="on a cluster; absent = 1, elsewhere all cores"
+    )
+    node_pool: NodePool = None
+    wait_s: WaitS = None

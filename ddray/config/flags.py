@@ -1,0 +1,117 @@
+"""A configuration as flags of the command line: one a key, under the headings of its help."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from ddray.config.base import Job
+from ddray.errors import ConfigError
+
+_DEST = "key:"
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type[Job]) -> None:
+    """Give a parser the flags of a config, a nested key as `--outer.inner`.
+
+    Args:
+        parser: of the verb.
+        kind: the verb's config class.
+    """
+    for heading, keys in _sections(kind).items():
+        group = parser.add_argument_group(heading)
+        for key in keys:
+            for path, field in _leaves(key, kind.model_fields[key]):
+                _add_flag(group, path, field)
+
+
+def refuse_moved_flags(kind: type[Job], argv: Sequence[str]) -> None:
+    """Refuse flags of keys that have got another name.
+
+    Raises:
+        ConfigError: with the flag that it is now.
+    """
+    moved = {_flag(old): _flag(new) for old, new in kind.MOVED.items()}
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if name in moved:
+            raise ConfigError(f"unknown flag {name}; it is {moved[name]} now")
+
+
+def given_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `add_flags` were given, nested as the config is."""
+    values: dict[str, Any] = {}
+    for name, value in vars(arguments).items():
+        if name.startswith(_DEST) and value is not None:
+            *outer, key = name.removeprefix(_DEST).split(".")
+            place = values
+            for part in outer:
+                place = place.setdefault(part, {})
+            place[key] = value
+    return values
+
+
+def _sections(kind: type[Job]) -> dict[str, list[str]]:
+    """Keys by heading, in the order of `HEADINGS`."""
+    first = {key: heading for heading, key in kind.HEADINGS.items()}
+    sections: dict[str, list[str]] = {heading: [] for heading in kind.HEADINGS}
+    heading = ""
+    for key in kind.model_fields:
+        heading = first.get(key, heading)
+        sections[heading].append(key)
+    return sections
+
+
+def _leaves(path: str, field: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
+    """The key itself, or those of the config that it holds."""
+    if not isinstance(field.default, Job):
+        yield path, field
+        return
+    # A part that is a verb's own config has its own help.
+    if field.default.EXAMPLE:
+        return
+    for name, inner in type(field.default).model_fields.items():
+        yield from _leaves(f"{path}.{name}", inner)
+
+
+def _flag(path: str) -> str:
+    return f"--{path.replace('_', '-')}"
+
+
+def _add_flag(group: Any, path: str, field: FieldInfo) -> None:
+    default, text = field.default, field.description or ""
+    if isinstance(default, bool) or field.annotation == bool | None:
+        group.add_argument(
+            _flag(path), action="store_const", const=True, dest=_DEST + path, help=text
+        )
+        return
+    shown = _shown(path, default)
+    suffix = f" (default: {shown})" if shown else ""
+    group.add_argument(_flag(path), metavar="X", dest=_DEST + path, help=f"{text}{suffix}".strip())
+
+
+def _shown(path: str, default: Any) -> str:
+    """A default as it would be given."""
+    if path in ("workers", "replicas"):
+        fewest, most = default
+        return str(most) if fewest == most else f"{fewest}:{most}"
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return "" if default is None else str(default)
+
+
+def example_of(kind: type[Job]) -> str:
+    """What the help of a verb says before its flags."""
+    parts = [name for name, field in kind.model_fields.items() if _is_part(field)]
+    text = f"{kind.__doc__}\n\nexample:\n  {kind.EXAMPLE}"
+    if parts:
+        text += (
+            f"\n\nKeys of its parts, {', '.join(parts)}, are those of the verbs of these names: "
+            "--set PART.KEY=VALUE."
+        )
+    return text
+
+
+def _is_part(field: FieldInfo) -> bool:
+    return isinstance(field.default, Job) and bool(field.default.EXAMPLE)

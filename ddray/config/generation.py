@@ -1,0 +1,64 @@
+"""What `ddray generate` can be told."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ddray.config.base import Classes, CountT, PoolConfig, SeedT
+
+
+class GenerateConfig(PoolConfig):
+    """`ddray generate`: images in bulk from a student."""
+
+    EXAMPLE: ClassVar[str] = "ddray generate --count 5000 --schedule 0,20 --format webdataset"
+    HEADINGS: ClassVar[Mapping[str, str]] = {
+        "Data and output": "student",
+        "Generation": "schedule",
+        "Format": "format",
+        "Shards and batches": "shard_rows",
+        "Workers and memory": "workers",
+        "Engine": "engine",
+        "Faults": "max_retries",
+    }
+
+    student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
+    out: str = Field("runs/generate", description="URI of the image set")
+    count: CountT = Field(1000, description="number of images")
+    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
+    captions: str | None = Field(
+        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
+    )
+    text_encoder: str | None = Field(
+        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+    )
+    seed: SeedT = 0
+    schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
+    format: Literal["parquet", "webdataset", "images"] = Field(
+        "parquet", description="of the shards: parquet, webdataset (tar) or images (a folder)"
+    )
+    content: Literal["images", "tokens"] = Field("images", description="tokens: in Parquet alone")
+    image_format: Literal["png", "webp"] = Field("png", description="of the images")
+    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="of WebP with loss; absent = without loss"
+    )
+    statistics: bool = Field(False, description="features' mean and covariance, for FID and kin")
+    shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
+    batch_size: CountT = Field(64, description="images made together; part of the plan")
+    engine: Literal["serve", "data"] = Field(
+        "data", description="a Ray Data pool of students, or replicas of Ray Serve"
+    )
+    encoders: CountT = Field(1, description="threads of a worker that compress images")
+
+    @model_validator(mode="after")
+    def _writable(self) -> Self:
+        if self.content == "tokens":
+            if self.format != "parquet":
+                raise ValueError(f"content=tokens is written as parquet, not as {self.format}")
+            if self.image_format != "png" or self.statistics:
+                raise ValueError("content=tokens has no images: no image_format, no statistics")
+        if self.quality is not None and self.image_format != "webp":
+            raise ValueError(
+                f"quality={self.quality} is of image_format=webp; {self.image_format} has no loss"
+            )
+        return self

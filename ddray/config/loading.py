@@ -1,0 +1,162 @@
+"""From presets, files, `--set` and flags to a checked configuration.
+
+A preset is overlaid by a YAML file, and that by `--set key.path=value` and the verb's flags.
+Unknown keys are refused with the nearest known one.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ddray.config.base import Job
+from ddray.errors import ConfigError, one_line
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+def load_config(
+    kind: type[JobT],
+    *,
+    preset: Mapping[str, Any] | None = None,
+    file: str | Path | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> JobT:
+    """Merge preset < file < `--set` < flags and check the result.
+
+    Args:
+        kind: the verb's config class.
+        preset: values of a named preset.
+        file: YAML file.
+        settings: "key.path=value" strings; values are read as YAML.
+        flags: values of the verb's own flags.
+
+    Returns:
+        The resolved config.
+
+    Raises:
+        ConfigError: one line that names the key, the value and what is allowed.
+    """
+    merged: dict[str, Any] = {}
+    _overlay(merged, preset or {})
+    if file is not None:
+        _overlay(merged, _read_yaml(file))
+    for setting in settings:
+        _overlay(merged, _read_setting(setting))
+    _overlay(merged, flags or {})
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, kind)) from None
+
+
+def values_moved(kind: type[Job], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that an earlier ddray wrote, under the names that their keys have now."""
+    now: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in kind.MOVED and not isinstance(value, Mapping):
+            outer, _, inner = kind.MOVED[key].partition(".")
+            now.setdefault(outer, {})[inner] = value
+        else:
+            now[key] = value
+    return now
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML without base-60 numbers: in YAML 1.1, 1:2 would be the integer 62."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), [*"-+0123456789"])
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)?$"),
+    [*"-+.0123456789"],
+)
+
+
+def _overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _overlay(target[key], value)
+        elif isinstance(value, Mapping):
+            target[key] = {}
+            _overlay(target[key], value)
+        else:
+            target[key] = value
+
+
+def _read_yaml(file: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(Path(file).read_text(), _Yaml)
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} is not YAML: {one_line(error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"--config {file} must hold keys and values, not {type(values).__name__}")
+    return values
+
+
+def _read_setting(setting: str) -> dict[str, Any]:
+    path, equals, text = setting.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {setting!r} is not of the form key.path=value")
+    try:
+        value: Any = yaml.load(text, _Yaml)
+    except yaml.YAMLError:
+        value = text
+    for key in reversed(keys):
+        value = {key: value}
+    return dict(value)
+
+
+def _first_problem(error: ValidationError, kind: type[Job]) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(kind, location[:-1])
+        moved = _moved(kind, location)
+        if moved is not None:
+            return f"unknown key {where!r}; it is {moved!r} now"
+        near = difflib.get_close_matches(location[-1], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error" and not where:
+        return message
+    return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _moved(kind: type[BaseModel], path: Sequence[str]) -> str | None:
+    """The path that a key has now which was called otherwise once; None where it never was."""
+    *parents, name = path
+    for parent in parents:
+        field = kind.model_fields.get(parent)
+        if field is None or not isinstance(field.annotation, type):
+            return None
+        kind = field.annotation
+    if not issubclass(kind, Job) or name not in kind.MOVED:
+        return None
+    return ".".join([*parents, kind.MOVED[name]])
+
+
+def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        inner = kind.model_fields[part].annotation if part in kind.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return sorted(kind.model_fields)

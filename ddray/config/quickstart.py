@@ -1,0 +1,27 @@
+"""What `ddray quickstart` can be told: its own keys, and those of its parts."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from ddray.config.base import Job, SeedT
+from ddray.config.distillation import DistillConfig
+from ddray.config.evaluation import EvaluateConfig
+from ddray.config.generation import GenerateConfig
+from ddray.config.sampling import SampleConfig
+
+
+class QuickstartConfig(Job):
+    """`ddray quickstart`: all of it; `out`, `teacher` and `seed` override those of the parts."""
+
+    EXAMPLE: ClassVar[str] = "ddray quickstart --teacher digits-var --preset tiny"
+    HEADINGS: ClassVar[Mapping[str, str]] = {"Data and output": "teacher"}
+
+    teacher: str = Field("digits-llamagen", description="bundled teacher")
+    out: str = Field("runs/quickstart", description="folder of everything that is made")
+    seed: SeedT = 0
+    sample: SampleConfig = SampleConfig()
+    distill: DistillConfig = DistillConfig()
+    generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()

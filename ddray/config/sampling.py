@@ -1,0 +1,42 @@
+"""What `ddray sample` can be told."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ddray.config.base import Classes, CountT, PoolConfig, SeedT
+
+
+class SampleConfig(PoolConfig):
+    """`ddray sample`: a teacher's trajectories into a set of shards."""
+
+    EXAMPLE: ClassVar[str] = "ddray sample --count 10000 --out runs/digits --workers 1:2"
+    HEADINGS: ClassVar[Mapping[str, str]] = {
+        "Data and output": "teacher",
+        "Sampling": "cfg",
+        "Shards and batches": "shard_rows",
+        "Workers and memory": "workers",
+        "Faults": "max_retries",
+    }
+
+    teacher: str = Field("digits-llamagen", description="bundled name or model folder")
+    out: str = Field("runs/sample/trajectories", description="URI of the set")
+    count: CountT = Field(2000, description="number of trajectories")
+    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
+    captions: str | None = Field(
+        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
+    )
+    text_encoder: str | None = Field(
+        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+    )
+    seed: SeedT = 0
+    cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    solver: Literal["ab4", "ab2", "euler", "rk4", "exact"] = "ab4"
+    num_evals: CountT | None = Field(None, description="absent = the default for this codebook")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_rows: CountT = Field(500, description="rows of a shard: what a crash can cost")
+    batch_size: CountT = Field(100, description="images sampled together; part of the plan")

@@ -1,0 +1,92 @@
+"""What a training shows while it runs: `metrics.jsonl`, and the same for TensorBoard."""
+
+import contextlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddray.errors import StorageError
+from ddray.storage import open_storage
+from ddray.storage.run_folder import METRICS_FILE
+
+TENSORBOARD_FOLDER = "tensorboard"
+_FLUSH_EVERY_S = 30.0
+
+
+def draw(out: str, line: dict[str, Any], picture: npt.NDArray[np.uint8]) -> None:
+    """Give TensorBoard the figures and the picture of an evaluation.
+
+    Args:
+        out: URI of the run.
+        line: the figures, and the step.
+        picture: uint8 [H, W, C].
+    """
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory(prefix="ddray-") as folder:
+        with SummaryWriter(folder, filename_suffix=f".step-{line['step']}") as board:
+            _add_scalars(board, line)
+            board.add_image("same_noise", picture, line["step"], dataformats="HWC")
+        _copy(folder, out)
+
+
+def _add_scalars(board: Any, line: dict[str, Any]) -> None:
+    for name, value in line.items():
+        if name != "step":
+            board.add_scalar(name, value, line["step"])
+
+
+def _copy(folder: str, out: str) -> None:
+    storage = open_storage(out)
+    for file in Path(folder).iterdir():
+        storage.write(f"{TENSORBOARD_FOLDER}/{file.name}", file.read_bytes())
+
+
+class TrainingLog:
+    """The lines of a run, from its first step on, whoever made them.
+
+    Files are written anew every half minute at most: an object store cannot append. Where they
+    cannot be written the training goes on; its checkpoints carry the lines too.
+
+    Args:
+        out: URI of the run.
+        lines: what an earlier attempt had logged up to its last checkpoint.
+    """
+
+    def __init__(self, out: str, lines: list[dict[str, Any]]):
+        from tensorboardX import SummaryWriter
+
+        self.lines = lines
+        self._storage = open_storage(out)
+        # Below the current folder: a worker's is Ray's, which deletes it, whoever dies.
+        self._folder = tempfile.TemporaryDirectory(prefix="ddray-", dir=Path.cwd())
+        purge = int(lines[-1]["step"]) + 1 if lines else 0
+        self._board = SummaryWriter(self._folder.name, purge_step=purge)
+        self._written_at = 0.0
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Log one line; it has a "step", and all its numbers are drawn over that."""
+        self.lines.append(line)
+        _add_scalars(self._board, line)
+        if time.monotonic() - self._written_at >= _FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the files, if that can be done."""
+        self._board.flush()
+        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+        with contextlib.suppress(StorageError):
+            self._storage.write(METRICS_FILE, lines.encode())
+            _copy(self._folder.name, self._storage.uri)
+        self._written_at = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+        self._board.close()
+        self._folder.cleanup()

@@ -1,0 +1,120 @@
+"""What the student learns: the teacher's tokens behind t, from X_t, as logits and as codes.
+
+Liu et al., "Distilled Decoding" (arXiv 2412.17153), section 3.3 and appendix. Plain torch: one call
+is the whole forward half of a training step.
+
+Shapes: B batch, L tokens, V codebook size, E code width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddray.errors import ConfigError
+from ddray.method.conditioning import Condition
+from ddray.method.student import given_tokens, keep_data
+
+
+class Prediction(NamedTuple):
+    """What a student said about a batch, for losses beyond the tokens' own.
+
+    Attributes:
+        logits_BLV: of the logits head.
+        codes_BLE: of the code head.
+        tokens_BL: int64, the teacher's.
+        asked_BL: bool, the tokens behind t; the others were data.
+        cond: classes or captions [B].
+        t_B: int64.
+    """
+
+    logits_BLV: Tensor
+    codes_BLE: Tensor
+    tokens_BL: Tensor
+    asked_BL: Tensor
+    cond: Condition
+    t_B: Tensor
+
+    def detached(self, where_BL: Tensor) -> "Prediction":
+        """The same, without gradient at some tokens."""
+        where_BL1 = where_BL[..., None]
+        return self._replace(
+            logits_BLV=torch.where(where_BL1, self.logits_BLV.detach(), self.logits_BLV),
+            codes_BLE=torch.where(where_BL1, self.codes_BLE.detach(), self.codes_BLE),
+        )
+
+
+class Losses(NamedTuple):
+    """Scalars, averaged over the tokens that the student had to predict.
+
+    Attributes:
+        total: what is minimised.
+        cross_entropy: of the logits head against the teacher's tokens, in nats.
+        code_error: mean squared error of the code head, per number.
+        token_accuracy: share of tokens whose argmax is the teacher's.
+        cross_entropy_B: the same for each row of the batch.
+        prediction: of the student, with gradient.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    code_error: Tensor
+    token_accuracy: Tensor
+    cross_entropy_B: Tensor
+    prediction: Prediction
+
+
+def distillation_loss(
+    student: Callable[..., tuple[Tensor, Tensor]],
+    stages: tuple[int, ...],
+    codebook_VE: Tensor,
+    noise_BLE: Tensor,
+    tokens_BL: Tensor,
+    cond_B: Condition,
+    t_B: Tensor,
+    *,
+    logits_weight: float = 1.0,
+    code_weight: float = 1.0,
+) -> Losses:
+    """Loss of a batch of trajectories at the given t.
+
+    Args:
+        student: (X_t [B, L, E], cond [B], t [B]) -> logits [B, L, V], codes [B, L, E].
+        stages: token counts per stage.
+        codebook_VE: float32 [V, E].
+        noise_BLE: float32 [B, L, E], where the trajectories start.
+        tokens_BL: int64 [B, L], where they end.
+        cond_B: int64 class ids [B] or captions.
+        t_B: int64 [B], stages that are data.
+        logits_weight: weight of the cross entropy.
+        code_weight: weight of the squared error, which is divided by the codes' mean square so that
+            it has the same meaning for every codebook.
+
+    Returns:
+        Scalars with gradient in `total`, and the prediction they are of.
+    """
+    codes_BLE = codebook_VE[tokens_BL]
+    given_BL = given_tokens(stages, t_B)
+    logits_BLV, predicted_BLE = student(keep_data(codes_BLE, noise_BLE, given_BL), cond_B, t_B)
+    asked = ~given_BL
+    if not bool(asked.any()):
+        raise ConfigError("every t is the number of stages: nothing is left to predict")
+    logits, target = logits_BLV[asked], tokens_BL[asked]
+    cross_entropy_N = F.cross_entropy(logits.float(), target, reduction="none")
+    cross_entropy = cross_entropy_N.mean()
+    code_error = F.mse_loss(predicted_BLE[asked].float(), codes_BLE[asked])
+    scale = codebook_VE.square().mean()
+    total = logits_weight * cross_entropy + code_weight * code_error / scale
+    accuracy = (logits.detach().argmax(-1) == target).float().mean()
+    by_row = torch.zeros(asked.shape, device=logits.device)
+    by_row[asked] = cross_entropy_N.detach()
+    return Losses(
+        total,
+        cross_entropy.detach(),
+        code_error.detach(),
+        accuracy,
+        by_row.sum(1) / asked.sum(1),
+        Prediction(logits_BLV, predicted_BLE, tokens_BL, asked, cond_B, t_B),
+    )

@@ -1,0 +1,1 @@
+"""A student beside its teacher: the measurements and the page."""

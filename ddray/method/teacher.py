@@ -1,0 +1,263 @@
+"""A trained autoregressive model: the distribution that is distilled.
+
+A teacher fixes a sequence stage by stage: from fresh random numbers (`Teacher.sample`) or,
+deterministically, from a noise sequence (`Teacher.trajectories`).
+
+Shapes: B batch, L all tokens, l tokens of this stage, P tokens of a prefix, V codebook size, E code
+width.
+"""
+
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ddray.errors import ConfigError, is_finite, is_integer
+from ddray.method.conditioning import Condition, concatenate
+from ddray.method.flow import Transport
+from ddray.method.guidance import check_filters, draw, filter_logits
+from ddray.method.model import Model
+from ddray.method.seeding import noise, uniforms
+
+AskedFor = Sequence[int] | Tensor | tuple[Tensor, Tensor]
+"""Class ids [B], or caption features float [B, T, D] and their mask [B, T], right-padded."""
+
+
+SAMPLING = {
+    "cfg": None,
+    "cfg_interval": -1,
+    "top_k": 0,
+    "top_p": 1.0,
+    "temperature": 1.0,
+    "unmasked_prefix": False,
+}
+"""Settings of a teacher's part of a schedule, with their defaults: all of them off."""
+
+
+class Decoder(Protocol):
+    """One batch on its way through the stages of a teacher."""
+
+    def logits(self) -> Tensor:
+        """Logits of the next stage, float32 [B, l, V]."""
+
+    def append(self, tokens_Bl: Tensor) -> None:
+        """Fix the tokens of that stage, int64 [B, l]; under guidance they serve both halves."""
+
+
+class Teacher(Model):
+    """A trained autoregressive model: the distribution that is distilled.
+
+    Attributes:
+        stages: token counts per autoregressive step.
+        conditioning: what an image is asked for by: "class" or "text".
+        default_cfg: recommended guidance.
+    """
+
+    @property
+    def default_cfg(self) -> float:
+        """Recommended guidance of the zoo entry or card; none where nothing is recommended."""
+        return float(self.config.get("default_cfg", self.model.no_guidance))
+
+    @torch.no_grad()
+    def guided_logits(
+        self, cond_B: AskedFor, tokens_BL: Tensor, cfg: float | None = None
+    ) -> Tensor:
+        """Teacher-forced logits with guidance, before temperature and filters.
+
+        Args:
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            tokens_BL: int64 [B, L].
+            cfg: guidance as the family means it; None = off.
+
+        Returns:
+            float32 [B, L, V].
+        """
+        cond = self.condition(cond_B)
+        return self.forced_logits(cond, self._tokens(tokens_BL, len(cond)), cfg)
+
+    @torch.no_grad()
+    def forced_logits(self, cond: Condition, tokens_BL: Tensor, cfg: float | None) -> Tensor:
+        """`guided_logits` of what a training loop has at hand: a condition and checked tokens."""
+        logits: Tensor = self.model(cond, tokens_BL)
+        if self.guides(cfg):
+            null = self.model(self.model.null(cond), tokens_BL)
+            logits = self.model.guide(logits, null, cfg, None)
+        return logits
+
+    def sample(
+        self,
+        cond_B: AskedFor,
+        *,
+        cfg: float | None = None,
+        cfg_interval: int = -1,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        index: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Plain autoregressive sampling.
+
+        Args:
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            cfg: guidance as the family means it; None = off.
+            cfg_interval: guide the first cfg_interval + 2 stages only; -1 = all.
+            top_k: codes kept, 0 = off, 1 = greedy.
+            top_p: mass kept, 1 = off.
+            temperature: divides the logits.
+            seed: together with `index` decides every draw.
+            index: sample indices [B]; None = 0..B-1.
+
+        Returns:
+            int64 tokens [B, L].
+        """
+        cond = self.condition(cond_B)
+        index_B = self._index(index, len(cond))
+        uniform_BL = uniforms(seed, index_B, self.num_tokens)
+
+        def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
+            return draw(logits_BlV, uniform_BL[:, start:stop])
+
+        return self._roll_out(cond, choose, cfg, cfg_interval, top_k, top_p, temperature)
+
+    def trajectories(
+        self,
+        cond_B: AskedFor,
+        index_B: Sequence[int] | Tensor,
+        *,
+        seed: int,
+        cfg: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        solver: str = "ab4",
+        num_evals: int | None = None,
+    ) -> Tensor:
+        """The token sequences that this teacher's flow assigns to `noise(seed, index)`.
+
+        Each stage's noise is transported to tokens under the teacher's distribution given the
+        stages before (arXiv 2412.17153, section 3.2): over random noise they are distributed as
+        `sample`'s.
+
+        Args:
+            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            index_B: sample indices [B].
+            seed: run seed of the noise.
+            cfg: as in `sample`.
+            top_k: as in `sample`.
+            top_p: as in `sample`.
+            temperature: as in `sample`.
+            solver: of the transport.
+            num_evals: of the transport; None = its default.
+
+        Returns:
+            int64 tokens [B, L].
+
+        Raises:
+            ConfigError: if the network's logits are NaN or infinite, as an overflow makes them.
+        """
+        cond = self.condition(cond_B)
+        index = self._index(index_B, len(cond))
+        noise_BLE = noise(seed, index, (self.num_tokens, self.codebook.shape[1]))
+        solve = self.transport(solver, num_evals)
+        finite: list[Tensor] = []
+
+        def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
+            # Looked at once all is done: on a GPU a look at every stage would wait for it.
+            finite.append(logits_BlV.amax(-1).isfinite().all())
+            rows = noise_BLE[:, start:stop].flatten(0, 1), logits_BlV.flatten(0, 1)
+            return solve(*rows).unflatten(0, logits_BlV.shape[:2])
+
+        tokens = self._roll_out(cond, choose, cfg, -1, top_k, top_p, temperature)
+        if not bool(torch.stack(finite).all()):
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{self.name} gives logits that are not finite in {dtype}; use another dtype, or "
+                "mend the checkpoint"
+            )
+        return tokens
+
+    def continue_from(
+        self,
+        cond: Condition,
+        prefix_BP: Tensor,
+        last_stage: int,
+        *,
+        seed: int,
+        index: Tensor,
+        **sampling: Any,
+    ) -> Tensor:
+        """Sample on from tokens of the first stages up to stage `last_stage`, int64 [B, tokens]."""
+        refuse_unknown(sampling, SAMPLING)
+        uniform_BL = uniforms(seed, index, self.num_tokens)
+        return self._roll_out(
+            cond,
+            lambda logits, start, stop: draw(logits, uniform_BL[:, start:stop]),
+            **{**SAMPLING, **sampling},
+            prefix_BP=prefix_BP,
+            last_stage=last_stage,
+        )
+
+    def guides(self, cfg: float | None) -> bool:
+        """Whether guidance `cfg` does anything; refuses what is no number."""
+        if cfg is not None and not is_finite(cfg):
+            raise ConfigError(f"cfg={cfg!r} is no guidance; give a finite number, or None for none")
+        return bool(self.model.guides(cfg))
+
+    def transport(self, solver: str, num_evals: int | None) -> Transport:
+        """The map of this teacher's codebook, made once for each pair of settings."""
+        known: dict[tuple[str, int | None], Transport] = self.__dict__.setdefault("_maps", {})
+        if (solver, num_evals) not in known:
+            known[solver, num_evals] = Transport(self.codebook, solver, num_evals)
+        return known[solver, num_evals]
+
+    @torch.no_grad()
+    def _roll_out(
+        self,
+        cond: Condition,
+        choose: Callable[[Tensor, int, int], Tensor],
+        cfg: float | None,
+        cfg_interval: int,
+        top_k: int,
+        top_p: float,
+        temperature: float,
+        prefix_BP: Tensor | None = None,
+        last_stage: int | None = None,
+        unmasked_prefix: bool = False,
+    ) -> Tensor:
+        """Stage by stage: logits, guidance, filters, `choose(logits_BlV, first, last token)`."""
+        check_filters(temperature, top_k, top_p)
+        if not is_integer(cfg_interval):
+            raise ConfigError(f"cfg_interval={cfg_interval!r} must be an integer; -1 = all stages")
+        starts = self.stage_starts()
+        first = 0 if prefix_BP is None else starts.index(prefix_BP.shape[1])
+        guided = self.guides(cfg)
+        if guided:
+            cond = concatenate(cond, self.model.null(cond))
+        tokens = [] if prefix_BP is None else [prefix_BP]
+        decoder: Decoder = self.model.decoder(cond, prefix_BP, unmasked_prefix=unmasked_prefix)
+        for stage in range(first, len(self.stages) if last_stage is None else last_stage):
+            logits = decoder.logits()
+            if guided:
+                conditional, null = logits.chunk(2)
+                # Counted from where sampling begins, as upstream does behind a prefix too.
+                off = 0 <= cfg_interval < stage - first - 1
+                logits = conditional if off else self.model.guide(conditional, null, cfg, stage)
+                del conditional, null
+            logits = filter_logits(logits, temperature, top_k, top_p, self.model.top_p_filter)
+            tokens.append(choose(logits, starts[stage], starts[stage + 1]))
+            decoder.append(tokens[-1])
+        return torch.cat(tokens, 1)
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse names that are not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = (
+                f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+            )
+            raise ConfigError(f"unknown sampling setting {name!r}{hint}")

@@ -1,0 +1,5 @@
+"""How good images are: features and the distances between them; a file a metric."""
+
+from ddray.metrics.frechet import frechet_distance
+
+__all__ = ["frechet_distance"]

@@ -1,0 +1,190 @@
+"""Frechet distance between Gaussians, and the statistics of features that it is taken of.
+
+Shapes: N images, D features.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from ddray.errors import ConfigError, one_line
+from ddray.storage import open_storage
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean and covariance of features, in float64.
+
+    Attributes:
+        count: number of images N.
+        mean: float64 [D].
+        covariance: float64 [D, D], normalised by N - 1.
+    """
+
+    count: int
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def from_features(cls, features: Tensor) -> "FeatureStatistics":
+        """Statistics of features [N, D].
+
+        Raises:
+            ConfigError: for fewer than two rows, which have no covariance.
+        """
+        if len(features) < 2:
+            raise ConfigError(f"a Frechet distance needs at least 2 images, got {len(features)}")
+        rows = features.double().cpu().numpy()
+        return cls(len(rows), rows.mean(0), np.atleast_2d(np.cov(rows, rowvar=False)))
+
+    @classmethod
+    def merged(cls, sums: Iterable["FeatureSums"]) -> "FeatureStatistics":
+        """Statistics of all images of some sums.
+
+        Raises:
+            ConfigError: for fewer than two images, which have no covariance.
+        """
+        total = reduce(FeatureSums.__add__, sums)
+        if total.count < 2:
+            raise ConfigError(f"a Frechet distance needs at least 2 images, got {total.count}")
+        return cls(total.count, total.mean, total.scatter / (total.count - 1))
+
+    @classmethod
+    def load(cls, uri: str) -> "FeatureStatistics":
+        """Read a file as `to_bytes` makes it, or as pytorch-fid does, which names no count.
+
+        Raises:
+            ConfigError: if it is no such file.
+            StorageError: if it cannot be read.
+        """
+        folder, _, name = uri.rpartition("/")
+        data = open_storage(folder or ".").read(name)
+        try:
+            with np.load(io.BytesIO(data)) as file:
+                return cls(int(file.get("count", 0)), file["mu"], file["sigma"])
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{uri} is no file of statistics: {one_line(error)}") from error
+
+    def distance(self, other: "FeatureStatistics") -> float:
+        """Frechet distance to other features' statistics."""
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+
+    def to_bytes(self, **notes: str) -> bytes:
+        """As an .npz with mu, sigma and count, which pytorch-fid reads as well.
+
+        Args:
+            **notes: what else stands in the file, such as the extractor's fingerprint.
+        """
+        stream = io.BytesIO()
+        arrays: dict[str, Any] = {name: np.array(note) for name, note in notes.items()}
+        np.savez(stream, mu=self.mean, sigma=self.covariance, count=self.count, **arrays)
+        return stream.getvalue()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As tensors, for a safetensors file."""
+        return {
+            "reference.count": torch.tensor(self.count),
+            "reference.mean": torch.from_numpy(self.mean),
+            "reference.covariance": torch.from_numpy(self.covariance),
+        }
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """What can be merged into statistics, in float64.
+
+    Attributes:
+        count: number of images N.
+        mean: float64 [D].
+        scatter: float64 [D, D], sum of (x - mean) (x - mean)^T.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: Tensor) -> "FeatureSums":
+        """Sums of features [N, D], N >= 1."""
+        rows = features.double().cpu().numpy()
+        mean = rows.mean(0)
+        return cls(len(rows), mean, (rows - mean).T @ (rows - mean))
+
+    def __add__(self, other: "FeatureSums") -> "FeatureSums":
+        """Sums of both, without the cancellation of raw second moments.
+
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+        variances", 1979.
+        """
+        count, shift = self.count + other.count, other.mean - self.mean
+        between = np.outer(shift, shift) * (self.count * other.count / count)
+        return FeatureSums(
+            count,
+            self.mean + shift * (other.count / count),
+            self.scatter + other.scatter + between,
+        )
+
+    def to_bytes(self, extractor: str) -> bytes:
+        """As a safetensors file.
+
+        Args:
+            extractor: fingerprint of what made the features.
+        """
+        arrays = {"count": np.array(self.count), "mean": self.mean, "scatter": self.scatter}
+        return save(arrays, {"extractor": extractor})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, extractor: str) -> "FeatureSums":
+        """Read what `to_bytes` made.
+
+        Raises:
+            ConfigError: if it is damaged, or of another extractor.
+        """
+        try:
+            arrays = load(data)
+            size = int.from_bytes(data[:8], "little")
+            found = json.loads(data[8 : 8 + size])["__metadata__"]["extractor"]
+            sums = cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"damaged ({one_line(error)})") from error
+        if found != extractor:
+            raise ConfigError(f"made by another extractor ({found[:12]}, not {extractor[:12]})")
+        return sums
+
+
+Array = npt.NDArray[np.float64]
+
+
+def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians.
+
+    Heusel et al., arXiv 1706.08500, equation 6. The trace of the root is the sum of the square
+    roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and positive: no complex root
+    has to be cut off, as it must be with a general matrix root.
+
+    Args:
+        mean_a: float64 [D].
+        cov_a: float64 [D, D], A.
+        mean_b: float64 [D].
+        cov_b: float64 [D, D], B.
+
+    Returns:
+        The distance, 0 or more; 0 for the same Gaussian.
+    """
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ cov_b @ root)
+    shift = np.square(mean_a - mean_b).sum()
+    spread = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross.clip(0)).sum()
+    return float(shift + spread)

@@ -1,0 +1,142 @@
+"""The Ray that a job runs on: the one it was submitted to, or a private one on this machine."""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from ddray import __version__
+from ddray.errors import ClusterError, StoppedError, one_line
+
+# Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core
+# still leaves room for Ray's own light tasks; without them its reads would wait for ever.
+_SPARE_CPUS = 2
+_OBJECT_STORE_BYTES = 200 * 2**20
+# Ray's processes keep the memory they have freed: where page faults are slow, as in a virtual
+# machine, giving it back after every step costs a training a tenth of its speed (measured).
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+# Read by Serve's own processes.
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ddray.runtime.serving.proxy:middlewares",
+    # A replica that fails its health checks is given up at once: what it had in hand is begun again
+    # elsewhere, and in time, where waiting for it would use up the deadline of its requests.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
+CLUSTER_ENVIRONMENT = {
+    **KEEP_FREED_MEMORY,
+    **SERVE_ENVIRONMENT,
+    # Workers at the priority of all else, not at nice 15.
+    "RAY_worker_niceness": "0",
+    # From `ray job stop` to a kill, s: a training writes its last checkpoint.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+}
+"""What Ray's own processes must find in their environment on every node; the image sets it."""
+# Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
+_SHORT_TEMP = "/tmp"
+
+
+@contextlib.contextmanager
+def connect(metrics_port: int | None = None) -> Iterator[None]:
+    """Be connected to Ray: to `RAY_ADDRESS` if set, else to a new private Ray.
+
+    Submitted jobs have the address. A Ray that this process is connected to already is used and
+    left running. A Ray that merely happens to run on this machine is never joined.
+
+    Args:
+        metrics_port: where a new Ray shows its metrics to Prometheus; None = nowhere in particular.
+
+    Raises:
+        ClusterError: if Ray cannot start or be reached.
+    """
+    # Read at import: workers at the driver's priority; a private loopback Ray needs no token file.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By default a task is tried again at once: all its retries are gone before a lost node is known
+    # to be lost.
+    os.environ.setdefault("RAY_task_retry_delay_ms", "3000")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        for name, value in (KEEP_FREED_MEMORY | SERVE_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+    # Ray's C++ core reports at ERROR level, past Python's logging, what is no error to anybody
+    # (that a pool's actors may restart). What does go wrong reaches us as an exception.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    temp = None if address else tempfile.mkdtemp(prefix="ddray-", dir=_SHORT_TEMP)
+    try:
+        _start(address, temp, metrics_port)
+        with _terminable():
+            yield
+    finally:
+        ray.shutdown()
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within, SIGTERM (`ray job stop`) ends the process in order; Ray would dump its stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # what is on its way out is not to be told again
+        print("ddray: terminated; what is written stays", file=sys.stderr, flush=True)
+        sys.exit(StoppedError.exit_code)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _start(address: str | None, temp: str | None, metrics_port: int | None) -> None:
+    import ray
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+            has = ray.cluster_resources()
+            print(
+                f"ddray {__version__} from {Path(__file__).parents[1]}, Ray {ray.__version__} at "
+                f"{address}: {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs",
+                file=sys.stderr,
+                flush=True,
+            )
+        else:
+            ray.init(
+                address="local",
+                num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=temp,
+                _metrics_export_port=metrics_port,
+                **quiet,
+            )
+    except Exception as error:  # Ray raises the bare Exception when a node does not come up
+        where = f"connect to Ray at RAY_ADDRESS={address}" if address else "start a local Ray"
+        advice = "is it running?" if address else "free memory or disk in /tmp, then rerun"
+        raise ClusterError(f"cannot {where}: {one_line(error)}; {advice}") from error

@@ -1,0 +1,1 @@
+"""Actors that fill a set: trajectories by teachers, images by students."""

@@ -1,0 +1,153 @@
+"""Images in bulk: a plan, a pool that has students or asks replicas for batches, shards."""
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ddray import __version__
+from ddray.config.base import PoolConfig
+from ddray.config.generation import GenerateConfig
+from ddray.errors import ConfigError
+from ddray.metrics.fd_digits import DigitsMetric
+from ddray.models.zoo import load_student
+from ddray.runtime.cluster.connection import connect
+from ddray.runtime.pools.image_workers import StudentWorker
+from ddray.runtime.pools.pool import Crew, Filled, fill
+from ddray.sets.captions import cut_captions
+from ddray.sets.conditions import check_encoder, open_captions
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
+from ddray.storage import open_storage
+from ddray.storage.run_folder import CONFIG_FILE, SUMMARY_FILE, write_json
+
+STATISTICS_FILE = "statistics.npz"
+
+# While one shard is written, the device is busy with the next.
+_SHARDS_AT_ONCE = 2
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Fill an image set; a rerun fills gaps only.
+
+    Args:
+        config: the job.
+
+    Returns:
+        Summary: what is there and what was made, seconds, images/s.
+
+    Raises:
+        ConfigError: settings, captions or a schedule that do not fit, or another plan at the URI.
+        StorageError: the URI cannot be written, or the captions not read.
+        ClusterError: Ray cannot start, or the pool keeps failing.
+        ShardError: shards are missing although the pool finished.
+    """
+    storage = open_storage(config.out)
+    storage.check_writable()
+    student = load_student(config.student, device="cpu")
+    captions = open_captions(config, student)
+    if captions is not None and captions.has_features and config.engine == "serve":
+        raise ConfigError(
+            f"engine=serve, but {captions.uri} has features: replicas encode captions themselves; "
+            "take engine=data"
+        )
+    plan = make_plan(config, student, captions)
+    metric = extractor(student) if config.statistics else None
+    if captions is not None:
+        check_encoder(plan, student)
+        captions.check(plan.count)
+        # Before the set is made or grows: captions that are refused leave it as it was.
+        cut_captions(captions, storage, ImageSet.planned(config.out, plan))
+    images = ImageSet.create(config.out, plan)
+    images.with_statistics = config.statistics
+    write_json(storage, CONFIG_FILE, config.model_dump(mode="json"))
+    filled = _fill(images, config)
+    summary = {
+        "uri": images.uri,
+        "ddray_version": __version__,
+        "plan_hash": plan.hash,
+        "student": plan.student,
+        "schedule": plan.schedule,
+        "images": plan.count,
+        "format": plan.encoding,
+        "content": plan.content,
+        "engine": config.engine,
+        **(_statistics(images, metric) if metric else {}),
+        **filled.summary(),
+    }
+    write_json(storage, SUMMARY_FILE, summary)
+    return summary
+
+
+def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
+    """Make what an existing set lacks, by its own plan.
+
+    Args:
+        uri: of the set.
+        pool: size of the pool; its `threads` give way to the plan's.
+
+    Returns:
+        How many shards and rows were made, and how fast.
+
+    Raises:
+        ConfigError: the plan's student is not here.
+        ShardError: there is no set, the student has other weights, or shards stay missing.
+        StorageError: the URI cannot be written.
+        ClusterError: Ray cannot start, or the pool keeps failing.
+    """
+    images = ImageSet.open(uri)
+    images.storage.check_writable()
+    planned_student(images.plan, "cpu")
+    config = GenerateConfig(
+        **{**pool.model_dump(), "threads": images.plan.threads, "engine": "data"}
+    )
+    return _fill(images, config).summary()
+
+
+def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
+    """Say what is there, and make the rest."""
+    plan, missing = images.plan, images.missing()
+    if not missing:
+        return Filled()
+    if len(missing) < plan.num_shards:
+        rows = plan.count - sum(len(plan.shard_range(k)) for k in missing)
+        print(
+            f"found {plan.num_shards - len(missing)} of {plan.num_shards} shards ({rows} of "
+            f"{plan.count} rows); {len(missing)} to make",
+            file=sys.stderr,
+            flush=True,
+        )
+    with connect(), _crew(images, config) as crew:
+        return fill("images", images, crew, config)
+
+
+def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Crew]:
+    """The actors of the job's engine, and whatever they need for as long as they work."""
+    if config.engine == "serve":
+        # Ray Serve reads its environment when it is imported, so Ray comes first.
+        from ddray.runtime.pools.fleet import asking_crew
+
+        return asking_crew(images, config, _SHARDS_AT_ONCE)
+    crew = Crew(
+        StudentWorker,
+        {
+            "device": "cuda" if config.num_gpus else "cpu",
+            "encoders": config.encoders,
+            "statistics": config.statistics,
+        },
+        config.threads,
+        config.num_gpus,
+        config.node_pool,
+        [images.plan.student],
+        _SHARDS_AT_ONCE,
+    )
+    return nullcontext(crew)
+
+
+def _statistics(images: ImageSet, metric: DigitsMetric) -> dict[str, Any]:
+    """Merge what lies beside the shards into one file, and judge it."""
+    statistics = merge_statistics(images, metric)
+    images.storage.write(STATISTICS_FILE, statistics.to_bytes(extractor=metric.fingerprint))
+    return {
+        "statistics": images.storage.join(STATISTICS_FILE),
+        "fd_digits": round(metric.reference.distance(statistics), 4),
+    }

@@ -1,0 +1,136 @@
+"""Workers of a pool that write shards of images: with a student each, or asking a replica."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from ddray.errors import ClusterError, one_line
+from ddray.sets.images.encoding import ShardMaker
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.orders import RowsOrder
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from ddray.serving.rendering import Renderer
+
+# A replica that dies is replaced, and requests find another one as soon as Serve knows.
+_RETRY_S = 1.0
+_BUSY_RETRY_S = 0.2
+
+
+class StudentWorker:
+    """Holds a student on one device, which goes on while the last batches are compressed.
+
+    Args:
+        uri: of the image set.
+        device: "auto", "cpu" or "cuda".
+        encoders: threads that compress.
+        statistics: whether to make statistics of the images as well.
+    """
+
+    def __init__(self, uri: str, device: str, encoders: int, statistics: bool):
+        import torch
+
+        images = ImageSet.open(uri)
+        # Shards overlap, and OpenMP's number of threads belongs to a thread: one runs the model.
+        self._device = ThreadPoolExecutor(
+            1, "device", torch.set_num_threads, (images.plan.threads,)
+        )
+        self._renderer: Renderer = self._device.submit(_load, images, device).result()
+        self._maker = ShardMaker(images, encoders, statistics)
+
+    def do(self, shard: int) -> int:
+        """Generate and write one shard."""
+        return self._maker.make(
+            shard, lambda order: self._device.submit(self._renderer.rows, order)
+        )
+
+
+class HandleWorker:
+    """Asks the replicas of a Serve deployment, a bounded number of batches at a time.
+
+    Args:
+        uri: of the image set.
+        application: of Serve.
+        deployment: whose replicas have a method `rows`.
+        model: what they call the student.
+        retries: of a batch whose replica died.
+        encoders: threads that compress.
+        statistics: whether to make statistics of the images as well.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        application: str,
+        deployment: str,
+        model: str,
+        retries: int,
+        encoders: int,
+        statistics: bool,
+    ):
+        from ray import serve
+
+        self._model, self._retries = model, retries
+        self._maker = ShardMaker(ImageSet.open(uri), encoders, statistics)
+        self._rows = serve.get_deployment_handle(deployment, application).rows
+
+    def do(self, shard: int) -> int:
+        """Have one shard generated, and write it."""
+        return self._maker.make(shard, self._ask, self._model)
+
+    def _ask(self, order: RowsOrder) -> "_Reply":
+        return _Reply(lambda: self._rows.remote(order), self._retries)
+
+
+class _Reply:
+    """Rows that a replica makes; they may be asked for again, for they would be the same.
+
+    Args:
+        ask: sends the request.
+        retries: how often it is sent again after a replica has died.
+    """
+
+    def __init__(self, ask: Callable[[], Any], retries: int):
+        self._ask, self._retries = ask, retries
+        self._sent = ask()
+
+    def result(self) -> "npt.NDArray[Any]":
+        """Wait for the rows.
+
+        Raises:
+            ClusterError: if replicas keep dying.
+        """
+        from ray.exceptions import RayError, RayTaskError
+        from ray.serve.exceptions import BackPressureError
+
+        left = self._retries
+        while True:
+            try:
+                return self._sent.result()
+            except RayTaskError:
+                # What the student itself refuses, it would refuse again.
+                raise
+            except BackPressureError:
+                # Requests of others have filled the queue; it is not their fault nor ours.
+                time.sleep(_BUSY_RETRY_S)
+            except RayError as error:
+                if not left:
+                    raise ClusterError(
+                        f"a batch was lost {self._retries + 1} times with its replica "
+                        f"({one_line(error)}); look at why replicas die, or give more --max-retries"
+                    ) from error
+                left -= 1
+                time.sleep(_RETRY_S)
+            self._sent = self._ask()
+
+
+def _load(images: ImageSet, device: str) -> "Renderer":
+    from ddray.serving.rendering import Renderer
+    from ddray.sets.conditions import load_encoder
+    from ddray.sets.images.making import planned_student
+
+    student = planned_student(images.plan, device)
+    return Renderer(student, encoder=load_encoder(images.plan, student))

@@ -1,0 +1,1 @@
+"""The image service on Ray Serve: proxy, ingress, replicas."""

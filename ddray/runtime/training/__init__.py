@@ -1,0 +1,1 @@
+"""Distillation on Ray Train and DeepSpeed: the driver, its workers, what goes wrong."""

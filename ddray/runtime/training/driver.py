@@ -1,0 +1,450 @@
+"""Distillation on Ray Train and DeepSpeed: what is refused, the run folder, restarts, progress.
+
+The driver's side. The step itself is plain torch in ddray.distillation.optimization, the loop
+around it ddray.runtime.training.worker.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ddray import __version__
+from ddray.config.distillation import DistillConfig
+from ddray.distillation.log import TENSORBOARD_FOLDER
+from ddray.distillation.order import default_lanes
+from ddray.distillation.perceptual import with_lpips_checked
+from ddray.errors import CheckpointError, ConfigError, StoppedError, TrainingError
+from ddray.evaluation.student_check import (
+    BEST_FOLDER,
+    PICTURES_FOLDER,
+    check_student,
+    require_classes,
+)
+from ddray.method.schedule import default_schedule
+from ddray.method.teacher import Teacher
+from ddray.models.catalog import BUNDLED_MODELS
+from ddray.models.zoo import continue_student, load_teacher
+from ddray.progress import Progress
+from ddray.runtime.cluster.capacity import node_labels, require
+from ddray.runtime.cluster.connection import connect
+from ddray.runtime.cluster.doctor import preflight
+from ddray.runtime.cluster.machine import Probe
+from ddray.runtime.training.watchdog import Board
+from ddray.runtime.training.worker import STUDENT_FOLDER, work
+from ddray.sets.conditions import check_encoder
+from ddray.sets.inspection import trainable_shards
+from ddray.sets.sharded_set import MANIFEST
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage import open_storage
+from ddray.storage.base import NotFoundError, Storage
+from ddray.storage.run_folder import (
+    CONFIG_FILE,
+    EVALUATIONS_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    EventLog,
+    claim,
+    read_lines,
+    write_json,
+)
+
+_POLL_S = 1.0
+# A group of processes has at least so long to come up and meet in its first collective.
+_MEETING_S = 600
+# Signals so close together are one.
+_TOLD_TWICE_S = 3.0
+
+# What a run writes into its folder, and --fresh may delete; other things may lie beside it.
+_RUN_FILES = (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    EVALUATIONS_FILE,
+    "bad-steps/",
+    f"{BEST_FOLDER}/",
+    f"{PICTURES_FOLDER}/",
+    f"{STUDENT_FOLDER}/",
+    f"{TENSORBOARD_FOLDER}/",
+    "checkpoints-",
+)
+
+# What may differ between the runs that share a folder: where and how, but not what.
+_FREE_TO_CHANGE = {
+    "out",
+    "workers",
+    "threads",
+    "use_gpu",
+    "node_pool",
+    "wait_s",
+    "activation_checkpointing",
+    "compile",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "evaluate_every",
+    "evaluate_count",
+    "patience",
+    "max_failures",
+    "max_bad_steps",
+    "step_timeout_s",
+    "stall_timeout_s",
+    "fresh",
+    "allow_partial",
+}
+
+
+def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -> Teacher:
+    plan, name = trajectories.plan, config.teacher or trajectories.plan.teacher
+    teacher = sampled = load_teacher(name, device="cpu")
+    if plan.dtype != "float32":
+        # Weights have another fingerprint in another type.
+        sampled = load_teacher(name, device="cpu", dtype=plan.dtype)
+    for what, here, there in (
+        ("teacher", sampled.fingerprint, plan.teacher_fingerprint),
+        ("tokenizer", sampled.tokenizer.fingerprint, plan.tokenizer_fingerprint),
+    ):
+        if here != there:
+            raise ConfigError(
+                f"{config.data} was sampled from another {what} ({there[:12]}) than "
+                f"{teacher.name}'s ({here[:12]}); give the teacher it names: {plan.teacher}"
+            )
+    check_encoder(plan, teacher)
+    return teacher
+
+
+def _with_schedule(config: DistillConfig, teacher: Teacher) -> DistillConfig:
+    """The config with the schedule that the run will use."""
+    schedule = config.schedule or default_schedule(teacher.stages)
+    if schedule[-1] >= len(teacher.stages):
+        raise ConfigError(
+            f"schedule={[*schedule]}: stages must be below {len(teacher.stages)}, the number of "
+            f"stages of {teacher.name}"
+        )
+    return config.model_copy(update={"schedule": schedule})
+
+
+def _identity(
+    config: DistillConfig, lanes: int, shards: list[int] | None, plan_hash: str
+) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    # The set is known by its plan, wherever it lies.
+    fixed = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE | {"data"})
+    part = "all" if shards is None else f"{len(shards)}, {_digest(shards)}"
+    return {**fixed, "lanes": lanes, "shards": part, "plan_hash": plan_hash}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> None:
+    """Take the run folder, or take it up again; refuse one of a run with other settings."""
+    storage = open_storage(config.out)
+    if config.fresh:
+        for name in storage.list():
+            if name.startswith(_RUN_FILES):
+                storage.delete(name)
+    claim(
+        storage,
+        config.model_dump(mode="json"),
+        identity,
+        "use another out, or --fresh to start over",
+    )
+
+
+def _finished_summary(config: DistillConfig) -> dict[str, Any] | None:
+    storage = open_storage(config.out)
+    if storage.exists(SUMMARY_FILE) and storage.exists(f"{STUDENT_FOLDER}/{CONFIG_FILE}"):
+        return dict(json.loads(storage.read(SUMMARY_FILE)))
+    return None
+
+
+def _check_list(storage: Storage, name: str) -> None:
+    """Refuse Train's list of checkpoints if it is cut: Train does not write it atomically."""
+    file = f"{name}/checkpoint_manager_snapshot.json"
+    try:
+        json.loads(storage.read(file))
+    except NotFoundError:
+        return
+    except ValueError as error:
+        raise CheckpointError(
+            f"{storage.join(file)} is damaged, by a full disk or a kill while it was written; "
+            "restore it, or rerun with --fresh"
+        ) from error
+
+
+def _lanes(config: DistillConfig, num_shards: int) -> int:
+    """Lanes of the data: every number of workers that the run may have must divide them."""
+    fewest, most = config.workers
+    lanes = default_lanes(config.batch_size)
+    if config.follow:
+        # The first step waits for as many shards as there are lanes.
+        lanes = default_lanes(config.batch_size, most, most=max(1, num_shards // 8))
+    for workers in range(fewest, most + 1):
+        if lanes % workers:
+            raise ConfigError(
+                f"workers={fewest}:{most}: {workers} workers do not divide the {lanes} lanes in "
+                f"which a batch of {config.batch_size} is read; give a number that does, or a "
+                f"batch_size that is a multiple of {workers}"
+            )
+    return lanes
+
+
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """Train a student on a trajectory set; a rerun goes on from the last checkpoint.
+
+    Args:
+        config: the job.
+
+    Returns:
+        Summary: steps, final losses, samples/s, where the student lies.
+
+    Raises:
+        CheckpointError: damaged checkpoints of an earlier run.
+        ConfigError: a teacher, schedule or earlier run that does not fit.
+        ShardError: an incomplete or damaged set.
+        StoppedError: after SIGTERM, with a checkpoint of the last step.
+        TrainingError: workers failed more often than allowed, or losses are not finite.
+    """
+    # Workers elsewhere have another current folder: from here on, locations are absolute.
+    places = ["data", "out"]
+    if config.init is not None and config.init not in BUNDLED_MODELS:
+        places.append("init")
+    config = config.model_copy(
+        update={name: open_storage(getattr(config, name)).uri for name in places}
+    )
+    config = with_lpips_checked(config)
+    trajectories = TrajectorySet.open(config.data)
+    teacher = _load_matching_teacher(config, trajectories)
+    config = _with_schedule(config, teacher)
+    if config.init is not None:
+        continue_student(config.init, teacher)
+    sound = trainable_shards(trajectories, allow_partial=config.allow_partial, follow=config.follow)
+    shards = None if config.follow or len(sound) == trajectories.plan.num_shards else sound
+    if config.evaluate_every:
+        require_classes(trajectories.plan)
+    lanes = _lanes(config, trajectories.plan.num_shards)
+    identity = _identity(config, lanes, shards, trajectories.plan.hash)
+    _claim_folder(config, identity)
+    earlier = _finished_summary(config)
+    if earlier is not None:
+        return earlier
+    started = time.monotonic()
+    name = f"checkpoints-{_digest(identity)}"
+    job = {"config": config.model_dump(mode="json"), "lanes": lanes, "shards": shards}
+    storage = open_storage(config.out)
+    _check_list(storage, name)
+    with connect(), EventLog(storage, workers=config.workers, steps=config.steps) as events:
+        require(
+            "distillation",
+            config.workers[0],
+            config.threads,
+            int(config.use_gpu),
+            config.wait_s,
+            config.node_pool,
+        )
+        probes = [Probe(config.data, MANIFEST, writable=False), Probe(config.out, CONFIG_FILE)]
+        models = [config.teacher or trajectories.plan.teacher]
+        preflight(config.threads, int(config.use_gpu), config.node_pool, models, probes)
+        step = _fit(config, name, job, config.teacher or trajectories.plan.teacher, events)
+    history = read_history(config.out)
+    last = history[-1] if history else {}
+    summary: dict[str, Any] = {
+        "student": storage.join(STUDENT_FOLDER),
+        "ddray_version": __version__,
+        "steps": step,
+        "rows": trajectories.plan.count,
+        "teacher": teacher.name,
+        "seconds": round(time.monotonic() - started, 3),
+        **{key: last[key] for key in ("loss", "token_accuracy", "samples_per_s") if key in last},
+    }
+    write_json(storage, SUMMARY_FILE, summary)
+    return summary
+
+
+def read_history(out: str) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return read_lines(open_storage(out), METRICS_FILE)
+
+
+def _validation(config: DistillConfig, teacher: str, board: Any) -> Any:
+    """What Train runs beside the training, in a task of its own, on checkpoints."""
+    from ray.train import ValidationConfig
+
+    def validate(checkpoint: Any) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        with checkpoint.as_directory() as folder:
+            line = check_student(
+                f"{folder}/{STUDENT_FOLDER}",
+                config.data,
+                config.out,
+                config.evaluate_count,
+                teacher,
+            )
+        if config.patience and line["worse_in_a_row"] >= config.patience:
+            board.stop.remote()
+        return line
+
+    beside = {"num_cpus": 1, "max_retries": 1, "label_selector": node_labels(config.node_pool)}
+    return ValidationConfig(validate, ray_remote_kwargs=beside)
+
+
+def _fit(
+    config: DistillConfig, name: str, job: dict[str, Any], teacher: str, events: EventLog
+) -> int:
+    """Train; returns the last step."""
+    import ray
+    from ray.train import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # It must outlive every node that the run may lose: it lies on the driver's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    fewest, most = config.workers
+    trainer = TorchTrainer(
+        work,
+        validation_config=_validation(config, teacher, board) if config.evaluate_every else None,
+        train_loop_config={**job, "board": board},
+        # A hung collective is the watchdog's to notice; this is for a group that never meets.
+        torch_config=TorchConfig(timeout_s=int(max(config.step_timeout_s, _MEETING_S))),
+        scaling_config=ScalingConfig(
+            num_workers=most if fewest == most else config.workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.threads} | ({"GPU": 1} if config.use_gpu else {}),
+            label_selector=node_labels(config.node_pool) or None,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=open_storage(config.out).uri,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    watch = _Watch(board, config, events)
+    try:
+        watch.run(trainer.fit)
+    except TrainingFailedError as error:
+        raise TrainingError(
+            watch.failure
+            or f"the workers failed: {watch.reason or _reason(error)}; checkpoints in "
+            f"{config.out} stay, and a rerun goes on from the last one"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise TrainingError(f"Ray Train has failed: {_reason(error)}") from error
+    if watch.failure is not None:
+        raise TrainingError(watch.failure)
+    if watch.terminated:
+        raise StoppedError(
+            f"stopped at step {watch.step} of {config.steps}; a rerun goes on from there"
+        )
+    return watch.step
+
+
+def _reason(error: BaseException) -> str:
+    """The line of Train's report that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or ["unknown"])[-1][:400]
+
+
+class _Watch:
+    """The driver beside a training: progress, events, frozen workers, SIGTERM.
+
+    Args:
+        board: actor handle of the run's `Board`.
+        config: the job.
+        events: of the run.
+
+    Attributes:
+        step: the last one that was seen.
+        failure: what no restart would mend.
+        reason: why the last attempt failed, if a worker could say so.
+        terminated: whether SIGTERM has come.
+    """
+
+    def __init__(self, board: Any, config: DistillConfig, events: EventLog):
+        self._board, self._config, self._events = board, config, events
+        self.step, self.terminated, self._told = 0, False, 0.0
+        self.failure: str | None = None
+        self.reason: str | None = None
+
+    def run(self, fit: Callable[[], object]) -> None:
+        """Train in a thread until it ends; raises what it raises.
+
+        In the main thread Ray Train would take Ctrl-C for itself and end the process with status 1.
+        """
+        raised: list[BaseException] = []
+
+        def train() -> None:
+            try:
+                fit()
+            except BaseException as error:  # to be raised where it is waited for
+                raised.append(error)
+
+        thread = threading.Thread(target=train, daemon=True)
+        bar = Progress("distillation", self._config.steps, "steps")
+        with bar, self._terminable():
+            thread.start()
+            while thread.is_alive():
+                thread.join(_POLL_S)
+                self._look(bar)
+            self._look(bar)
+        if raised:
+            raise raised[0]
+
+    def _look(self, bar: Progress) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            seen = ray.get(self._board.look.remote(), timeout=5)
+            self.step, note, told, self.failure, self.reason = seen
+            bar.advance_to(self.step, note)
+            for event in told:
+                self._events.add(**event)
+            # A process that is stopped, or holds Python's lock for ever, cannot end itself.
+            frozen = self._board.silent.remote(self._config.step_timeout_s)
+            for rank, worker in ray.get(frozen, timeout=5).items():
+                self._events.add("frozen", worker=rank)
+                ray.kill(worker)
+
+    @contextlib.contextmanager
+    def _terminable(self) -> Iterator[None]:
+        """Within, SIGTERM asks the workers for a last checkpoint; one more, later, ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: object) -> None:
+            if self.terminated:
+                # `ray job stop` tells every process of a job, and a pipeline tells its stages too.
+                if time.monotonic() - self._told > _TOLD_TWICE_S:
+                    signal.signal(signal.SIGTERM, before)
+                    signal.raise_signal(signal.SIGTERM)
+                return
+            self.terminated, self._told = True, time.monotonic()
+            self._board.stop.remote()
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,241 @@
+"""A network under DeepSpeed: the same few operations under every ZeRO stage and precision.
+
+Weights stay float32; `precision` is that of the forward pass (autocast), with a loss scale for
+float16.
+"""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddray.config.distillation import DistillConfig
+from ddray.distillation.optimization import MovingAverage, parameter_groups, set_learning_rate
+from ddray.errors import CheckpointError
+
+_TAG = "deepspeed"
+# What a checkpoint of `Engine.save` must hold: the size of every file, of all ranks.
+_PARTS_FILE = "parts.json"
+
+
+def import_deepspeed(use_gpu: bool) -> Any:
+    """DeepSpeed, told what it reads while it is imported, and quiet."""
+    os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # An op that DeepSpeed would compile with g++ for a minute, to save what gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_config(config: DistillConfig, world: int) -> dict[str, Any]:
+    """What DeepSpeed is told."""
+    zero: dict[str, Any] = {"stage": config.zero}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch_size // world // config.accumulation,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # Its own CPU Adam would have to be compiled; torch's fused one is as fast (measured).
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if config.precision != "float32":
+        settings["torch_autocast"] = {"enabled": True, "dtype": config.precision}
+    return settings
+
+
+class Engine:
+    """A student in training: weights, optimizer and moving average, over all workers.
+
+    The average is kept beside the optimizer's own float32 weights, in the same partition: it works
+    element by element, so the average of a partition is the partition of the average.
+
+    Args:
+        network: the student, the same on every worker.
+        codebook_VE: float [V, E].
+        config: the job.
+        world: number of workers.
+    """
+
+    def __init__(self, network: nn.Module, codebook_VE: Tensor, config: DistillConfig, world: int):
+        deepspeed = import_deepspeed(config.use_gpu)
+        self.network, self._config, self._world = network, config, world
+        groups = parameter_groups(network, codebook_VE, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
+        if config.compile:
+            network.compile()
+        self._engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world),
+            dist_init_required=False,
+        )
+        if world == 1 and config.zero == 0:
+            # It would copy all gradients together, sum them over one worker, and copy them back.
+            self._engine.enable_backward_allreduce = False
+        self._optimizer = self._engine.optimizer
+        self._average = MovingAverage(self._masters(), config.ema_decay)
+
+    def __call__(self, x_BLE: Tensor, cond: Any, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The forward pass."""
+        logits_BLV, codes_BLE = self._engine(x_BLE, cond, t_B)
+        return logits_BLV, codes_BLE
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro batch."""
+        self._engine.backward(loss)
+
+    def step(self, rate: float, step: int) -> None:
+        """After every micro batch: after the last one of a step, move weights and average.
+
+        Args:
+            rate: learning rate.
+            step: steps done before, for the average.
+        """
+        set_learning_rate(self._optimizer, rate)
+        last = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        if last:
+            self._average.update(self._masters(), step)
+
+    def discard(self) -> None:
+        """Forget the gradients of the micro batches since the last step."""
+        self._engine.zero_grad()
+        self._optimizer.zero_grad()
+        # Where ZeRO keeps the sums of a partition's gradients.
+        getattr(self._optimizer, "averaged_gradients", {}).clear()
+        self._engine.micro_steps -= self._engine.micro_steps % self._config.accumulation
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The moving average under the network's names, whole, on the CPU; every rank must call."""
+        with self._masters_replaced(self._average.average):
+            weights = {name: self._whole(p) for name, p in self.network.named_parameters()}
+        return weights | self._stored()
+
+    def save(self, folder: str) -> None:
+        """Write this rank's part of a checkpoint, and on rank 0 what all parts must hold.
+
+        Every rank must call; the folders of all ranks make the checkpoint together.
+        """
+        self._engine.save_checkpoint(folder, tag=_TAG)
+        mine = {str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)}
+        parts: list[dict[str, int]] = [mine] * self._world
+        if self._world > 1:
+            torch.distributed.all_gather_object(parts, mine)
+        if torch.distributed.get_rank() == 0:
+            merged = {name: size for part in parts for name, size in part.items()}
+            (Path(folder) / _PARTS_FILE).write_text(json.dumps(merged, indent=2))
+
+    def load(self, folder: str, averaged: Mapping[str, Tensor]) -> None:
+        """Take up a checkpoint of as many workers.
+
+        Args:
+            folder: of the whole checkpoint.
+            averaged: what `averaged` gave when it was saved.
+        """
+        self._engine.load_checkpoint(folder, tag=_TAG)
+        self.set_average(averaged)
+
+    def set_average(self, averaged: Mapping[str, Tensor]) -> None:
+        """Take over a moving average, whole tensors under the network's names."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        with self._masters_replaced(self._average.average):
+            for name, parameter in self.network.named_parameters():
+                value = averaged[name].to(parameter.device, torch.float32)
+                if self._config.zero:
+                    safe_set_full_fp32_param(parameter, value)
+                else:
+                    parameter.data.copy_(value)
+            self._average.average = [tensor.detach().clone() for tensor in self._masters()]
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's part of the float32 weights that the optimizer moves."""
+        if self._config.zero == 0:
+            tensors = list(self.network.parameters())
+        elif self._config.zero < 3:
+            tensors = self._optimizer.single_partition_of_fp32_groups
+        else:
+            tensors = self._optimizer.fp32_partitioned_groups_flat
+        return [tensor.detach() for tensor in tensors]
+
+    @contextmanager
+    def _masters_replaced(self, values: list[Tensor]) -> Iterator[None]:
+        """Within, the optimizer's weights hold `values`; behind, what they held before."""
+        masters = self._masters()
+        before = [tensor.clone() for tensor in masters]
+        torch._foreach_copy_(masters, values)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(masters, before)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = safe_get_full_fp32_param(parameter) if self._config.zero else parameter
+        return whole.detach().float().cpu().clone()
+
+    def _stored(self) -> dict[str, Tensor]:
+        """What the network's file holds beside weights: not trained, not implied by its sizes."""
+        implied: dict[str, Tensor] = getattr(self.network, "constants", dict)()
+        weights = {name for name, _ in self.network.named_parameters()}
+        return {
+            name: value.cpu()
+            for name, value in self.network.state_dict().items()
+            if name not in weights and name not in implied
+        }
+
+
+def whole_weights(folder: str, zero: int) -> dict[str, Tensor]:
+    """The float32 weights of a checkpoint of `Engine.save`, of any number of workers."""
+    if zero == 0:
+        (file,) = (Path(folder) / _TAG).glob("*model_states.pt")
+        module: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=False)[
+            "module"
+        ]
+        return module
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag=_TAG))
+
+
+def check_parts(folder: str, uri: str) -> None:
+    """Refuse a checkpoint of which a part of some rank is absent or cut.
+
+    Args:
+        folder: where it lies on this machine.
+        uri: where it lies for people.
+
+    Raises:
+        CheckpointError: with the first such file.
+    """
+    index = Path(folder) / _PARTS_FILE
+    advice = f"delete {uri} and rerun with --fresh, or restore it"
+    if not index.is_file():
+        raise CheckpointError(
+            f"the checkpoint {uri} has no {_PARTS_FILE}: it is not whole; {advice}"
+        )
+    for name, size in json.loads(index.read_text()).items():
+        file = Path(folder) / name
+        if not file.is_file() or file.stat().st_size != size:
+            what = f"has {file.stat().st_size} of {size} bytes of" if file.is_file() else "lacks"
+            raise CheckpointError(f"the checkpoint {uri} {what} {name}; {advice}")
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file())

@@ -1,0 +1,1 @@
+"""What the image service accepts and how it batches, without Ray."""

@@ -1,0 +1,236 @@
+"""Images from a student, and from its teacher if there is one: the class behind all serving.
+
+The same request must give the same bytes whatever shares its batch, and float32 results vary in
+their last bits with the number of rows of a pass. But not with every number: on a CPU, passes of
+one row alone sum in another order. So a renderer measures at its start which sizes of a pass agree
+bit by bit, and uses no others.
+
+Shapes: N images, C channels (1 or 3), H and W pixels, L tokens, E code width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ddray.errors import ConfigError
+from ddray.method.schedule import TEACHER_ALONE
+from ddray.method.seeding import noise
+from ddray.method.student import Student
+from ddray.method.teacher import AskedFor, Teacher
+from ddray.models.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder
+from ddray.models.zoo import load_student, load_teacher
+from ddray.report.pictures import to_uint8
+from ddray.sets.images.orders import RowsOrder
+
+# Rows of the largest pass. More rows gain a CPU nothing (measured on digits: 8.4 ms an image at 8,
+# 7.8 at 64, 14 at 1), and a pass of a GPU is as fast with 16 as with one.
+_CPU_ROWS = 8
+_GPU_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ImageJob:
+    """One image: all that decides its bytes, beside the student.
+
+    Attributes:
+        prompt: class id or caption.
+        index: of its noise.
+        seed: of its noise.
+    """
+
+    prompt: int | str
+    index: int
+    seed: int
+
+
+class Renderer:
+    """A student on one device.
+
+    Args:
+        student: the student.
+        teacher: for schedules in which it takes part.
+        encoder: of captions, for a student of texts.
+        rows: of the largest pass; None = what suits the device.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher | None = None,
+        encoder: TextEncoder | None = None,
+        rows: int | None = None,
+    ):
+        self.student, self.teacher, self._encoder = student, teacher, encoder
+        on_cpu = student.device.type == "cpu"
+        largest = rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)
+        self._largest = 1 << (largest.bit_length() - 1)
+        # The passes of a student and a teacher in turn vary in more ways than could be measured.
+        self._sizes_of_both = (min(2, self._largest) if on_cpu else self._largest,)
+
+    @classmethod
+    def load(
+        cls,
+        student: str,
+        *,
+        teacher: bool = False,
+        text_encoder: str | None = None,
+        rows: int | None = None,
+    ) -> "Renderer":
+        """Load a student by its name or folder, and if wanted the teacher that its config names.
+
+        Args:
+            student: bundled name or model folder.
+            teacher: whether to load it.
+            text_encoder: T5 for captions; None = the published one, if the student takes captions.
+            rows: see the class.
+
+        Raises:
+            ConfigError: if there is no such model, or the config names no teacher.
+            CheckpointError: if a model or the text encoder cannot be loaded.
+        """
+        loaded = load_student(student)
+        encoder = None
+        if loaded.conditioning == "text":
+            length = loaded.model.config.cls_token_num
+            encoder = T5TextEncoder(text_encoder or FLAN_T5_XL, length=length, device=loaded.device)
+        name = loaded.config.get("teacher")
+        if teacher and not name:
+            raise ConfigError(f"the config of {student} names no teacher that could be deployed")
+        beside = load_teacher(str(name), device=loaded.device) if teacher else None
+        return cls(loaded, beside, encoder, rows)
+
+    @cached_property
+    def schedule(self) -> str:
+        """Stages at which the student has learnt to jump."""
+        return ",".join(map(str, self.student.config.get("schedule", (0,))))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows that a pass of the student may have, ascending; measured when first asked for."""
+        return self._agreeing(self.schedule)
+
+    @cached_property
+    def _sizes_of_teacher(self) -> tuple[int, ...]:
+        return self._agreeing(TEACHER_ALONE)
+
+    def _agreeing(self, schedule: str) -> tuple[int, ...]:
+        """Sizes of a pass whose results agree bit by bit.
+
+        That they agree on one batch proves it for all: the order in which numbers are summed
+        depends on shapes alone, and in thousands of random pixels another order would show.
+        """
+        prompts = self._some_prompts()
+        jobs = [ImageJob(prompts[k % len(prompts)], k, 0) for k in range(self._largest)]
+        expected = self._pass(jobs, schedule)
+        sizes = [1 << k for k in range(self._largest.bit_length())]
+        agreeing = []
+        for size in sizes:
+            # Backwards: a row must not depend on its place either.
+            order = list(range(self._largest))[::-1][:size]
+            if torch.equal(self._pass([jobs[k] for k in order], schedule), expected[order]):
+                agreeing.append(size)
+        # Where even the same size gives other bits elsewhere, a row must be alone.
+        return tuple(agreeing) if sizes[-1] in agreeing else (1,)
+
+    def images(self, jobs: Sequence[ImageJob], schedule: str) -> npt.NDArray[np.uint8]:
+        """Pixels of a mixed batch; each image's depend on its own job alone.
+
+        Args:
+            jobs: at least one, of any prompts and indices; of any seeds too, unless the teacher
+                takes part.
+            schedule: such as "0", "0,16" or "0,teacher:8-16,16", or `TEACHER_ALONE`.
+
+        Returns:
+            uint8 [N, H, W], or [N, H, W, 3].
+        """
+        if "teacher" not in schedule:
+            sizes = self.sizes
+        else:
+            sizes = self._sizes_of_teacher if schedule == TEACHER_ALONE else self._sizes_of_both
+        parts, done = [], 0
+        while done < len(jobs):
+            left = len(jobs) - done
+            size = max((size for size in sizes if size <= left), default=sizes[0])
+            part = [*jobs[done : done + size]]
+            padded = part + part[-1:] * (size - len(part))
+            parts.append(self._pass(padded, schedule)[: len(part)])
+            done += len(part)
+        return to_uint8(torch.cat(parts).cpu().numpy())
+
+    def rows(self, order: RowsOrder) -> npt.NDArray[Any]:
+        """Rows of a data set in one pass, as its plan cuts them.
+
+        Returns:
+            Pixels as `images`, or tokens int64 [N, L].
+        """
+        jobs = [
+            ImageJob(prompt, index, order.seed)
+            for prompt, index in zip(order.labels.tolist(), order.index.tolist(), strict=True)
+        ]
+        given = None
+        if order.features is not None:
+            features_NTD, mask_NT = map(torch.from_numpy, order.features)
+            given = features_NTD, mask_NT
+        codes = self._codes(jobs, order.schedule, given)
+        if order.content == "pixels":
+            return to_uint8(self.student.decode(codes).cpu().numpy())
+        if not codes.is_floating_point():
+            return codes.cpu().numpy()
+        tokens: Tensor = self.student.tokenizer.module.nearest(codes)
+        return tokens.cpu().numpy()
+
+    def _pass(self, jobs: Sequence[ImageJob], schedule: str) -> Tensor:
+        """Images float32 [N, C, H, W] of one forward pass."""
+        return self.student.decode(self._codes(jobs, schedule))
+
+    def _codes(
+        self, jobs: Sequence[ImageJob], schedule: str, given: AskedFor | None = None
+    ) -> Tensor:
+        """Codes float32 [N, L, E], or the teacher's tokens int64 [N, L].
+
+        Args:
+            jobs: the images.
+            schedule: as `images`.
+            given: what the prompts stand for; None = that is to be found out.
+        """
+        condition = self._condition([job.prompt for job in jobs]) if given is None else given
+        if "teacher" not in schedule:
+            return self.student.generate(condition, noise=self._noise(jobs), schedule=schedule)
+        assert self.teacher is not None
+        (seed,) = {job.seed for job in jobs}
+        index = torch.tensor([job.index for job in jobs])
+        cfg = self.teacher.default_cfg
+        if schedule == TEACHER_ALONE:
+            return self.teacher.trajectories(condition, index, seed=seed, cfg=cfg)
+        return self.student.generate(
+            condition, seed=seed, index=index, schedule=schedule, teacher=self.teacher, cfg=cfg
+        )
+
+    def _noise(self, jobs: Sequence[ImageJob]) -> Tensor:
+        """float32 [N, L, E]."""
+        shape = (self.student.num_tokens, self.student.codebook.shape[1])
+        return noise([job.seed for job in jobs], [job.index for job in jobs], shape)
+
+    def _condition(self, prompts: Sequence[int | str]) -> AskedFor:
+        if self.student.conditioning == "class":
+            return torch.tensor(prompts)
+        # One caption a call: an encoder's features vary with its company as well.
+        encoded = [self._encode(str(prompt)) for prompt in prompts]
+        features, masks = zip(*encoded, strict=True)
+        return torch.cat(features), torch.cat(masks)
+
+    def _encode(self, caption: str) -> tuple[Tensor, Tensor]:
+        if self._encoder is None:
+            raise ConfigError(f"{self.student.name} takes captions, which needs a text encoder")
+        return self._encoder([caption])
+
+    def _some_prompts(self) -> list[int | str]:
+        if self.student.conditioning == "text":
+            return ["a photo"]
+        return list(range(self.student.num_classes))

@@ -1,0 +1,178 @@
+"""What a set of captions is conditioned on: one file of them for every shard.
+
+The rows of shard k are conditioned on `captions/captions-0000k.parquet` in the set, which is cut
+from the file that a run is given: a worker reads no more than its own part, and the set needs
+nothing outside of itself.
+
+Shapes: B batch, N rows of a shard, T caption positions (each row its own), D feature width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
+
+from ddray.errors import ConfigError, ShardError, one_line
+from ddray.sets.plan import SetPlan
+from ddray.storage.base import NotFoundError, Storage
+from ddray.storage.caption_file import CaptionFile, matrices
+
+_FOLDER = "captions/"
+_HASH_KEY = b"ddray.captions_sha256"
+
+
+@dataclass(frozen=True)
+class ShardCaptions:
+    """What the rows of one shard are conditioned on.
+
+    Attributes:
+        captions: texts, N of them.
+        features: float32 [T, D] of each row; None where an encoder makes them.
+    """
+
+    captions: Sequence[str]
+    features: Sequence[npt.NDArray[np.float32]] | None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def first(self, count: int) -> ShardCaptions:
+        """The first rows."""
+        return ShardCaptions(self.captions[:count], self.features and self.features[:count])
+
+    @property
+    def sha256(self) -> str:
+        """Of the texts as a JSON list, and of each row's shape and little-endian features."""
+        digest = hashlib.sha256(json.dumps(list(self.captions)).encode())
+        for features_TD in self.features or ():
+            digest.update(json.dumps(features_TD.shape).encode())
+            digest.update(np.ascontiguousarray(features_TD, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+
+def captions_name(k: int) -> str:
+    """Name of the captions of shard `k` below the set's URI."""
+    return f"{_FOLDER}captions-{k:05d}.parquet"
+
+
+def cut_captions(file: CaptionFile, storage: Storage, plan: SetPlan) -> int:
+    """Write the captions of every shard beside it, and say how many files were written.
+
+    A file that is there with the same content is kept, or with more rows, which an extension
+    left that did not come about. One that holds the first rows, as the last shard of a set that is
+    extended does, is replaced.
+
+    Raises:
+        ConfigError: as `CaptionFile.rows`; and if a shard has other captions already.
+        ShardError: if captions that are there are damaged.
+        StorageError: if the file or the set cannot be read, or the set not written.
+    """
+    rows = file.rows(plan.count)
+    there = storage.list(_FOLDER)
+    written = 0
+    for k in range(plan.num_shards):
+        part = list(islice(rows, len(plan.shard_range(k))))
+        features = [row.features_TD for row in part if row.features_TD is not None]
+        captions = ShardCaptions([row.caption for row in part], features or None)
+        if captions_name(k) in there:
+            existing = read_captions(storage, k)
+            common = min(len(existing), len(captions))
+            if existing.first(common).sha256 != captions.first(common).sha256:
+                raise ConfigError(
+                    f"captions of shard {k} differ from those that the set was made with; give the "
+                    f"file that {storage.uri} was made with, or choose another URI"
+                )
+            if len(existing) >= len(captions):
+                continue
+        storage.write(captions_name(k), _encode(part[0].index, captions))
+        written += 1
+    return written
+
+
+def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCaptions:
+    """Return the verified captions of shard `k`.
+
+    Args:
+        storage: of the set.
+        k: which shard.
+        count: how many of its rows, from the first; None = as many as there are.
+
+    Raises:
+        ShardError: if the file is missing, damaged, or has too few rows.
+        StorageError: if it cannot be read.
+    """
+    where = storage.join(captions_name(k))
+    advice = "run `ddray sample` or `generate` again with the captions that the set was made with"
+    try:
+        data = storage.read(captions_name(k))
+    except NotFoundError as exc:
+        raise ShardError(f"{where} is missing; {advice}") from exc
+    try:
+        table = pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()
+        captions = table["caption"].to_pylist()
+        features = None
+        if "features" in table.column_names:
+            features = [matrix for part in table["features"].chunks for matrix in matrices(part)]
+        written = ShardCaptions(captions, features)
+        if written.sha256.encode() != (table.schema.metadata or {}).get(_HASH_KEY):
+            raise ValueError("the rows do not fit their sha256")
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as exc:
+        raise ShardError(f"{where} is damaged ({one_line(exc)}); delete it and {advice}") from exc
+    if count is not None and len(written) < count:
+        raise ShardError(f"{where} has {len(written)} of {count} rows; {advice}")
+    return written.first(len(written) if count is None else count)
+
+
+def padded(
+    features: Sequence[npt.NDArray[np.float32]],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Features of a batch of rows as a text encoder gives them.
+
+    Args:
+        features: B arrays, float32 [T, D].
+
+    Returns:
+        Features float32 [B, T, D] with the longest row's T, zero on the right, and mask bool
+        [B, T], True = valid.
+    """
+    lengths = np.array([len(features_TD) for features_TD in features])
+    mask_BT = np.arange(lengths.max())[None] < lengths[:, None]
+    features_BTD = np.zeros((*mask_BT.shape, features[0].shape[1]), dtype=np.float32)
+    features_BTD[mask_BT] = np.concatenate(features)
+    return features_BTD, mask_BT
+
+
+def _encode(first: int, captions: ShardCaptions) -> bytes:
+    """The Parquet file of a shard's captions."""
+    columns = {
+        "index": pa.array(np.arange(first, first + len(captions), dtype=np.int64)),
+        "caption": pa.array(captions.captions, pa.string()),
+    }
+    if captions.features is not None:
+        values = np.concatenate(captions.features)
+        lengths = [len(features_TD) for features_TD in captions.features]
+        inner = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]
+        outer = np.cumsum([0, *lengths], dtype=np.int64)
+        positions = pa.LargeListArray.from_arrays(inner, values.reshape(-1))
+        columns["features"] = pa.LargeListArray.from_arrays(outer, positions)
+    table = pa.table(columns).replace_schema_metadata({_HASH_KEY: captions.sha256})
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=["caption"],
+        # Of bfloat16 features half of the bytes are zero; apart from the others they cost nothing.
+        use_byte_stream_split=["features.list.element.list.element"],
+        write_page_checksum=True,
+    )
+    return sink.getvalue()

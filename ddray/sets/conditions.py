@@ -1,0 +1,154 @@
+"""What the rows of a set are asked for by, in the form that models take.
+
+Classes follow from the plan; captions lie in the set, with their features or for an encoder.
+Sampling, distillation and bulk generation read them here.
+
+Shapes: N rows, B batch, T caption positions, D feature width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddray.config.generation import GenerateConfig
+from ddray.config.sampling import SampleConfig
+from ddray.errors import ConfigError, ShardError
+from ddray.method.model import Model
+from ddray.method.teacher import AskedFor
+from ddray.models.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder, encoder_width
+from ddray.sets.captions import padded, read_captions
+from ddray.sets.plan import SetPlan
+from ddray.sets.sharded_set import ShardedSet
+from ddray.storage.caption_file import CaptionFile
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of N rows.
+
+    Attributes:
+        label: class ids int32 [N], or captions, an object array [N].
+        features: of captions, float32 [T, D] a row; None for classes, or where `encode` is.
+        encode: makes features of captions; None for classes, or where they are given.
+    """
+
+    label: npt.NDArray[np.int32] | npt.NDArray[np.object_]
+    features: Sequence[npt.NDArray[np.float32]] | None = None
+    encode: TextEncoder | None = None
+
+    def of(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> AskedFor:
+        """Class ids int64 [B], or features [B, T, D] and their mask [B, T], of some of the rows."""
+        if self.encode is not None:
+            return self.encode([self.label[row] for row in rows])
+        if self.features is not None:
+            features_BTD, mask_BT = padded([self.features[row] for row in rows])
+            return torch.from_numpy(features_BTD), torch.from_numpy(mask_BT)
+        return torch.from_numpy(self.label[np.asarray(rows)].astype(np.int64))
+
+
+def open_captions(config: SampleConfig | GenerateConfig, model: Model) -> CaptionFile | None:
+    """The captions that a job gives to its model; None for a model of classes.
+
+    Raises:
+        ConfigError: if the job's conditions are not those that the model takes.
+        StorageError: if the file cannot be read.
+    """
+    if model.conditioning == "class":
+        for name in ("captions", "text_encoder"):
+            if getattr(config, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(config, name)!r}, but {model.name} is conditioned on classes"
+                )
+        return None
+    if config.captions is None:
+        raise ConfigError(
+            f"{model.name} is conditioned on captions; give --captions FILE, Parquet or JSON "
+            "lines with index, caption and perhaps features"
+        )
+    sizes = model.model.config
+    return CaptionFile(config.captions, length=sizes.cls_token_num, width=sizes.caption_dim)
+
+
+def encoder_name(config: SampleConfig | GenerateConfig, captions: CaptionFile | None) -> str:
+    """What a plan says of its text encoder: a folder where all workers look for it, or a name.
+
+    Raises:
+        ConfigError: if an encoder is given for captions that come with features.
+    """
+    if captions is None:
+        return ""
+    if captions.has_features:
+        if config.text_encoder is not None:
+            raise ConfigError(
+                f"text_encoder={config.text_encoder!r}, but {captions.uri} has features already"
+            )
+        return ""
+    source = config.text_encoder or FLAN_T5_XL
+    return os.path.abspath(source) if os.path.isdir(source) else source
+
+
+def check_encoder(plan: SetPlan, model: Model) -> None:
+    """Refuse a plan whose encoder is not here, or does not fit the model.
+
+    Raises:
+        ConfigError: without the extra `text`, or for another width.
+        CheckpointError: if the encoder cannot be loaded.
+    """
+    if not plan.text_encoder:
+        return
+    width, needed = encoder_width(plan.text_encoder), model.model.config.caption_dim
+    if width != needed:
+        raise ConfigError(
+            f"text_encoder={plan.text_encoder!r} makes features of width {width}; {model.name} "
+            f"takes {needed}"
+        )
+
+
+def load_encoder(plan: SetPlan, model: Model) -> TextEncoder | None:
+    """The plan's text encoder on the model's device; None where it has none.
+
+    Raises:
+        ConfigError: without the extra `text`.
+        CheckpointError: if it cannot be loaded.
+    """
+    if not plan.text_encoder:
+        return None
+    length = model.model.config.cls_token_num
+    return T5TextEncoder(plan.text_encoder, length=length, device=model.device)
+
+
+def read_conditions(
+    rows: ShardedSet[Any, Any], shards: Sequence[int], encode: TextEncoder | None
+) -> Conditions:
+    """Conditions of all rows of some shards, one after the other.
+
+    Args:
+        rows: the set.
+        shards: which of its shards.
+        encode: what `load_encoder` gave.
+
+    Raises:
+        ShardError: if captions are missing or damaged.
+        StorageError: if they cannot be read.
+    """
+    plan = rows.plan
+    ranges = [plan.shard_range(k) for k in shards]
+    if plan.conditioning == "class":
+        return Conditions(plan.label(np.concatenate(ranges)))
+    parts = [
+        read_captions(rows.storage, k, len(index)) for k, index in zip(shards, ranges, strict=True)
+    ]
+    label = np.array([text for part in parts for text in part.captions], dtype=object)
+    if plan.text_encoder:
+        return Conditions(label, encode=encode)
+    features = [matrix for part in parts for matrix in part.features or ()]
+    if len(features) != len(label):
+        raise ShardError(f"captions in {rows.uri} lack the features that its plan tells of")
+    return Conditions(label, features)

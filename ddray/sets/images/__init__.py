@@ -1,0 +1,1 @@
+"""Image sets: what a student makes of the noise of (seed, index)."""

@@ -1,0 +1,100 @@
+"""Shards of an image set, made of what a student answers batch by batch.
+
+Compression runs in threads of its own, a bounded number of batches behind the student, who goes on
+meanwhile.
+
+Shapes: N rows of a shard, B rows of a batch, L all tokens, H and W pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddray.prefetch import Pending, in_order
+from ddray.report.image_file import encode_png, encode_webp
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.orders import RowsOrder, orders_of
+
+if TYPE_CHECKING:
+    from ddray.metrics.fd_digits import DigitsMetric
+    from ddray.metrics.frechet import FeatureSums
+
+# One batch under way and the next one waiting for it: the student never waits for us.
+_ASKED = 2
+
+
+class ShardMaker:
+    """Makes and commits shards.
+
+    Args:
+        images: the set.
+        encoders: threads that compress.
+        statistics: whether to make statistics of the images as well.
+    """
+
+    def __init__(self, images: ImageSet, encoders: int, statistics: bool):
+        self._images, self._encoders = images, encoders
+        self._metric: DigitsMetric | None = None
+        initializer = None
+        if statistics:
+            import torch
+
+            from ddray.metrics import fd_digits
+            from ddray.models.zoo import METRIC_FOLDER
+
+            self._metric = fd_digits.DigitsMetric(METRIC_FOLDER)
+
+            # Sums vary with the threads that share them, so it is always one.
+            def initializer() -> None:
+                torch.set_num_threads(1)
+
+        self._pool = ThreadPoolExecutor(encoders, "encode", initializer)
+
+    def make(
+        self, k: int, ask: Callable[[RowsOrder], Pending[npt.NDArray[Any]]], model: str = ""
+    ) -> int:
+        """Make shard `k`, and say how many rows it has.
+
+        Args:
+            k: which shard.
+            ask: begins a batch, which will be pixels uint8 [B, H, W] or [B, H, W, 3], or tokens
+                [B, L].
+            model: name of the student where it is asked.
+        """
+        labels = []
+
+        def begin(order: RowsOrder) -> Pending[npt.NDArray[Any]]:
+            labels.append(order.labels)
+            return ask(order)
+
+        batches = in_order(begin, orders_of(self._images, k, model), _ASKED)
+        content: Sequence[bytes] | npt.NDArray[Any]
+        sums: list[FeatureSums] = []
+        if self._images.plan.content == "tokens":
+            content = np.concatenate([*batches])
+        else:
+            content = []
+            for files, measured in in_order(
+                lambda pixels: self._pool.submit(self._encode, pixels), batches, self._encoders + 1
+            ):
+                content += files
+                sums += measured
+        statistics = None
+        if self._metric is not None:
+            statistics = reduce(add, sums).to_bytes(self._metric.fingerprint)
+        self._images.write_shard(k, np.concatenate(labels), content, statistics)
+        return len(content)
+
+    def _encode(self, pixels: npt.NDArray[np.uint8]) -> tuple[list[bytes], list["FeatureSums"]]:
+        """Files of a batch, and its statistics if they are wanted."""
+        plan = self._images.plan
+        if plan.image_format == "png":
+            files = [encode_png(image) for image in pixels]
+        else:
+            files = [encode_webp(image, plan.quality) for image in pixels]
+        return files, [self._metric.sums(pixels)] if self._metric else []

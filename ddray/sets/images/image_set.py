@@ -1,0 +1,98 @@
+"""Image sets, format 1: a plan and its shards of generated images, or of their tokens.
+
+Legend: N rows of a shard, L tokens each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddray.errors import ShardError
+from ddray.sets.images.plan import ImagePlan
+from ddray.sets.images.shard import FORMATS, ImageRows, ShardFormat, stray_images
+from ddray.sets.sharded_set import Listing, ShardedSet
+
+_STATISTICS = "statistics/"
+
+
+class ImageSet(ShardedSet[ImagePlan, ImageRows]):
+    """A set of images, or of their tokens.
+
+    Attributes:
+        with_statistics: whether a shard counts as missing that has no statistics of its images
+            beside it.
+    """
+
+    PLAN = ImagePlan
+    with_statistics = False
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the shards' names."""
+        return self._format.SUFFIX
+
+    def listing(self) -> Listing:
+        """Return what is there and what is not; see `ShardedSet.listing`.
+
+        Raises:
+            StorageError: If the storage cannot be listed.
+        """
+        found = super().listing()
+        if not self.with_statistics:
+            return found
+        there = self.storage.list(_STATISTICS)
+        lacking = {k for k in found.sizes if self.statistics_name(k) not in there}
+        sizes = {k: size for k, size in found.sizes.items() if k not in lacking}
+        return Listing(sizes, sorted({*found.missing, *lacking}), found.unexpected)
+
+    def statistics_name(self, k: int) -> str:
+        """Return the name of the statistics of shard `k`, of as many images as it has now."""
+        return f"{_STATISTICS}shard-{k:05d}-{len(self.plan.shard_range(k))}.safetensors"
+
+    def write_shard(
+        self,
+        k: int,
+        label: npt.NDArray[Any],
+        content: Sequence[bytes] | npt.NDArray[Any],
+        statistics: bytes | None = None,
+    ) -> None:
+        """Commit a shard, replacing one that is there.
+
+        Args:
+            k: Which shard.
+            label: Classes int32 [N], or N captions.
+            content: N image files of the plan's format, or tokens, integers [N, L].
+            statistics: Of the images; written first, so that a shard never lacks them.
+
+        Raises:
+            ShardError: If the rows are not those of the plan.
+            StorageError: If the shard cannot be written; none is left behind then.
+        """
+        index = np.asarray(self.plan.shard_range(k))
+        if not len(label) == len(content) == len(index):
+            raise ShardError(
+                f"shard {k} not written: it takes {len(index)} rows, got {len(label)} labels and "
+                f"{len(content)} {self.plan.content}"
+            )
+        data = self._format.encode(k, ImageRows(index, label, content))
+        if statistics is not None:
+            self.storage.write(self.statistics_name(k), statistics)
+        self.storage.write(self.shard_name(k), data)
+
+    @cached_property
+    def _format(self) -> ShardFormat:
+        return FORMATS[self.plan.encoding](self.plan, self.storage)
+
+    def _strays(self) -> list[str]:
+        return stray_images(self.plan, self.storage) if self.plan.encoding == "images" else []
+
+    def _num_rows(self, k: int, data: bytes) -> int | None:
+        return self._format.num_rows(data)
+
+    def _decode(self, k: int, data: bytes) -> ImageRows:
+        return self._format.decode(k, data)

@@ -1,0 +1,125 @@
+"""What bulk generation asks of a student: a plan for a job, the student of a plan, statistics."""
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from ddray.config.generation import GenerateConfig
+from ddray.errors import ConfigError, ShardError
+from ddray.method.schedule import TeacherStages, parse_schedule
+from ddray.method.seeding import SCHEME
+from ddray.method.student import Student
+from ddray.metrics.fd_digits import DigitsMetric, makes_digits
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums
+from ddray.models.zoo import METRIC_FOLDER, load_student
+from ddray.sets.conditions import encoder_name
+from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.plan import ImagePlan
+from ddray.storage.base import read_ahead
+from ddray.storage.caption_file import CaptionFile
+
+
+def make_plan(
+    config: GenerateConfig, student: Student, captions: CaptionFile | None = None
+) -> ImagePlan:
+    """Everything that decides the bytes of an image set, but the captions themselves.
+
+    Raises:
+        ConfigError: if the student cannot do what the job asks for.
+    """
+    schedule = config.schedule or "0"
+    steps = parse_schedule(schedule, len(student.stages))
+    if any(isinstance(step, TeacherStages) for step in steps):
+        raise ConfigError(
+            f"schedule {schedule!r} has a teacher's part; in bulk the student is alone"
+        )
+    split = student.config.get("split", len(student.stages))
+    if config.content == "tokens" and split != len(student.stages):
+        raise ConfigError(
+            f"content=tokens, but {student.name} gives tokens for {split} of {len(student.stages)} "
+            "stages alone (its split), and codes between tokens for the rest; take content=images"
+        )
+    name = config.student
+    return ImagePlan(
+        # Workers have another current folder.
+        student=os.path.abspath(name) if os.path.isdir(name) else name,
+        student_fingerprint=student.fingerprint,
+        tokenizer_fingerprint=student.tokenizer.fingerprint,
+        conditioning=student.conditioning,
+        num_classes=student.num_classes,
+        seed=config.seed,
+        noise_scheme=SCHEME,
+        schedule=schedule,
+        encoding=config.format,
+        content=config.content,
+        image_format=config.image_format,
+        quality=config.quality,
+        threads=config.threads,
+        count=config.count,
+        shard_rows=config.shard_rows,
+        batch_size=config.batch_size,
+        stages=student.stages,
+        vocab_size=len(student.codebook),
+        classes=config.classes,
+        text_encoder=encoder_name(config, captions),
+    )
+
+
+def planned_student(plan: ImagePlan, device: str | torch.device = "auto") -> Student:
+    """Load the student that a plan names.
+
+    Raises:
+        ConfigError: if there is no such student here.
+        ShardError: if it has other weights than the plan's.
+    """
+    student = load_student(plan.student, device=device)
+    for what, here, there in (
+        ("network", student.fingerprint, plan.student_fingerprint),
+        ("tokenizer", student.tokenizer.fingerprint, plan.tokenizer_fingerprint),
+    ):
+        if here != there:
+            raise ShardError(
+                f"{plan.student} has another {what} here (sha256 {here[:12]}) than in the plan "
+                f"({there[:12]}); restore the weights that the set was made with"
+            )
+    return student
+
+
+def extractor(student: Student) -> DigitsMetric:
+    """What statistics of a student's images are made with.
+
+    Raises:
+        ConfigError: if there is none for such images.
+    """
+    if not makes_digits(student):
+        raise ConfigError(
+            f"statistics: no feature extractor is bundled for images of {student.name}; the one "
+            "there is takes grey 28x28 digits of ten classes"
+        )
+    return DigitsMetric(METRIC_FOLDER)
+
+
+def merge_statistics(images: ImageSet, metric: DigitsMetric) -> FeatureStatistics:
+    """Statistics of all images of a set, from those that lie beside its shards.
+
+    The order is that of the shards, so the bytes are the same whoever made them and when.
+
+    Raises:
+        ShardError: if some are missing or damaged.
+        StorageError: if they cannot be read.
+    """
+    names = [images.statistics_name(k) for k in range(images.plan.num_shards)]
+
+    def sums() -> Iterator[FeatureSums]:
+        for name, data in zip(names, read_ahead(images.storage, names), strict=True):
+            try:
+                if data is None:
+                    raise ConfigError("missing")
+                yield FeatureSums.from_bytes(data, metric.fingerprint)
+            except ConfigError as error:
+                raise ShardError(
+                    f"{images.storage.join(name)}: {error}; delete it and rerun `ddray generate`"
+                ) from error
+
+    return FeatureStatistics.merged(sums())

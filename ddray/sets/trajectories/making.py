@@ -1,0 +1,113 @@
+"""What a plan asks of its teacher: a plan for a job, the teacher of a plan, tokens of its rows.
+
+The bare loop of trajectory sampling, without Ray: the pool runs it in its actors, a recomputation
+in this process.
+
+Shapes: B rows of a batch, L all tokens.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddray.config.sampling import SampleConfig
+from ddray.errors import ShardError
+from ddray.method.seeding import SCHEME
+from ddray.method.teacher import AskedFor, Teacher
+from ddray.models.zoo import load_teacher
+from ddray.sets.conditions import encoder_name
+from ddray.sets.trajectories.plan import Plan
+from ddray.storage.base import NotFoundError, Storage
+from ddray.storage.caption_file import CaptionFile
+from ddray.storage.run_folder import SUMMARY_FILE
+
+
+def make_plan(config: SampleConfig, teacher: Teacher, captions: CaptionFile | None = None) -> Plan:
+    """Everything that decides the bytes of a trajectory set, but the captions themselves."""
+    return Plan(
+        teacher=teacher.name,
+        teacher_fingerprint=teacher.fingerprint,
+        tokenizer_fingerprint=teacher.tokenizer.fingerprint,
+        conditioning=teacher.conditioning,
+        num_classes=teacher.num_classes,
+        seed=config.seed,
+        noise_scheme=SCHEME,
+        cfg=teacher.default_cfg if config.cfg is None else config.cfg,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        temperature=config.temperature,
+        solver=config.solver,
+        num_evals=teacher.transport(config.solver, config.num_evals).num_evals,
+        dtype=config.dtype,
+        threads=config.threads,
+        count=config.count,
+        shard_rows=config.shard_rows,
+        batch_size=config.batch_size,
+        stages=teacher.stages,
+        vocab_size=len(teacher.codebook),
+        classes=config.classes,
+        text_encoder=encoder_name(config, captions),
+    )
+
+
+def planned_teacher(plan: Plan, device: str | torch.device = "auto") -> Teacher:
+    """Load the teacher that a plan names, in the plan's dtype.
+
+    Raises:
+        ConfigError: if there is no such teacher here.
+        ShardError: if it has other weights than the plan's.
+    """
+    teacher = load_teacher(plan.teacher, device=device, dtype=plan.dtype)
+    for what, here, there in (
+        ("network", teacher.fingerprint, plan.teacher_fingerprint),
+        ("tokenizer", teacher.tokenizer.fingerprint, plan.tokenizer_fingerprint),
+    ):
+        if here != there:
+            raise ShardError(
+                f"{plan.teacher} has another {what} here (sha256 {here[:12]}) than in the plan "
+                f"({there[:12]}); restore the weights that the set was made with"
+            )
+    return teacher
+
+
+def sample_rows(
+    teacher: Teacher, plan: Plan, rows: range, cond: AskedFor | None = None
+) -> npt.NDArray[np.int64]:
+    """Tokens of consecutive indices as the plan's settings give them, int64 [B, L].
+
+    Args:
+        teacher: the plan's.
+        plan: of the set.
+        rows: indices.
+        cond: what the rows are asked for by; None = the plan's classes.
+    """
+    index = np.arange(rows.start, rows.stop)
+    tokens = teacher.trajectories(
+        torch.from_numpy(plan.label(index)) if cond is None else cond,
+        torch.from_numpy(index),
+        seed=plan.seed,
+        cfg=plan.cfg,
+        top_k=plan.top_k,
+        top_p=plan.top_p,
+        temperature=plan.temperature,
+        solver=plan.solver,
+        num_evals=plan.num_evals,
+    )
+    return tokens.cpu().numpy()
+
+
+def made_on(storage: Storage) -> list[str]:
+    """Kinds of device ("cpu", "cuda") that made a set's shards, as its summary says; [] if unknown.
+
+    Raises:
+        StorageError: if the storage cannot be read.
+    """
+    try:
+        summary: Any = json.loads(storage.read(SUMMARY_FILE))
+    except (NotFoundError, ValueError):
+        return []
+    devices = summary.get("devices") if isinstance(summary, dict) else None
+    return sorted(map(str, devices)) if isinstance(devices, list) else []

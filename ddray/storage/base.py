@@ -1,0 +1,149 @@
+"""What every storage does: named blobs under one URI, written whole or not at all."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from ddray.errors import StorageError
+from ddray.prefetch import in_order
+
+# A temporary file begins with this and ends in random digits: no reader that globs for
+# *.parquet or *.json takes one for data, and `list` leaves it out.
+TEMPORARY = ".tmp-"
+# The probe of `check_writable` fills a disk block, so that a full disk is noticed.
+PROBE = bytes(4096)
+# Reads under way at once in `read_ahead`: S3 takes tens of milliseconds to begin each of them.
+_READERS = 8
+
+
+class NotFoundError(StorageError):
+    """A name that the storage does not hold."""
+
+
+class Storage(ABC):
+    """Named blobs under one URI, written whole or not at all.
+
+    Names are relative paths with forward slashes, such as `shards/shard-00000.parquet`.
+    Objects pickle, so that Ray can ship them to workers.
+
+    Attributes:
+        uri: The URI, without a trailing slash; local paths are absolute.
+    """
+
+    uri: str
+
+    def join(self, name: str) -> str:
+        """Return the full URI of `name`.
+
+        Raises:
+            StorageError: If `name` is absolute or leaves the URI.
+        """
+        return f"{self.uri.rstrip('/')}/{checked_name(name)}"
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Return the content of `name`.
+
+        Raises:
+            NotFoundError: If there is no such name.
+            StorageError: If it cannot be read.
+        """
+
+    @abstractmethod
+    def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write `name` atomically and durably; replace it unless `if_absent`.
+
+        Args:
+            name: Where to write.
+            data: The whole content.
+            if_absent: Leave an existing `name` alone, even one that another writer makes
+                at this moment.
+
+        Returns:
+            False when `if_absent` and `name` exists, else True.
+
+        Raises:
+            StorageError: If it cannot be written; nothing is left behind then.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Return name -> size in bytes of all names that begin with `prefix`, sorted.
+
+        Temporary names are left out. A folder that does not exist is empty.
+
+        Raises:
+            StorageError: If the URI cannot be listed.
+        """
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Say whether `name` exists.
+
+        Raises:
+            StorageError: If the URI cannot be reached.
+        """
+
+    @abstractmethod
+    def version(self, name: str) -> str:
+        """Return a word that is another one when `name` has been written again.
+
+        Raises:
+            NotFoundError: If there is no such name.
+            StorageError: If it cannot be looked at.
+        """
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Delete `name`; a name that does not exist is no error.
+
+        Raises:
+            StorageError: If it cannot be deleted.
+        """
+
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Write and delete a probe, so that a bad URI shows before any work starts.
+
+        Raises:
+            StorageError: If the URI cannot be written, with the reason and what to do.
+        """
+
+
+def read_ahead(storage: Storage, names: Iterable[str]) -> Iterator[bytes | None]:
+    """Yield the contents of the names in their order, reading a few of them ahead.
+
+    Yields:
+        The content, or None for a name that the storage does not hold.
+
+    Raises:
+        StorageError: If a name cannot be read.
+    """
+
+    def read(name: str) -> bytes | None:
+        try:
+            return storage.read(name)
+        except NotFoundError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from in_order(lambda name: readers.submit(read, name), names, 2 * _READERS)
+
+
+def checked_name(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        StorageError: If it is absolute, or would leave the URI.
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise StorageError(f"name {name!r} is not a plain relative path such as shards/a.parquet")
+    return name
+
+
+def temporary_name() -> str:
+    """A name that no other writer uses, and no reader takes for data."""
+    return f"{TEMPORARY}{uuid.uuid4().hex}"

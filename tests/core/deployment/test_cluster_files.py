@@ -1,0 +1,441 @@
+"""The image and the files for `ray up` are valid, agree with the code, and hold what jobs ask for.
+
+What Ray itself says of the files is asked in a subprocess: core tests import no Ray.
+"""
+
+import copy
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import moto.ec2
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+
+import ddray
+from ddray.runtime.cluster.capacity import NODE_POOL_LABEL
+from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
+from tests.paths import ROOT
+
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+GROWING, SINGLE, ON_PREMISE = (
+    "ray-cluster.yaml",
+    "cluster/aws-single.yaml",
+    "cluster/on-premise.yaml",
+)
+FILES = [GROWING, SINGLE, ON_PREMISE]
+ON_AWS = [GROWING, SINGLE]
+JOBS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+IMAGE = "registry.example.com/ddray"
+
+# Ray's schema, its defaults, and the image that either autoscaler would give to each type of node.
+ASK_RAY = """
+import json, sys
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+answers = {}
+for name, config in json.load(sys.stdin).items():
+    try:
+        config = prepare_config(config)
+        validate_config(config)
+        of_type = AutoscalingConfig(config, skip_content_hash=True).get_docker_config
+        config["images"] = {t: of_type(t)["image"] for t in config["available_node_types"]}
+        answers[name] = config
+    except Exception as error:
+        answers[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(answers))
+"""
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def spoilt(name: str) -> dict[str, Any]:
+    """A good file with one fault, to see that the fault is found."""
+    config = load(GROWING)
+    types = config["available_node_types"]
+    match name:
+        case "unknown key":
+            config["dockers"] = {}
+        case "unknown key of a type":
+            types["cpu"]["label"] = {}
+        case "fraction":
+            types["cpu"]["resources"]["CPU"] = 0.5
+        case "no such head":
+            config["head_node_type"] = "nobody"
+        case "no image for all":
+            del config["docker"]["image"]
+        case "more than there may be":
+            types["cpu"]["min_workers"] = 100
+    return config
+
+
+SPOILT = {
+    "unknown key": "ValidationError",
+    "unknown key of a type": "ValidationError",
+    "fraction": "ValidationError",
+    "no such head": "head_node_type",
+    "no image for all": "image",
+    "more than there may be": "min_workers",
+}
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Any]:
+    """What Ray makes of every file, or what it says against it."""
+    configs = {name: load(name) for name in FILES} | {name: spoilt(name) for name in SPOILT}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_RAY],
+        input=json.dumps(configs),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ray_accepts_the_file_and_adds_nothing_to_install(answers, name):
+    config = answers[name]
+    assert isinstance(config, dict), config
+    for commands in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        assert config[commands] == []
+    for node_type in config["available_node_types"].values():
+        assert not node_type.get("worker_setup_commands")
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_ray_refuses_a_spoilt_file(answers, fault):
+    assert isinstance(answers[fault], str)
+    assert SPOILT[fault] in answers[fault]
+
+
+def test_nodes_without_a_gpu_take_the_cpu_variant(answers):
+    for name in ON_AWS:
+        for kind, image in answers[name]["images"].items():
+            gpus = answers[name]["available_node_types"][kind]["resources"]["GPU"]
+            assert image == f"{IMAGE}:{ddray.__version__}" + ("" if gpus else "-cpu"), kind
+
+
+# Machines and pools
+
+
+def node_types(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from load(name)["available_node_types"].items()
+
+
+@pytest.fixture(scope="module")
+def machines() -> dict[str, Any]:
+    """EC2's own description of its instance types, as moto keeps it."""
+    path = Path(moto.ec2.__file__).parent / "resources" / "instance_types.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def run_instances() -> Any:
+    """The shape of EC2's RunInstances, which Ray does not look at before it calls it."""
+    model = botocore.session.get_session().get_service_model("ec2")
+    return model.operation_model("RunInstances").input_shape
+
+
+def faults_of(node_config: dict[str, Any], shape: Any) -> str:
+    call = {"MinCount": 1, "MaxCount": 1, **node_config}
+    return ParamValidator().validate(call, shape).generate_report()
+
+
+@pytest.mark.parametrize("name", ON_AWS)
+def test_ec2_knows_the_settings_of_the_machines(name, run_instances):
+    for _, node_type in node_types(name):
+        assert faults_of(node_type["node_config"], run_instances) == ""
+    wrong = copy.deepcopy(node_type["node_config"])
+    wrong["BlockDeviceMappings"][0]["Ebs"]["Size"] = 1
+    assert "Size" in faults_of(wrong, run_instances)
+
+
+@pytest.mark.parametrize("name", ON_AWS)
+def test_resources_are_those_of_the_machines(name, machines):
+    head = load(name)["head_node_type"]
+    for kind, node_type in node_types(name):
+        has, machine = node_type["resources"], machines[node_type["node_config"]["InstanceType"]]
+        if name == GROWING and kind == head:
+            assert (has["CPU"], has["GPU"]) == (0, 0)
+        else:
+            assert has["CPU"] == machine["VCpuInfo"]["DefaultVCpus"]
+            assert has["GPU"] == sum(g["Count"] for g in machine.get("GpuInfo", {}).get("Gpus", []))
+        # Ray gives the container a third of what is free for shared memory.
+        assert (
+            2**32 <= has["object_store_memory"] <= 0.3 * machine["MemoryInfo"]["SizeInMiB"] * 2**20
+        )
+    assert (
+        machines[dict(node_types(GROWING))["head"]["node_config"]["InstanceType"]]["MemoryInfo"][
+            "SizeInMiB"
+        ]
+        >= 16 * 1024
+    )
+
+
+def test_only_pools_that_can_be_interrupted_are_spot():
+    spot = {
+        kind: node_type["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"}
+        for kind, node_type in node_types(GROWING)
+    }
+    assert spot == {
+        "head": False, "sampling": True, "training": False, "cpu": True, "serving": False,
+    }  # fmt: skip
+
+
+def test_pools_are_named_by_the_label_that_jobs_choose_by():
+    labels = {kind: node_type.get("labels", {}) for kind, node_type in node_types(GROWING)}
+    pools = ("sampling", "training", "cpu", "serving")
+    assert labels == {"head": {}} | {pool: {NODE_POOL_LABEL: pool} for pool in pools}
+    workers = load(ON_PREMISE)["worker_start_ray_commands"][-1]
+    assert f"--labels={NODE_POOL_LABEL}=training " in workers
+    most = sum(node_type.get("max_workers", 0) for _, node_type in node_types(GROWING))
+    assert load(GROWING)["max_workers"] == most
+
+
+def workers_of(job: dict[str, Any]) -> tuple[int, int]:
+    """The least and the most workers of a job, or replicas of a service."""
+    least, _, most = str(job.get("workers", job.get("replicas", 1))).partition(":")
+    return int(least), int(most or least)
+
+
+def room(types: dict[str, Any], job: dict[str, Any]) -> int:
+    """How many workers of a job the nodes of its pool hold when all are up."""
+    cpus = job.get("threads", 1)
+    gpus = job.get("num_gpus", int(job.get("use_gpu", False)))
+    pool, total = job.get("node_pool"), 0
+    for node_type in types.values():
+        has = node_type["resources"]
+        if pool is None or node_type.get("labels", {}).get(NODE_POOL_LABEL) == pool:
+            fits = min(has["CPU"] // cpus, has["GPU"] // gpus if gpus else has["CPU"])
+            total += int(fits) * node_type.get("max_workers", 1)
+    return total
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_the_cluster_holds_what_the_job_asks_for(path):
+    job = yaml.safe_load(path.read_text())
+    least, most = workers_of(job)
+    assert room(dict(node_types(GROWING)), job) >= most
+    # Written for eight GPUs, it runs on the one machine too, where there are no pools.
+    if least <= 8:
+        assert room(dict(node_types(SINGLE)), job | {"node_pool": None}) >= least
+
+
+def test_a_job_that_does_not_fit_is_noticed():
+    types = dict(node_types(GROWING))
+    job = {"workers": "1:64", "threads": 4, "num_gpus": 1, "node_pool": "sampling"}
+    assert workers_of(job) == (1, 64)
+    assert room(types, job) == 64
+    assert room(types, job | {"node_pool": "samplign"}) == 0
+    assert room(types, job | {"node_pool": "cpu"}) == 0
+    assert room(types, job | {"num_gpus": 0.5}) == 8 * 16
+    assert room(types, {"use_gpu": True, "threads": 100, "node_pool": "training"}) == 8
+    assert room(types, {"node_pool": None, "threads": 16}) == 8 * 12 + 8 * 12 + 4
+
+
+# Who may come in
+
+
+@pytest.mark.parametrize("name", ON_AWS)
+def test_nobody_is_let_in_by_default(name):
+    for _, node_type in node_types(name):
+        config = node_type["node_config"]
+        assert config["SecurityGroupIds"]  # else Ray opens port 22 to everybody
+        assert config["IamInstanceProfile"]["Arn"]  # else Ray makes a role that may do anything
+        assert config["MetadataOptions"]["HttpTokens"] == "required"
+        # Else Ray takes an image of 2022, whose driver knows no CUDA 13.
+        assert re.match(r"(ami-|resolve:ssm:/aws/service/deeplearning/)", config["ImageId"])
+        for disk in config["BlockDeviceMappings"]:
+            assert disk["Ebs"]["Encrypted"]
+            assert disk["Ebs"]["VolumeType"] == "gp3"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ray_asks_for_the_token_and_shows_its_dashboard_to_nobody(name):
+    config = load(name)
+    assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    head = config["head_start_ray_commands"][-1].split()
+    for argument in (
+        "--dashboard-host=127.0.0.1",
+        "--disable-usage-stats",
+        "--metrics-export-port=8080",
+        "--autoscaling-config=~/ray_bootstrap_config.yaml",
+    ):
+        assert argument in head
+    if name == ON_PREMISE:
+        assert {"--num-cpus=0", "--num-gpus=0"} <= set(head)
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert commands == [] or commands[0] == "ray stop"
+
+
+SECRET = re.compile(
+    r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|secret_access_key|aws_credentials:|BEGIN [A-Z ]*PRIVATE|"
+    r"\b[0-9a-f]{64}\b|(password|token)\s*[:=]\s*[\"']?\w{16,}",
+    flags=re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("name", [*FILES, "cluster/Dockerfile", ".dockerignore"])
+def test_no_file_holds_a_key(name):
+    assert not SECRET.search((ROOT / name).read_text())
+    assert SECRET.search("AKIA" + "ABCDEFGHIJKLMNOP")
+    assert SECRET.search("token: " + "0" * 32)
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_placeholders_are_listed_at_the_head(name):
+    text = (ROOT / name).read_text()
+    head = text[: text.index("\ncluster_name:")]
+    assert all(not line or line.startswith("#") for line in head.splitlines())
+    listed = head[head.index("Replace before use") :]
+    rest = yaml.safe_dump(load(name))
+    used = re.findall(
+        r"registry\.example\.com/ddray|\d{12}(?=:)|sg-\w+|us-west-2|192\.0\.2\.\d+|~/\.ssh/\w+",
+        rest,
+    )
+    assert IMAGE in used
+    assert [value for value in set(used) if value not in listed] == []
+
+
+@pytest.mark.parametrize("name", [*FILES, "cluster/Dockerfile"])
+def test_images_have_this_version_and_paths_exist(name):
+    text = (ROOT / name).read_text()
+    tags = set(re.findall(re.escape(IMAGE) + r":(\S+)", text))
+    assert tags
+    assert tags <= {ddray.__version__, f"{ddray.__version__}-cpu"}
+    paths = set(re.findall(r"(?<![\w./~-])(?:cluster|ddray|docs|jobs)/[\w./-]*\w", text))
+    assert paths
+    paths |= {f"jobs/{path}" for path in re.findall(r"(?<![\w./-])configs/[\w.-]*\w", text)}
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+# The image
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Every instruction of the Dockerfile with its arguments, continued lines joined."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line]
+
+
+def arguments(instruction: str) -> list[str]:
+    return [rest for name, rest in instructions() if name == instruction]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_the_image_sets_what_the_code_would_set_for_a_ray_of_its_own():
+    environment = dict(pair.split("=", 1) for line in arguments("ENV") for pair in line.split())
+    wanted = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "HOME": "/home/ray",
+        "NVIDIA_VISIBLE_DEVICES": "all",
+        "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
+    }
+    assert environment == CLUSTER_ENVIRONMENT | wanted
+
+
+def test_the_base_image_has_the_python_of_the_pins():
+    base, *later = arguments("FROM")
+    version = re.fullmatch(r"python:(\d+\.\d+)\.\d+-slim-bookworm AS base", base)
+    assert version is not None
+    pinned_for = re.search(r"CPython (\d+\.\d+)", (ROOT / "constraints.txt").read_text())
+    assert pinned_for is not None
+    assert version.group(1) == pinned_for.group(1)
+    assert all(stage.split()[0] in ("base", "dependencies") for stage in later)
+    assert f"python{version.group(1)}" in " ".join(arguments("RUN"))
+
+
+def test_every_package_of_the_image_is_pinned_by_the_constraints():
+    installs = [line for line in arguments("RUN") if "pip install" in line]
+    assert len(installs) == 3
+    assert all("--constraint constraints.txt" in line for line in installs)
+    assert installs[0].endswith("pip install --constraint constraints.txt uv")
+    assert {"uv", "ray", "torch", "torchvision", "triton", "setuptools"} <= set(pins())
+    # So that no version stands here a second time.
+    assert not re.search(r"\b(uv|ray|torch)==", " ".join(installs))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert re.findall(r"--extra (\w+)", installs[1]) == ["teachers", "hub", "text"]
+    assert {"teachers", "hub", "text"} <= set(extras)
+    assert "editable" not in " ".join(installs)
+
+
+def test_nothing_is_copied_but_what_docker_is_shown():
+    shown = {
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    assert all((ROOT / path).exists() for path in shown)
+    sources = set()
+    for line in arguments("COPY"):
+        if not line.startswith("--from="):
+            words = [word for word in line.split() if not word.startswith("--")]
+            sources |= set(words[:-1])
+    assert sources == shown
+
+
+def test_the_image_runs_as_ray_and_starts_what_it_is_told():
+    assert [rest for rest in arguments("ARG") if rest == "RAY_UID=1000"]
+    assert arguments("USER") == ["$RAY_UID"]
+    assert arguments("WORKDIR")[-1] == "/home/ray"
+    assert arguments("ENTRYPOINT") == []
+    (label,) = arguments("LABEL")
+    assert f'org.opencontainers.image.version="{ddray.__version__}"' in label
+
+
+def hadolint(*args: str, **options: Any) -> str:
+    command = [str(Path(sys.executable).parent / "hadolint"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, **options).stdout
+
+
+def test_hadolint_has_nothing_to_say():
+    assert hadolint(str(DOCKERFILE)) == ""
+    assert "DL3007" in hadolint("-", input="FROM python:latest\n")
+
+
+@pytest.mark.chaos
+def test_the_cpu_variant_builds_and_runs_ray_as_a_user():
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True).returncode:
+        pytest.skip("no Docker engine answers here")
+    image = f"{IMAGE}:{ddray.__version__}-cpu-test"
+    build = ["build", "--file", str(DOCKERFILE), "--build-arg", "TORCH_BACKEND=cpu", "--tag", image]
+    subprocess.run([docker, *build, str(ROOT)], check=True, timeout=3600)
+    # As `ray up` calls it.
+    look = "id -u; ddray --version; command -v ray rsync ssh wget ps g++; stat -c %a ~/.ray"
+    done = subprocess.run(
+        [docker, "run", "--rm", image, "bash", "--login", "-c", look],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    user, version, *paths, mode = done.stdout.split("\n")[:-1]
+    assert (user, version, mode) == ("1000", f"ddray {ddray.__version__}", "700")
+    assert len(paths) == 6
+    assert paths[0] == "/usr/local/bin/ray"

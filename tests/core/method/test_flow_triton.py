@@ -1,0 +1,112 @@
+"""Facts about the fused transport that need no GPU: its tokens, interpreted; that it compiles."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton comes with torch for CUDA")
+
+# A process of its own: triton reads TRITON_INTERPRET when it is imported.
+INTERPRETED = """
+import json, math, torch
+import torch.nn.functional as F
+from ddray.method import flow_triton
+from ddray.method.flow import Transport
+
+torch.set_num_threads(1)
+flow_triton._ROWS = 128  # fewer programs: the interpreter's time goes by operations
+results = {}
+
+def compare(name, codes, logits, noise, solver="ab4", evals=6):
+    plain = Transport(codes, solver, evals)
+    fused = flow_triton.solve(noise, logits, plain.keys_FV, plain._lambdas, plain._weights)
+    results[name] = float((fused == plain(noise, logits)).double().mean())
+    return fused
+
+def case(vocab, width, rows=200):
+    generator = torch.Generator().manual_seed(vocab + width)
+    codes, logits, noise = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((vocab, width), (rows, vocab), (rows, width))
+    )
+    return F.normalize(codes, dim=-1), 2 * logits, noise
+
+for solver in ("euler", "ab2", "ab4"):
+    compare(solver, *case(300, 8), solver)
+compare("padded", *case(300, 5))
+compare("wide", *case(100, 32))
+codes, logits, noise = case(300, 8)
+compare("bfloat16", codes, logits.bfloat16(), noise)
+compare("strided", codes, logits.T.contiguous().T, noise)
+compare("one row for all", codes, logits[:1].expand(200, -1), noise)
+logits[:, ::3] = -math.inf
+logits[:100, 128:256] = -math.inf
+logits[7] = -math.inf
+logits[7, 299] = -5.0
+results["last code"] = int(compare("removed", codes, logits, noise)[7])
+codes[140] = codes[3] = codes[260]
+logits[:] = logits[:, 3:4] = 0.0
+results["twins"] = sorted({3, 140, 260} & set(compare("ties", codes, logits, noise).tolist()))
+empty = Transport(codes, "ab4", 4)
+results["no rows"] = list(flow_triton.solve(
+    noise[:0], logits[:0], empty.keys_FV, empty._lambdas, empty._weights).shape)
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "euler", "ab2", "ab4", "padded", "wide", "bfloat16", "strided", "one row for all",
+        "removed", "ties",
+    ],
+)  # fmt: skip
+def test_the_kernel_gives_the_tokens_of_the_torch_operations(interpreted, case):
+    assert interpreted[case] >= 0.999
+
+
+def test_a_row_whose_last_code_alone_is_left_takes_it(interpreted):
+    assert interpreted["last code"] == 299
+
+
+def test_of_equal_codes_the_first_is_taken(interpreted):
+    assert interpreted["twins"] == [3]
+
+
+def test_no_rows_give_no_tokens(interpreted):
+    assert interpreted["no rows"] == [0]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_for_gpus_that_are_not_here(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ddray.method.flow_triton import tile, transport_kernel
+
+    pointers = dict.fromkeys(("noise", "logits", "keys", "lambdas", "weights"), "*fp32")
+    sizes = dict.fromkeys(("rows", "vocab_size", "width", "steps", "logits_stride"), "i32")
+    constants = {**tile(8), "K": 4}
+    signature = {"tokens": "*i64", **pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(
+        transport_kernel, {name: signature[name] for name in transport_kernel.arg_names}, constants
+    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    # Tensor cores would round to TF32.
+    assert "fma.rn.f32" in kernel.asm["ptx"] and "mma" not in kernel.asm["ptx"]

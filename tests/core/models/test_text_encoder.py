@@ -1,0 +1,94 @@
+"""Facts about the text encoder, on a T5 of a few thousand random weights made on the spot."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from ddray.errors import CheckpointError, ConfigError
+from ddray.models.text_encoder import T5TextEncoder, encoder_width
+from ddray.storage.caption_file import clean_caption
+from tests.core.tiny import tiny_teacher, write_text_encoder
+
+TEXT = {"cls_token_num": 5, "caption_dim": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return write_text_encoder(tmp_path_factory.mktemp("t5"), TEXT["caption_dim"])
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return T5TextEncoder(folder, length=TEXT["cls_token_num"], dtype=torch.float32)
+
+
+def test_shapes_mask_and_zero_padding(encoder):
+    features, mask = encoder(["a cat", "the red cat on the roof"])
+    assert features.shape == (2, 5, encoder.width) and mask.tolist() == [[1] * 3 + [0] * 2, [1] * 5]
+    assert torch.equal(features[0, 3:], torch.zeros(2, encoder.width))
+
+
+def test_a_caption_has_the_same_features_in_any_company(encoder):
+    alone, together = encoder(["a cat"])[0], encoder(["the red cat on the roof", "a cat"])[0]
+    torch.testing.assert_close(alone[0], together[1])
+    assert not torch.allclose(alone[0], encoder(["a roof"])[0][0])
+
+
+def test_what_it_gives_is_what_a_teacher_takes(encoder):
+    teacher = tiny_teacher(**TEXT)
+    tokens = teacher.sample(encoder(["a cat", "a red roof"]), cfg=2.0, seed=1)
+    assert tokens.shape == (2, teacher.num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("given", "cleaned"),
+    [
+        ("A  Cat\non the roof ", "a cat on the roof"),
+        ("cats &amp;amp; dogs", "cats & dogs"),
+        ("<b>A cat</b> https://example.org/cat.png", "a cat"),
+        ("the ‘red’ «cat»", "the 'red' \"cat\""),
+    ],
+)
+def test_cleaning(given, cleaned):
+    assert clean_caption(given) == cleaned
+    assert clean_caption(cleaned) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ("a cat", "a list of at least one string, got 'a cat'"),
+        ([], "at least one string"),
+        (["a cat", " <br> "], "caption 1 is empty"),
+    ],
+)
+def test_other_captions_are_refused(encoder, captions, message):
+    with pytest.raises(ConfigError, match=message):
+        encoder(captions)
+
+
+@pytest.mark.parametrize("load", [T5TextEncoder, encoder_width])
+def test_a_folder_without_an_encoder_is_refused(load, tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(CheckpointError, match=r"cannot load the text encoder .* give a folder"):
+        load(str(tmp_path))
+
+
+def test_the_width_is_known_without_the_weights(folder, tmp_path):
+    shutil.copy(f"{folder}/config.json", tmp_path)
+    assert encoder_width(str(tmp_path)) == TEXT["caption_dim"]
+
+
+@pytest.mark.parametrize("load", [T5TextEncoder, encoder_width])
+def test_without_transformers_the_extra_is_named(load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"need the package transformers; install ddray\[text\]"):
+        load("t5")
+
+
+def test_a_length_below_one_is_refused(folder):
+    with pytest.raises(ConfigError, match="length=0"):
+        T5TextEncoder(folder, length=0)

