@@ -24,10 +24,12 @@ class EvaluateConfig(Job):
     data: str | None = Field(None, description="trajectory set, for its rows of the table")
     out: str = Field("runs/evaluate", description="URI of the report")
     count: CountT = Field(5000, description="images of every generator")
-    seed: SeedT = 1_000_003
+    seed: SeedT = Field(1_000_003, description="of the noise; no set should have it")
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     batch_size: CountT = Field(200, description="images made together")
-    speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = (1, 8, 64)
+    speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = Field(
+        (1, 8, 64), description="sizes of batches that are timed"
+    )
     speed_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="timed for each figure")
     transport_count: CountT = Field(400, description="images of the transport's comparison")
     threads: CountT | None = Field(

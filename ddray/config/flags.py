@@ -36,7 +36,7 @@ def refuse_moved_flags(kind: type[Job], argv: Sequence[str]) -> None:
     for argument in argv:
         name = argument.partition("=")[0]
         if name in moved:
-            raise ConfigError(f"unknown flag {name}; it is {moved[name]} now")
+            raise ConfigError(f"{name} is {moved[name]} now")
 
 
 def given_values(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class GenerateConfig(PoolConfig):
     text_encoder: str | None = Field(
         None, description="T5 for captions without features; absent = google/flan-t5-xl"
     )
-    seed: SeedT = 0
+    seed: SeedT = Field(0, description="of the noise")
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
     format: Literal["parquet", "webdataset", "images"] = Field(
         "parquet", description="of the shards: parquet, webdataset (tar) or images (a folder)"

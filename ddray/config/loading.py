@@ -43,28 +43,35 @@ def load_config(
         ConfigError: one line that names the key, the value and what is allowed.
     """
     merged: dict[str, Any] = {}
-    _overlay(merged, preset or {})
+    overlay(merged, preset or {})
     if file is not None:
-        _overlay(merged, _read_yaml(file))
+        overlay(merged, _read_yaml(file))
     for setting in settings:
-        _overlay(merged, _read_setting(setting))
-    _overlay(merged, flags or {})
+        overlay(merged, _read_setting(setting))
+    overlay(merged, flags or {})
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_first_problem(error, kind)) from None
 
 
-def values_moved(kind: type[Job], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that an earlier ddray wrote, under the names that their keys have now."""
-    now: dict[str, Any] = {}
+def in_todays_keys(kind: type[Job], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier ddray wrote of a config, under the names that its keys have now.
+
+    Keys that there were not at the time have their defaults. Others, such as those of a run's
+    identity that are no config, stay.
+    """
+    today = kind().model_dump(mode="json")
     for key, value in values.items():
-        if key in kind.MOVED and not isinstance(value, Mapping):
+        part = kind.model_fields[key].default if key in kind.model_fields else None
+        if isinstance(part, Job) and isinstance(value, Mapping):
+            today[key] = in_todays_keys(type(part), value)
+        elif key in kind.MOVED:
             outer, _, inner = kind.MOVED[key].partition(".")
-            now.setdefault(outer, {})[inner] = value
+            overlay(today, {outer: {inner: value}})
         else:
-            now[key] = value
-    return now
+            overlay(today, {key: value})
+    return today
 
 
 class _Yaml(yaml.SafeLoader):
@@ -83,13 +90,14 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def _overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+def overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Put values over those of a nested dictionary, key by key, in place."""
     for key, value in values.items():
         if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            _overlay(target[key], value)
+            overlay(target[key], value)
         elif isinstance(value, Mapping):
             target[key] = {}
-            _overlay(target[key], value)
+            overlay(target[key], value)
         else:
             target[key] = value
 
@@ -126,11 +134,12 @@ def _first_problem(error: ValidationError, kind: type[Job]) -> str:
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(kind, location[:-1])
+    if problem["type"] in ("extra_forbidden", "model_type"):
         moved = _moved(kind, location)
         if moved is not None:
-            return f"unknown key {where!r}; it is {moved!r} now"
+            return f"{where}={problem['input']!r}: {where!r} is {moved!r} now"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(kind, location[:-1])
         near = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"

@@ -20,7 +20,7 @@ class QuickstartConfig(Job):
 
     teacher: str = Field("digits-llamagen", description="bundled teacher")
     out: str = Field("runs/quickstart", description="folder of everything that is made")
-    seed: SeedT = 0
+    seed: SeedT = Field(0, description="of the trajectories and of the training")
     sample: SampleConfig = SampleConfig()
     distill: DistillConfig = DistillConfig()
     generate: GenerateConfig = GenerateConfig()

@@ -30,13 +30,17 @@ class SampleConfig(PoolConfig):
     text_encoder: str | None = Field(
         None, description="T5 for captions without features; absent = google/flan-t5-xl"
     )
-    seed: SeedT = 0
+    seed: SeedT = Field(0, description="of the noise")
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    solver: Literal["ab4", "ab2", "euler", "rk4", "exact"] = "ab4"
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="codes kept; 0 = off")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="mass kept; 1 = off")
+    temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="divides the logits")
+    solver: Literal["ab4", "ab2", "euler", "rk4", "exact"] = Field(
+        "ab4", description="of the transport"
+    )
     num_evals: CountT | None = Field(None, description="absent = the default for this codebook")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the teacher"
+    )
     shard_rows: CountT = Field(500, description="rows of a shard: what a crash can cost")
     batch_size: CountT = Field(100, description="images sampled together; part of the plan")

@@ -77,8 +77,11 @@ class TrainingLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write the files, if that can be done."""
+        """Write the files, if that can be done; TensorBoard's may lack the latest figures."""
         self._board.flush()
+        self._write()
+
+    def _write(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         with contextlib.suppress(StorageError):
             self._storage.write(METRICS_FILE, lines.encode())
@@ -87,6 +90,7 @@ class TrainingLog:
 
     def close(self) -> None:
         """Write what is left."""
-        self.flush()
+        # tensorboardX writes in a thread of its own, for which closing waits, and flushing does not.
         self._board.close()
+        self._write()
         self._folder.cleanup()

@@ -257,7 +257,7 @@ class Transport:
             int64 [N].
         """
         if self.fused:
-            from ddray import flow_triton
+            from ddray.method import flow_triton
 
             return flow_triton.solve(
                 noise_NE, logits_NV, self.keys_FV, self._lambdas, self._weights

@@ -6,11 +6,13 @@ Each part is the one that a cluster runs.
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
+from ddray.config.loading import in_todays_keys
 from ddray.config.quickstart import QuickstartConfig
 from ddray.config.sampling import SampleConfig
 from ddray.evaluation.evaluate import evaluate
@@ -67,7 +69,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     # Evaluation reads what is there; anything about it may change.
     parts_that_stay = ("teacher", "seed", "sample", "distill", "generate")
     identity = {part: resolved[part] for part in parts_that_stay}
-    claim(storage, resolved, identity, "use another --out, or delete it")
+    advice = "use another --out, or delete it"
+    claim(storage, resolved, identity, advice, partial(in_todays_keys, QuickstartConfig))
     sampling, distilling, generating, evaluating = parts(config)
     summary: dict[str, Any] = {"config": resolved}
     with PeakMemory() as memory:

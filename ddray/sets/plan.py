@@ -1,8 +1,6 @@
 """The plan of a sharded set: every setting that decides its bytes, and its size.
 
-What plans of trajectories (ddray.sets.trajectories.plan) and of images (ddray.sets.images.plan)
-have in common: the cut into shards and batches, what each row is asked for by, the hash, the
-manifest. Pure values.
+The cut into shards and batches, what each row is asked for by, the hash, the manifest; pure values.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import hashlib
 import json
 import math
 import operator
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -25,8 +23,9 @@ SCHEMA_FORMAT = 1
 _UINT16_CODES = 65536
 
 
+@dataclass(frozen=True, kw_only=True)
 class SetPlan:
-    """Base of frozen dataclasses that are plans; they declare the fields that stand here too.
+    """What plans of trajectories and of images have in common.
 
     Attributes:
         tokenizer_fingerprint: sha256 of the tokenizer's weights.
@@ -86,9 +85,9 @@ class SetPlan:
     batch_size: int
     stages: tuple[int, ...]
     vocab_size: int
-    earlier_counts: tuple[int, ...]
-    classes: tuple[int, ...]
-    text_encoder: str
+    earlier_counts: tuple[int, ...] = field(default=(), compare=False)
+    classes: tuple[int, ...] = ()
+    text_encoder: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, and make equal values hash equally (cfg 4 and 4.0).
@@ -231,7 +230,7 @@ class SetPlan:
             )
         values.pop("ddray_version", None)
         written_hash = values.pop("plan_hash", None)
-        known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+        known = {item.name for item in fields(cls)}
         unknown = sorted(values.keys() - known)
         absent = sorted(known - cls.JOINED_LATER - values.keys())
         if unknown or absent:
@@ -245,7 +244,7 @@ class SetPlan:
         return plan
 
     def _items(self) -> list[tuple[str, Any]]:
-        named = [(item, getattr(self, item.name)) for item in fields(self)]  # type: ignore[arg-type]
+        named = [(item, getattr(self, item.name)) for item in fields(self)]
         return [
             (item.name, value)
             for item, value in named

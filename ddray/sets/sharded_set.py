@@ -341,7 +341,7 @@ def _planned(storage: Storage, plan: PlanT) -> tuple[PlanT | None, PlanT]:
             f"{storage.join('shards')} holds files, but there is no {MANIFEST}; "
             "restore it, delete the shards, or choose another URI"
         )
-    return None, replace(plan, earlier_counts=())  # type: ignore[type-var]
+    return None, replace(plan, earlier_counts=())
 
 
 def _merged(existing: PlanT, plan: PlanT, uri: str) -> PlanT:
@@ -350,7 +350,7 @@ def _merged(existing: PlanT, plan: PlanT, uri: str) -> PlanT:
         differences = [
             f"{item.name} is {getattr(existing, item.name)!r} there and "
             f"{getattr(plan, item.name)!r} here"
-            for item in fields(plan)  # type: ignore[arg-type]
+            for item in fields(plan)
             if item.name not in plan.NOT_HASHED
             and getattr(existing, item.name) != getattr(plan, item.name)
         ]
@@ -367,4 +367,4 @@ def _merged(existing: PlanT, plan: PlanT, uri: str) -> PlanT:
     earlier = existing.earlier_counts
     if plan.count > existing.count:
         earlier = (*earlier, existing.count)
-    return replace(plan, earlier_counts=earlier)  # type: ignore[type-var]
+    return replace(plan, earlier_counts=earlier)

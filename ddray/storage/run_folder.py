@@ -6,7 +6,7 @@ A folder belongs to the run that its `config.json` describes.
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ddray.errors import ConfigError, StoppedError, StorageError, one_line
@@ -23,8 +23,12 @@ _IDENTITY = "identity"
 
 
 def claim(
-    storage: Storage, config: Mapping[str, Any], identity: Mapping[str, Any], advice: str
-) -> None:
+    storage: Storage,
+    config: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    advice: str,
+    in_todays_keys: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """Take a run folder, or take it up again.
 
     Args:
@@ -32,6 +36,11 @@ def claim(
         config: the resolved config, JSON values.
         identity: what makes two runs the same run: an earlier one must have had the same.
         advice: what to do where it had not.
+        in_todays_keys: gives the identity that an earlier ddray wrote the keys of this one.
+
+    Returns:
+        The identity as the first run of the folder wrote it, which is kept for ever: what is named
+        after it stays found.
 
     Raises:
         ConfigError: if the folder holds a run of another identity, with what differs.
@@ -39,15 +48,16 @@ def claim(
     """
     storage.check_writable()
     # As JSON would give it back: a tuple is a list.
-    now = json.loads(json.dumps(identity))
+    now = written = json.loads(json.dumps(identity))
     if storage.exists(CONFIG_FILE):
-        then = _earlier_identity(storage)
-        changed = "; ".join(_differences(then, now))
+        written = _earlier_identity(storage)
+        changed = "; ".join(_differences(in_todays_keys(written) if written else {}, now))
         if changed:
             raise ConfigError(
                 f"{storage.uri} holds a run with other settings ({changed}); {advice}"
             )
-    write_json(storage, CONFIG_FILE, {**config, _IDENTITY: now})
+    write_json(storage, CONFIG_FILE, {**config, _IDENTITY: written})
+    return dict(written)
 
 
 def write_json(storage: Storage, name: str, values: Mapping[str, Any]) -> None:

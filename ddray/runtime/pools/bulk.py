@@ -1,6 +1,5 @@
 """Images in bulk: a plan, a pool that has students or asks replicas for batches, shards."""
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,12 +12,12 @@ from ddray.models.zoo import load_student
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.pool import Crew, Filled, fill
-from ddray.sets.captions import cut_captions
-from ddray.sets.conditions import check_encoder, open_captions
+from ddray.sets.conditions import open_captions
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
+from ddray.sets.making import create_set
 from ddray.storage import open_storage
-from ddray.storage.run_folder import CONFIG_FILE, SUMMARY_FILE, write_json
+from ddray.storage.run_folder import SUMMARY_FILE, write_json
 
 STATISTICS_FILE = "statistics.npz"
 
@@ -52,14 +51,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         )
     plan = make_plan(config, student, captions)
     metric = extractor(student) if config.statistics else None
-    if captions is not None:
-        check_encoder(plan, student)
-        captions.check(plan.count)
-        # Before the set is made or grows: captions that are refused leave it as it was.
-        cut_captions(captions, storage, ImageSet.planned(config.out, plan))
-    images = ImageSet.create(config.out, plan)
+    images = create_set(ImageSet, config, plan, student, captions)
     images.with_statistics = config.statistics
-    write_json(storage, CONFIG_FILE, config.model_dump(mode="json"))
     filled = _fill(images, config)
     summary = {
         "uri": images.uri,
@@ -104,18 +97,9 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 
 def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
-    """Say what is there, and make the rest."""
-    plan, missing = images.plan, images.missing()
-    if not missing:
+    """Make what is missing."""
+    if not images.missing():
         return Filled()
-    if len(missing) < plan.num_shards:
-        rows = plan.count - sum(len(plan.shard_range(k)) for k in missing)
-        print(
-            f"found {plan.num_shards - len(missing)} of {plan.num_shards} shards ({rows} of "
-            f"{plan.count} rows); {len(missing)} to make",
-            file=sys.stderr,
-            flush=True,
-        )
     with connect(), _crew(images, config) as crew:
         return fill("images", images, crew, config)
 

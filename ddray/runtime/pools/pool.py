@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import re
+import sys
 import threading
 import time
 import warnings
@@ -149,7 +150,7 @@ def fill(
     config: PoolConfig,
     ready: Callable[[], None] | None = None,
 ) -> Filled:
-    """Make the shards that a set lacks, and prove from its storage that it is whole.
+    """Say what a set has, make what it lacks, and prove from its storage that it is whole.
 
     Args:
         label: what is made, for people.
@@ -164,6 +165,15 @@ def fill(
         DDRayError: whatever error of ours an actor raised.
     """
     missing, plan = shards.missing(), shards.plan
+    there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
+    found = plan.num_shards - len(missing)
+    if found:
+        print(
+            f"found {found} of {plan.num_shards} shards ({there} of {plan.count} rows); "
+            f"{len(missing) or 'nothing'} to make",
+            file=sys.stderr,
+            flush=True,
+        )
     if not missing:
         return Filled()
     storage = shards.storage
@@ -171,8 +181,6 @@ def fill(
     noted_at = started
     # (when, rows) of each shard that this run made
     made: list[tuple[float, int]] = []
-    there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
-    found = plan.num_shards - len(missing)
     beginning = {
         "found": found,
         "missing": len(missing),

@@ -1,6 +1,5 @@
 """Trajectories at scale: a plan, a pool of teachers, shards."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,12 @@ from ddray.config.base import PoolConfig
 from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher
 from ddray.runtime.pools.pool import Crew, fill
-from ddray.sets.captions import cut_captions
-from ddray.sets.conditions import check_encoder, load_encoder, open_captions, read_conditions
+from ddray.sets.conditions import load_encoder, open_captions, read_conditions
+from ddray.sets.making import create_set
 from ddray.sets.trajectories.making import made_on, make_plan, planned_teacher, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
-from ddray.storage.run_folder import CONFIG_FILE, SUMMARY_FILE, write_json
+from ddray.storage.run_folder import SUMMARY_FILE, write_json
 
 
 class TrajectoryWorker:
@@ -63,19 +62,11 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         ClusterError: Ray cannot start, or the pool keeps failing.
         ShardError: shards are missing although the pool finished.
     """
-    storage = open_storage(config.out)
-    storage.check_writable()
+    open_storage(config.out).check_writable()
     teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
     captions = open_captions(config, teacher)
     plan = make_plan(config, teacher, captions)
-    if captions is not None:
-        check_encoder(plan, teacher)
-        captions.check(plan.count)
-        # Before the set is made or grows: captions that are refused leave it as it was.
-        cut_captions(captions, storage, TrajectorySet.planned(config.out, plan))
-    trajectories = TrajectorySet.create(config.out, plan)
-    write_json(storage, CONFIG_FILE, config.model_dump(mode="json"))
-    return _fill(trajectories, config)
+    return _fill(create_set(TrajectorySet, config, plan, teacher, captions), config)
 
 
 def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
@@ -101,18 +92,10 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 
 def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
-    """Say what is there, make the rest, and leave a summary."""
+    """Make what is missing, and leave a summary."""
     plan, storage = trajectories.plan, trajectories.storage
     missing = trajectories.missing()
     found = plan.num_shards - len(missing)
-    if found:
-        rows = plan.count - sum(len(plan.shard_range(k)) for k in missing)
-        print(
-            f"found {found} of {plan.num_shards} shards ({rows} of {plan.count} rows); "
-            f"{len(missing) or 'nothing'} to make",
-            file=sys.stderr,
-            flush=True,
-        )
     device = "cuda" if pool.num_gpus else "cpu"
     devices = made_on(storage) if found else []
     # Of shards that nobody took note of, nothing is known, and this run cannot mend that.

@@ -12,12 +12,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from ddray import __version__
 from ddray.config.distillation import DistillConfig
+from ddray.config.loading import in_todays_keys
 from ddray.distillation.log import TENSORBOARD_FOLDER
 from ddray.distillation.order import default_lanes
 from ddray.distillation.perceptual import with_lpips_checked
@@ -147,18 +149,23 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> None:
-    """Take the run folder, or take it up again; refuse one of a run with other settings."""
+def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    """Take the run folder, or take it up again; refuse one of a run with other settings.
+
+    Returns:
+        The identity of the run as it was written when it began.
+    """
     storage = open_storage(config.out)
     if config.fresh:
         for name in storage.list():
             if name.startswith(_RUN_FILES):
                 storage.delete(name)
-    claim(
+    return claim(
         storage,
         config.model_dump(mode="json"),
         identity,
         "use another out, or --fresh to start over",
+        partial(in_todays_keys, DistillConfig),
     )
 
 
@@ -235,7 +242,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         require_classes(trajectories.plan)
     lanes = _lanes(config, trajectories.plan.num_shards)
     identity = _identity(config, lanes, shards, trajectories.plan.hash)
-    _claim_folder(config, identity)
+    identity = _claim_folder(config, identity)
     earlier = _finished_summary(config)
     if earlier is not None:
         return earlier

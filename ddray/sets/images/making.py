@@ -8,14 +8,13 @@ import torch
 from ddray.config.generation import GenerateConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.method.schedule import TeacherStages, parse_schedule
-from ddray.method.seeding import SCHEME
 from ddray.method.student import Student
 from ddray.metrics.fd_digits import DigitsMetric, makes_digits
 from ddray.metrics.frechet import FeatureStatistics, FeatureSums
 from ddray.models.zoo import METRIC_FOLDER, load_student
-from ddray.sets.conditions import encoder_name
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
+from ddray.sets.making import planned_fields, require_planned
 from ddray.storage.base import read_ahead
 from ddray.storage.caption_file import CaptionFile
 
@@ -45,24 +44,12 @@ def make_plan(
         # Workers have another current folder.
         student=os.path.abspath(name) if os.path.isdir(name) else name,
         student_fingerprint=student.fingerprint,
-        tokenizer_fingerprint=student.tokenizer.fingerprint,
-        conditioning=student.conditioning,
-        num_classes=student.num_classes,
-        seed=config.seed,
-        noise_scheme=SCHEME,
         schedule=schedule,
         encoding=config.format,
         content=config.content,
         image_format=config.image_format,
         quality=config.quality,
-        threads=config.threads,
-        count=config.count,
-        shard_rows=config.shard_rows,
-        batch_size=config.batch_size,
-        stages=student.stages,
-        vocab_size=len(student.codebook),
-        classes=config.classes,
-        text_encoder=encoder_name(config, captions),
+        **planned_fields(config, student, captions),
     )
 
 
@@ -74,15 +61,7 @@ def planned_student(plan: ImagePlan, device: str | torch.device = "auto") -> Stu
         ShardError: if it has other weights than the plan's.
     """
     student = load_student(plan.student, device=device)
-    for what, here, there in (
-        ("network", student.fingerprint, plan.student_fingerprint),
-        ("tokenizer", student.tokenizer.fingerprint, plan.tokenizer_fingerprint),
-    ):
-        if here != there:
-            raise ShardError(
-                f"{plan.student} has another {what} here (sha256 {here[:12]}) than in the plan "
-                f"({there[:12]}); restore the weights that the set was made with"
-            )
+    require_planned(student, plan.student, plan.student_fingerprint, plan)
     return student
 
 

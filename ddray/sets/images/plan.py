@@ -5,7 +5,7 @@ Pure values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from ddray.errors import ConfigError
@@ -16,35 +16,18 @@ Content = Literal["images", "tokens"]
 ImageFormat = Literal["png", "webp"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImagePlan(SetPlan):
     """Everything that determines the rows of an image set, and how they are written.
 
     Attributes:
         student: Zoo name or path; it may change, the weights may not.
         student_fingerprint: sha256 of the student's weights.
-        tokenizer_fingerprint: sha256 of the tokenizer's weights.
-        conditioning: `class` or `text`.
-        num_classes: Classes of the student; 0 is allowed for text.
-        seed: Of the noise, 0 <= seed < 2**63.
-        noise_scheme: Name and version of the function from (seed, index) to noise.
         schedule: As given to `Student.generate`.
         encoding: What a shard is: a Parquet file, a tar, or a list of files.
         content: Images, or their tokens.
         image_format: Of the images.
         quality: Of lossy WebP, 1 to 100; None is lossless.
-        threads: CPU threads of the student; BLAS results vary with it.
-        count: Rows of the set.
-        shard_rows: Rows of a shard.
-        batch_size: Rows that the student takes at once; results vary with it.
-        stages: Tokens of each AR step; their sum is L.
-        vocab_size: V; token ids are below it.
-        earlier_counts: Counts that the set had before it was extended. Bookkeeping of
-            `ImageSet.create`: leave it empty.
-        classes: Classes that are generated, in turn; one that stands twice comes twice as
-            often. Empty is all, each once.
-        text_encoder: Name or folder of what turns captions into features; empty where
-            the features were given, and for classes.
     """
 
     KIND: ClassVar[str] = "images"
@@ -62,25 +45,11 @@ class ImagePlan(SetPlan):
 
     student: str
     student_fingerprint: str
-    tokenizer_fingerprint: str
-    conditioning: Literal["class", "text"]
-    num_classes: int
-    seed: int
-    noise_scheme: str
     schedule: str
     encoding: Encoding
     content: Content
     image_format: ImageFormat
     quality: int | None
-    threads: int
-    count: int
-    shard_rows: int
-    batch_size: int
-    stages: tuple[int, ...]
-    vocab_size: int
-    earlier_counts: tuple[int, ...] = field(default=(), compare=False)
-    classes: tuple[int, ...] = ()
-    text_encoder: str = ""
 
     def _check_settings(self) -> None:
         for name, choice in (

@@ -20,8 +20,7 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ShardError, one_line
 from ddray.sets.images.plan import ImagePlan
-from ddray.sets.sharded_set import check_stamp, stamp
-from ddray.sets.trajectories.shard import (
+from ddray.sets.parquet import (
     label_bytes,
     label_field,
     num_rows,
@@ -31,6 +30,7 @@ from ddray.sets.trajectories.shard import (
     tokens_type,
     write_table,
 )
+from ddray.sets.sharded_set import check_stamp, stamp
 from ddray.storage.base import Storage, read_ahead
 
 _FOLDER = "images/"

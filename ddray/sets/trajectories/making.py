@@ -14,11 +14,9 @@ import numpy.typing as npt
 import torch
 
 from ddray.config.sampling import SampleConfig
-from ddray.errors import ShardError
-from ddray.method.seeding import SCHEME
 from ddray.method.teacher import AskedFor, Teacher
 from ddray.models.zoo import load_teacher
-from ddray.sets.conditions import encoder_name
+from ddray.sets.making import planned_fields, require_planned
 from ddray.sets.trajectories.plan import Plan
 from ddray.storage.base import NotFoundError, Storage
 from ddray.storage.caption_file import CaptionFile
@@ -30,11 +28,6 @@ def make_plan(config: SampleConfig, teacher: Teacher, captions: CaptionFile | No
     return Plan(
         teacher=teacher.name,
         teacher_fingerprint=teacher.fingerprint,
-        tokenizer_fingerprint=teacher.tokenizer.fingerprint,
-        conditioning=teacher.conditioning,
-        num_classes=teacher.num_classes,
-        seed=config.seed,
-        noise_scheme=SCHEME,
         cfg=teacher.default_cfg if config.cfg is None else config.cfg,
         top_k=config.top_k,
         top_p=config.top_p,
@@ -42,14 +35,7 @@ def make_plan(config: SampleConfig, teacher: Teacher, captions: CaptionFile | No
         solver=config.solver,
         num_evals=teacher.transport(config.solver, config.num_evals).num_evals,
         dtype=config.dtype,
-        threads=config.threads,
-        count=config.count,
-        shard_rows=config.shard_rows,
-        batch_size=config.batch_size,
-        stages=teacher.stages,
-        vocab_size=len(teacher.codebook),
-        classes=config.classes,
-        text_encoder=encoder_name(config, captions),
+        **planned_fields(config, teacher, captions),
     )
 
 
@@ -61,15 +47,7 @@ def planned_teacher(plan: Plan, device: str | torch.device = "auto") -> Teacher:
         ShardError: if it has other weights than the plan's.
     """
     teacher = load_teacher(plan.teacher, device=device, dtype=plan.dtype)
-    for what, here, there in (
-        ("network", teacher.fingerprint, plan.teacher_fingerprint),
-        ("tokenizer", teacher.tokenizer.fingerprint, plan.tokenizer_fingerprint),
-    ):
-        if here != there:
-            raise ShardError(
-                f"{plan.teacher} has another {what} here (sha256 {here[:12]}) than in the plan "
-                f"({there[:12]}); restore the weights that the set was made with"
-            )
+    require_planned(teacher, plan.teacher, plan.teacher_fingerprint, plan)
     return teacher
 
 

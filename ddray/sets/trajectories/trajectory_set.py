@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ddray.errors import ShardError
+from ddray.sets.parquet import num_rows
 from ddray.sets.sharded_set import ShardedSet, shard_name
 from ddray.sets.trajectories.plan import Plan
-from ddray.sets.trajectories.shard import Rows, check_rows, decode, encode, num_rows
+from ddray.sets.trajectories.shard import Rows, check_rows, decode, encode
 
 __all__ = ["TrajectorySet", "shard_name"]
 

@@ -41,6 +41,19 @@ def test_a_foreign_config_is_refused(tmp_path, content):
         claim(open_storage(str(tmp_path)), {}, IDENTITY, "delete it")
 
 
+def test_an_identity_stays_as_the_first_run_wrote_it_whatever_its_keys_are_called_now(tmp_path):
+    storage = open_storage(tmp_path)
+    first = claim(storage, {}, {"rate": 3}, "delete it")
+
+    def now(identity):
+        return {"lr": identity["rate"]}
+
+    assert claim(storage, {}, {"lr": 3}, "delete it", now) == first == {"rate": 3}
+    with pytest.raises(ConfigError, match="lr: 3 then, 4 now"):
+        claim(storage, {}, {"lr": 4}, "delete it", now)
+    assert json.loads((tmp_path / "config.json").read_text())["identity"] == {"rate": 3}
+
+
 def test_json_is_written_for_people_too(tmp_path):
     write_json(open_storage(str(tmp_path)), "summary.json", {"rows": 1})
     assert (tmp_path / "summary.json").read_text() == '{\n  "rows": 1\n}\n'

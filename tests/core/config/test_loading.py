@@ -1,5 +1,6 @@
 """Facts about job configurations: what overlays what, what YAML means, what is refused and how."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
-from ddray.config.loading import load_config
+from ddray.config.loading import in_todays_keys, load_config
 from ddray.config.presets import PRESETS, preset
 from ddray.config.quickstart import QuickstartConfig
 from ddray.config.sampling import SampleConfig
@@ -277,3 +278,31 @@ def test_every_job_in_the_repository_is_one_and_says_how_it_is_submitted(file: P
     assert student in (f"{trained.out}/student", (f"{trained.out}/student",))
     if isinstance(config, EvaluateConfig):
         assert config.data == sampled.out
+
+
+MOVED = {"score_weight": 0.5, "imitator_lr": 0.1, "adversary_width": 8, "perceptual": "tokenizer"}
+
+
+@pytest.mark.parametrize("key", MOVED)
+@pytest.mark.parametrize(("kind", "part"), [(DistillConfig, ""), (QuickstartConfig, "distill.")])
+def test_a_key_of_before_is_answered_by_what_it_is_called_now(key, kind, part) -> None:
+    now = re.escape(f"'{part}{key}' is '{part}{DistillConfig.MOVED[key]}' now")
+    with pytest.raises(ConfigError, match=now):
+        load_config(kind, settings=[f"{part}{key}={MOVED[key]}"])
+
+
+def test_every_moved_key_is_one_that_exists() -> None:
+    for path in DistillConfig.MOVED.values():
+        outer, inner = path.split(".")
+        assert inner in type(getattr(DistillConfig(), outer)).model_fields
+
+
+def test_what_was_written_before_is_read_under_the_names_of_today() -> None:
+    today = in_todays_keys(DistillConfig, {**MOVED, "steps": 7, "lanes": 8})
+    assert (today["score"]["weight"], today["score"]["imitator_lr"]) == (0.5, 0.1)
+    assert (today["adversary"]["width"], today["perceptual"]["distance"]) == (8, "tokenizer")
+    assert (today["steps"], today["lanes"]) == (7, 8)
+    assert today["score"]["start"] == DistillConfig().score.start, "as it is by default"
+    nested = in_todays_keys(QuickstartConfig, {"distill": MOVED, "sample": {"count": 3}})
+    assert nested["distill"]["score"]["weight"] == 0.5
+    assert (nested["sample"]["count"], nested["sample"]["seed"]) == (3, 0)

@@ -1,0 +1,62 @@
+"""Facts about help and flags: every key has one, under a heading, and the examples run."""
+
+import re
+import shlex
+
+import pytest
+
+from ddray.cli import _JOBS, _config_class, _job_parser, main
+from ddray.config.base import Job
+from ddray.config.distillation import DistillConfig
+
+
+def leaves(kind: type[Job], prefix: str = "") -> list[str]:
+    """Keys of a config, nested ones by their path; not those of a verb inside it."""
+    found = []
+    for name, field in kind.model_fields.items():
+        if not isinstance(field.default, Job):
+            found.append(f"{prefix}{name}")
+        elif not field.default.EXAMPLE:
+            found += leaves(type(field.default), f"{prefix}{name}.")
+    return found
+
+
+@pytest.mark.parametrize("verb", _JOBS)
+def test_every_key_has_a_flag_under_a_heading_of_its_own_kind(verb):
+    kind = _config_class(verb)
+    text = _job_parser(verb).format_help()
+    flags = re.findall(r"^  --([a-z0-9._-]+)", text, re.MULTILINE)
+    for key in leaves(kind):
+        assert flags.count(key.replace("_", "-")) == 1, key
+    headings = re.findall(r"^([A-Z][^:\n]*):$", text, re.MULTILINE)
+    assert headings == list(kind.HEADINGS)
+    sections = re.split(r"^[A-Z][^:\n]*:$", text, flags=re.MULTILINE)[1:]
+    assert all(re.search(r"^  --", section, re.MULTILINE) for section in sections)
+
+
+@pytest.mark.parametrize("verb", _JOBS)
+def test_the_example_of_a_verb_is_one_that_runs(verb, capsys):
+    program, *arguments = shlex.split(_config_class(verb).EXAMPLE)
+    assert (program, arguments[0]) == ("ddray", verb)
+    assert main([*arguments, "--dry-run"]) == 0
+    assert _config_class(verb).EXAMPLE in _job_parser(verb).format_help()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("verb", _JOBS)
+def test_every_key_says_what_it_is(verb):
+    for name, field in _config_class(verb).model_fields.items():
+        assert isinstance(field.default, Job) or field.description, name
+
+
+def test_flags_of_nested_keys_reach_them(capsys):
+    assert main(["distill", "--score.weight", "0.5", "--perceptual.distance=off", "--dry-run"]) == 0
+    assert "score:\n  weight: 0.5\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [["--score-weight", "1"], ["--score-weight=1"]])
+def test_a_flag_of_before_is_answered_by_what_it_is_called_now(given, capsys):
+    assert main(["distill", *given]) == 2
+    error = capsys.readouterr().err
+    assert error == "ddray: error: --score-weight is --score.weight now\n"
+    assert len(DistillConfig.MOVED) == 11
