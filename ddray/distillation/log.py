@@ -90,7 +90,7 @@ class TrainingLog:
 
     def close(self) -> None:
         """Write what is left."""
-        # tensorboardX writes in a thread of its own, for which closing waits, and flushing does not.
+        # tensorboardX writes in a thread, for which closing waits and flushing does not.
         self._board.close()
         self._write()
         self._folder.cleanup()
