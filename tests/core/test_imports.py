@@ -1,13 +1,34 @@
-"""Facts about imports: `import ddray` is instant, the numerics know no Ray and no DeepSpeed."""
+"""Facts about imports: they run one way, `import ddray` is instant, numerics know no Ray."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import ddray
+from tests.paths import ROOT
 
 PACKAGE = Path(ddray.__file__).parent
+# From the roof down: a room imports rooms on lower floors, and none on its own or above.
+FLOORS = [
+    ("cli",),
+    ("runtime",),
+    ("runtime.pools",),
+    ("runtime.training", "runtime.serving"),
+    ("runtime.cluster",),
+    ("evaluation",),
+    ("distillation", "serving", "cost"),
+    ("sets.inspection",),
+    ("sets.trajectories", "sets.images"),
+    ("sets",),
+    ("metrics", "models"),
+    ("method",),
+    ("config", "storage", "report"),
+    ("errors", "progress", "prefetch", "memory"),
+]
+ROOMS = [room for rooms in FLOORS for room in rooms]
 HEAVY = ("torch", "ray", "deepspeed", "pyarrow", "numpy")
 
 LIGHT_IMPORT = f"""
@@ -120,20 +141,71 @@ def test_loading_a_model_does_not_import_torchs_compiler():
     run(LOADING)
 
 
-def imports(path):
-    """Top-level names of everything that a file imports, anywhere in it."""
+def imported_modules(path: Path) -> Iterator[str]:
+    """Full names of all modules that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield (node.module or "").partition(".")[0]
+            module = node.module or ""
+            folder = PACKAGE.parent / module.replace(".", "/")
+            for alias in node.names:
+                is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name).is_dir()
+                yield f"{module}.{alias.name}" if is_module else module
+
+
+def room_of(module: str) -> str | None:
+    """The room of FLOORS that a module of ddray lies in; None for ddray/__init__.py."""
+    name = module.partition(".")[2]
+    inside = [room for room in ROOMS if name == room or name.startswith(f"{room}.")]
+    return max(inside, key=len, default=None)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
 
 
 def test_only_the_runtime_imports_ray_and_deepspeed():
     files = [path for path in PACKAGE.rglob("*.py") if "runtime" not in path.parts]
     assert len(files) > 15
-    guilty = [path.name for path in files if {"ray", "deepspeed"} & set(imports(path))]
-    assert not guilty
+    heads = {path: {name.partition(".")[0] for name in imported_modules(path)} for path in files}
+    assert not [path.name for path, found in heads.items() if {"ray", "deepspeed"} & found]
+
+
+def test_imports_run_downwards_only():
+    floor = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}
+    upwards = []
+    for path in PACKAGE.rglob("*.py"):
+        here = room_of(module_of(path))
+        assert here or path == PACKAGE / "__init__.py", f"{path} lies on no floor"
+        for module in imported_modules(path):
+            there = room_of(module) if module.startswith("ddray.") else None
+            if here and there and here != there and floor[there] <= floor[here]:
+                upwards.append(f"{module_of(path)} imports {module}")
+    assert not upwards
+
+
+def test_every_room_of_the_list_is_there_and_none_is_too_large():
+    for room in ROOMS:
+        path = PACKAGE / room.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), room
+    beside = [path for path in PACKAGE.iterdir() if path.is_file()]
+    assert len(beside) <= 9
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}:
+        assert len(list(folder.glob("*.py"))) <= 18, folder
+        assert (folder / "__init__.py").read_text().startswith('"""'), folder
+
+
+def test_the_drawing_of_the_house_is_that_of_the_list():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawing = page.split("```text\n")[1].split("```")[0]
+    drawn = []
+    for line in drawing.splitlines():
+        rooms = re.findall(r"(?:^|\s\s)((?:\w+/)*\w*(?:\.py|/))(?=\s|$)", line)
+        if rooms:
+            drawn.append({room.removesuffix(".py").strip("/").replace("/", ".") for room in rooms})
+    assert drawn == [set(rooms) for rooms in FLOORS]
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error():

@@ -121,7 +121,7 @@ def _start(address: str | None, temp: str | None, metrics_port: int | None) -> N
             ray.init(address=address, **quiet)
             has = ray.cluster_resources()
             print(
-                f"ddray {__version__} from {Path(__file__).parents[1]}, Ray {ray.__version__} at "
+                f"ddray {__version__} from {Path(__file__).parents[2]}, Ray {ray.__version__} at "
                 f"{address}: {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs",
                 file=sys.stderr,
                 flush=True,

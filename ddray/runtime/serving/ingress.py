@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -97,7 +97,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 def _page() -> tuple[bytes, dict[str, str]]:
     """The page and its headers, which allow its inline script and style by hash and no other."""
-    text = resources.files("ddray.runtime").joinpath("page.html").read_text("utf-8")
+    text = Path(__file__).with_name("page.html").read_text("utf-8")
     allowed = []
     for tag in ("script", "style"):
         inner = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
