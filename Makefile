@@ -20,7 +20,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-core test-ray test-chaos test-gpu browser lint format constraints teachers clean
+.PHONY: help setup quickstart test test-core test-ray test-smoke test-chaos test-gpu browser lint format constraints teachers clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,15 +44,19 @@ quickstart: $(READY) ## teacher -> trajectories -> student -> report on the bund
 test: test-core test-ray ## the core tier, then the ray tier
 
 test-core: $(READY) ## fast tests on the CPU, without Ray; ARGS="-k noise" goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
+# Two processes, each with a Ray of its own: most of this tier waits for processes to start.
 test-ray: $(READY) ## tests on a real local Ray
-	$(BIN)/python -m pytest -m "ray and not chaos and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "ray and not chaos and not gpu" -n 2 --dist loadfile $(ARGS)
 
 # pytest exits with 5 when it collected no test: for an optional tier that is no failure.
 optional_tier = $(BIN)/python -m pytest -m "$(1)" $(ARGS) || { rc=$$?; [ $$rc -eq 5 ] || exit $$rc; echo "No $(1) tests here: nothing to run."; }
 
-test-chaos: $(READY) ## slow tests that kill workers and nodes, or drive a browser
+test-smoke: $(READY) ## of the slow tests the few that would catch most
+	@$(call optional_tier,smoke)
+
+test-chaos: $(READY) ## all slow tests: they kill workers and nodes, or drive a browser
 	@$(call optional_tier,chaos)
 
 test-gpu: $(READY) ## tests that need a CUDA device

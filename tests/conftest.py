@@ -12,6 +12,7 @@ import pytest
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_worker_niceness"] = "0"  # Ray's default, 15, starves the workers on a busy machine
 os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # by default a run ends up to 2 s late
 os.environ.pop("RAY_ADDRESS", None)  # never a cluster that happens to run
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

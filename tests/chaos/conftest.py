@@ -13,6 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from tests.chaos.job import Job
+from tests.patience import PATIENCE_S
 from tests.runtime.tiny import write_teacher
 
 
@@ -30,7 +31,7 @@ def start() -> Iterator[Callable[..., Job]]:
         if job.process.poll() is None:
             for process in (*job.tree(), psutil.Process(job.process.pid)):
                 process.kill()
-            job.process.communicate(timeout=60)
+            job.process.communicate(timeout=PATIENCE_S)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import ddray
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import command, environment, sampling
 
 
@@ -53,31 +53,26 @@ class Job:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait while the job runs; it must not end before the condition holds."""
-        deadline = time.monotonic() + 150
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline, "the job does not get that far"
-            time.sleep(0.05)
+        wait_until(condition, "state that is waited for", lambda: self.process.poll() is None)
 
     def kill_driver(self) -> None:
         """SIGKILL to the driver alone; what it started must go by itself."""
         tree = self.tree()
         folders = {Path(part) for p in tree for part in _session_folders(p)}
         os.kill(self.process.pid, signal.SIGKILL)
-        self.process.communicate(timeout=60)
-        deadline = time.monotonic() + 60
-        while (alive := [p for p in tree if is_alive(p)]) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        for process in tree:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        assert not alive, f"these outlive their driver: {alive}"
+        self.process.communicate(timeout=PATIENCE_S)
+        try:
+            wait_until(lambda: not any(map(is_alive, tree)), "end of what the driver has started")
+        finally:
+            for process in tree:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def end(self) -> tuple[int, str, str]:
         """Exit status, stdout and stderr."""
-        stdout, stderr = self.process.communicate(timeout=200)
+        stdout, stderr = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, stdout, stderr
 
 

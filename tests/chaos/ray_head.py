@@ -21,9 +21,9 @@ import psutil
 
 from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
 from tests.paths import ROOT
+from tests.patience import PATIENCE_S
 
 BIN = Path(sys.executable).parent
-_START_S = 90.0
 
 
 def free_port() -> int:
@@ -61,7 +61,7 @@ class RayHead:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE_S,
             check=False,
         )
         printed = done.stdout + done.stderr
@@ -76,7 +76,7 @@ class RayHead:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_S,
             check=False,
         )
         return done.stdout + done.stderr
@@ -88,7 +88,7 @@ class RayHead:
         assert found, text
         return found[1].upper()
 
-    def until(self, job: str, *wanted: str, timeout_s: float = 200) -> str:
+    def until(self, job: str, *wanted: str, timeout_s: float = PATIENCE_S) -> str:
         """Wait for one of these states."""
         deadline = time.monotonic() + timeout_s
         while (state := self.status(job)) not in wanted:
@@ -157,8 +157,8 @@ def ray_head(
 
 
 def _until_up(head: RayHead, prefix: Sequence[str]) -> None:
-    probe = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=2)"
-    deadline = time.monotonic() + _START_S
+    probe = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=10)"
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         assert head.process.poll() is None, (head.folder / "head.log").read_text()
         url = f"{head.dashboard}/api/gcs_healthz"

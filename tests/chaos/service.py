@@ -16,10 +16,9 @@ import httpx
 import psutil
 
 from tests.chaos.job import Job
+from tests.patience import PATIENCE_S, wait_until
 
 FULL, RAW = "/v1/images/generations", "/v1/images/raw"
-# Where every core is busy, a service starts for a minute and longer.
-_START_S = 240.0
 
 
 def _free_port() -> int:
@@ -39,11 +38,7 @@ class Service:
 
     def until_ready(self) -> None:
         """Wait for the first answer of a warm student."""
-        deadline = time.monotonic() + _START_S
-        while not self._is_ready():
-            assert self.job.process.poll() is None, self.job.process.communicate()
-            assert time.monotonic() < deadline, "the service does not start"
-            time.sleep(0.3)
+        wait_until(self._is_ready, "answer", lambda: self.job.process.poll() is None)
 
     def _is_ready(self) -> bool:
         try:
@@ -93,7 +88,7 @@ class Service:
     def metrics(self) -> str:
         """What Prometheus gets; Ray brings it up to date every ten seconds."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        return httpx.get(url, timeout=10, trust_env=False).text
+        return httpx.get(url, timeout=PATIENCE_S, trust_env=False).text
 
     def total(self, name: str) -> float:
         """Sum of all series of a metric."""
@@ -103,7 +98,9 @@ class Service:
     def client(self) -> httpx.AsyncClient:
         """Waits longer than the service ever does, so that every failure is the service's own."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        return httpx.AsyncClient(base_url=self.url, timeout=90, limits=limits, trust_env=False)
+        return httpx.AsyncClient(
+            base_url=self.url, timeout=PATIENCE_S, limits=limits, trust_env=False
+        )
 
 
 @dataclass
@@ -173,7 +170,7 @@ async def clients(service: Service, count: int, n: int, pause_s: float = 0) -> A
             await asyncio.gather(*tasks)
 
 
-async def until(condition: Any, what: str, timeout_s: float = 120.0) -> float:
+async def until(condition: Any, what: str, timeout_s: float = PATIENCE_S) -> float:
     """Wait for a condition that may become true; returns the seconds that it took."""
     began = time.monotonic()
     while not await asyncio.to_thread(condition):

@@ -12,6 +12,7 @@ import ddray
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.ray_head import BIN, ROOT, free_port, ray_head
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.chaos
 
@@ -42,7 +43,7 @@ def test_from_a_head_to_a_served_student_by_submitted_jobs_alone(tmp_path: Path)
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=PATIENCE_S,
             check=False,
         )
         printed = done.stdout + done.stderr

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.job import Job, is_alive, write_set
+from tests.patience import wait_until
 from tests.runtime.tiny import contents, sampling
 
 pytestmark = pytest.mark.chaos
@@ -52,6 +52,7 @@ def _is_midway(out: Path) -> Callable[[], bool]:
     return lambda: 2 <= _shards(out) < SHARDS - 4
 
 
+@pytest.mark.smoke
 def test_a_killed_sampling_actor_costs_nothing_but_time(
     start: Callable[..., Job], teacher: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_killed_sampling_actor_costs_nothing_but_time(
     assert TrajectorySet.open(str(out)).verify().ok
 
 
+@pytest.mark.smoke
 def test_a_rerun_after_the_driver_was_killed_fills_the_gaps_alone(
     start: Callable[..., Job], teacher: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -95,10 +97,7 @@ def test_an_interrupt_ends_with_130_and_a_rerun_goes_on(
     assert stdout == ""
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1] == ("ddray: interrupted; a rerun goes on from what is written")
-    deadline = time.monotonic() + 30
-    while any(map(is_alive, tree)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(map(is_alive, tree))
+    wait_until(lambda: not any(map(is_alive, tree)), "end of all processes")
     there = _shards(out)
     assert there < SHARDS
     status, stdout, stderr = start(*_sample(teacher, out)).end()

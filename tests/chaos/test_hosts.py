@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.hosts import Host, hosts
 from tests.chaos.job import write_set
 from tests.chaos.ray_head import BIN, RayHead, end, ray_head
+from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import command, environment
 
 pytestmark = pytest.mark.chaos
@@ -60,7 +60,7 @@ class Network:
             f"while sum(node['Alive'] for node in ray.nodes()) < {number}: time.sleep(0.2)"
         )
         command = [*self.hosts[0].enter, sys.executable, "-c", code, self.head.address]
-        subprocess.run(command, env=self.head.environment, timeout=90, check=True)
+        subprocess.run(command, env=self.head.environment, timeout=PATIENCE_S, check=True)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """`ddray ...` on the head's host."""
@@ -116,7 +116,7 @@ def _running(network: Network, *arguments: str) -> Iterator[subprocess.Popen[str
             for process in (*psutil.Process(job.pid).children(recursive=True), job):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            job.communicate(timeout=60)
+            job.communicate(timeout=PATIENCE_S)
 
 
 def _events(out: Path, event: str) -> list[dict[str, Any]]:
@@ -126,11 +126,7 @@ def _events(out: Path, event: str) -> list[dict[str, Any]]:
 
 
 def _until(job: subprocess.Popen[str], condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 150
-    while not condition():
-        assert job.poll() is None, job.communicate()
-        assert time.monotonic() < deadline, "the job does not get that far"
-        time.sleep(0.1)
+    wait_until(condition, "state that is waited for", lambda: job.poll() is None)
 
 
 def test_sampling_runs_across_hosts_and_survives_one_that_is_cut_off(
@@ -143,7 +139,7 @@ def test_sampling_runs_across_hosts_and_survives_one_that_is_cut_off(
         shards = out / "shards"
         _until(job, lambda: len(list(shards.glob("*.parquet"))) >= 6)
         network.hosts[2].cut_off()
-        stdout, stderr = job.communicate(timeout=400)
+        stdout, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, stderr
     assert json.loads(stdout)["rows"] == 160
     assert TrajectorySet.open(str(out)).verify().ok
@@ -161,7 +157,7 @@ def test_training_runs_across_hosts_and_goes_on_without_one_that_is_cut_off(
     with _running(network, "distill", *where, *sizes, *often) as job:
         _until(job, lambda: len(list(out.glob("checkpoints-*/checkpoint_*"))) >= 1)
         network.hosts[2].cut_off()
-        stdout, stderr = job.communicate(timeout=400)
+        stdout, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, stderr
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert sorted({json.loads(line)["step"] for line in lines}) == list(range(1, 401))
@@ -194,7 +190,7 @@ def test_what_only_the_head_has_is_named_before_any_work(teacher: str, tmp_path:
         ):
             flags = ("--teacher", str(model), "--out", str(out), "--wait-s", "60")
             with _running(network, "sample", *flags) as job:
-                _, stderr = job.communicate(timeout=200)
+                _, stderr = job.communicate(timeout=PATIENCE_S)
             assert job.returncode == 1, stderr
             assert message in stderr
             assert "Traceback" not in stderr
@@ -202,10 +198,10 @@ def test_what_only_the_head_has_is_named_before_any_work(teacher: str, tmp_path:
         network.nodes.append(network.add_node(other, *_mounting("--bind", older, package)))
         wait = ("--wait-s", "60", "--workers", "2", "--out", str(tmp_path / "b"))
         with _running(network, "sample", "--teacher", teacher, *wait) as job:
-            _, stderr = job.communicate(timeout=200)
+            _, stderr = job.communicate(timeout=PATIENCE_S)
         assert f"node {other.address}: ddray is 0.0.9 there and {ddray.__version__} here" in stderr
         with _running(network, "doctor", "--uri", str(mine)) as job:
-            stdout, _ = job.communicate(timeout=200)
+            stdout, _ = job.communicate(timeout=PATIENCE_S)
         assert job.returncode == 1
         assert f"{mine} is another folder there" in stdout
         assert "ddray is 0.0.9 there" in stdout

@@ -2,8 +2,7 @@
 
 import json
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.job import write_set
 from tests.chaos.ray_head import BIN, RayHead, answers, ray_head
 from tests.paths import ROOT
+from tests.patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.chaos
 
@@ -35,12 +35,8 @@ def _succeeds(head: RayHead, stage: str, *flags: object) -> str:
     return head.job("logs", job)
 
 
-def _until(head: RayHead, job: str, condition: object) -> None:
-    deadline = time.monotonic() + 150
-    while not condition():  # type: ignore[operator]
-        assert head.status(job) in ("PENDING", "RUNNING"), head.job("logs", job)
-        assert time.monotonic() < deadline, head.job("logs", job)
-        time.sleep(0.2)
+def _until(head: RayHead, job: str, condition: Callable[[], object]) -> None:
+    wait_until(condition, "state", lambda: head.status(job) in ("PENDING", "RUNNING"))
 
 
 def test_the_cluster_answers_nobody_without_the_token(head: RayHead) -> None:
@@ -48,6 +44,7 @@ def test_the_cluster_answers_nobody_without_the_token(head: RayHead) -> None:
     assert answers(f"{head.dashboard}/api/jobs/", head.environment["RAY_AUTH_TOKEN"]) == 200
 
 
+@pytest.mark.smoke
 def test_sampling_that_is_stopped_goes_on_when_it_is_submitted_again(
     head: RayHead, teacher: str, tmp_path: Path
 ) -> None:
@@ -165,7 +162,7 @@ def test_a_client_without_the_token_is_told_so(head: RayHead, tmp_path: Path) ->
             },
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert done.returncode == 1, done.stdout + done.stderr

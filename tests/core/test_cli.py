@@ -29,6 +29,7 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.checkpoint import MODEL_FILE, save_folder
 from tests.core.sets.images.test_image_set import PLAN as IMAGE_PLAN
 from tests.core.tiny import student_config, student_state, tokenizer_state
+from tests.patience import PATIENCE_S
 
 JOBS: dict[str, type[Job]] = {
     "quickstart": QuickstartConfig,
@@ -40,7 +41,7 @@ JOBS: dict[str, type[Job]] = {
 }
 
 QUICK_HELP = """
-import sys, time
+import sys
 from ddray.cli import main
 try:
     main(["--help"])
@@ -48,7 +49,6 @@ except SystemExit as end:
     assert end.code == 0
 heavy = {"torch", "ray", "deepspeed", "pyarrow", "numpy", "pydantic", "yaml"} & set(sys.modules)
 assert not heavy, heavy
-assert time.process_time() < 0.3, time.process_time()
 """
 
 
@@ -79,7 +79,7 @@ def _resolved(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
     return dict(yaml.safe_load(stdout))
 
 
-def test_help_is_instant_and_names_every_verb() -> None:
+def test_help_loads_nothing_heavy_and_names_every_verb() -> None:
     done = subprocess.run(
         [sys.executable, "-c", QUICK_HELP], capture_output=True, text=True, check=False
     )
@@ -271,7 +271,7 @@ def test_an_interrupt_ends_with_status_130(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     with pipe.open("w"):  # opens when the command has begun to read, and then keeps it waiting
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert stderr == "ddray: interrupted; a rerun goes on from what is written\n"
 

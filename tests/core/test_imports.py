@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ddray
 from tests.paths import ROOT
+from tests.patience import PATIENCE_S
 
 PACKAGE = Path(ddray.__file__).parent
 # From the roof down: a room imports rooms on lower floors, and none on its own or above.
@@ -32,14 +33,11 @@ ROOMS = [room for rooms in FLOORS for room in rooms]
 HEAVY = ("torch", "ray", "deepspeed", "pyarrow", "numpy")
 
 LIGHT_IMPORT = f"""
-import sys, time
-start = time.perf_counter()
+import sys
 import ddray
-elapsed = time.perf_counter() - start
 assert "transport" in dir(ddray) and ddray.__version__
 loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded
-assert elapsed < 0.5, elapsed
 """
 
 # Runs where none of the blocked packages is installed, as far as Python can tell.
@@ -123,13 +121,13 @@ def run(code):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         cwd=PACKAGE.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_importing_the_package_loads_nothing_heavy_and_is_quick():
+def test_importing_the_package_loads_nothing_heavy():
     run(LIGHT_IMPORT)
 
 

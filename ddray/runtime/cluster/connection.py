@@ -42,6 +42,7 @@ CLUSTER_ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
 }
 """What Ray's own processes must find in their environment on every node; the image sets it."""
+_LEVEL_NOTICE = b"Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL"
 # Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
 _SHORT_TEMP = "/tmp"
 
@@ -81,13 +82,45 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
         return
     temp = None if address else tempfile.mkdtemp(prefix="ddray-", dir=_SHORT_TEMP)
     try:
-        _start(address, temp, metrics_port)
+        with _without_rays_own_notices():
+            _start(address, temp, metrics_port)
         with _terminable():
             yield
     finally:
         ray.shutdown()
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_rays_own_notices() -> Iterator[None]:
+    """Within, the C++ core does not tell on stderr that it has been told its log level.
+
+    It writes past Python and before that level counts. All other lines pass through as they come.
+    """
+    terminal = os.dup(2)
+    reading, writing = os.pipe()
+
+    def pass_on() -> None:
+        with os.fdopen(reading, "rb") as lines, os.fdopen(terminal, "wb", 0) as out:
+            for line in lines:
+                if _LEVEL_NOTICE not in line:
+                    out.write(line)
+
+    passing = threading.Thread(target=pass_on, daemon=True)
+    passing.start()
+    sys.stderr.flush()
+    before = os.dup(2)
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(before, 2)
+        os.close(before)
+        # Not for ever: a process that Ray has started may hold the other end.
+        passing.join(timeout=1.0)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.caption_file import CaptionFile
 from tests.core.sets.trajectories.test_trajectory_set import fill, plan_of, tokens_of
 from tests.core.tiny import chi_square_p_value
+from tests.patience import wait_until
 
 WIDTH = 4
 SETTINGS: dict[str, Any] = {"batch_size": 8, "seed": 3, "code_width": WIDTH}
@@ -429,9 +430,7 @@ def test_items_are_made_ahead_but_not_further_than_asked() -> None:
     with Prefetch(endless(), 2) as ahead:
         for number in range(5):
             assert next(ahead) == number
-            deadline = time.monotonic() + 5
-            while len(items) < number + 3 and time.monotonic() < deadline:
-                time.sleep(0.001)
+            wait_until(lambda k=number: len(items) >= k + 3, "item ahead")
             assert len(items) == number + 3
     assert next(ahead, None) is None
 
@@ -488,10 +487,8 @@ def test_following_begins_as_soon_as_there_is_a_shard_for_each_lane(
         batches = stream.batches()
         # Two shards of ten are two steps of four rows a lane, and half of a third one.
         assert all((next(batches).index_B < 20).tolist() for _ in range(2))
-        deadline = time.monotonic() + 5
-        while stream.waiting is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        assert stream.waiting == "waiting for shard 2 for 0 s"
+        wait_until(lambda: stream.waiting, "word that the stream waits")
+        assert str(stream.waiting).startswith("waiting for shard 2 for")
     # Closing ended the wait.
     assert threads() == []
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 triton = pytest.importorskip("triton", reason="triton comes with torch for CUDA")
 
 # A process of its own: triton reads TRITON_INTERPRET when it is imported.
@@ -63,7 +65,7 @@ def interpreted():
         [sys.executable, "-c", INTERPRETED],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

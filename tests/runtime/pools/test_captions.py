@@ -216,6 +216,7 @@ def test_a_student_of_captions_learns_from_the_set_alone(
     assert images.shape == (4, 1, 8, 8)
 
 
+@pytest.mark.chaos
 def test_two_workers_with_parted_weights_learn_what_one_learns(
     student: DistillConfig, whole: Path, tmp_path: Path
 ) -> None:

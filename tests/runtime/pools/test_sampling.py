@@ -23,6 +23,7 @@ from ddray.sets.trajectories.making import sample_rows
 from ddray.sets.trajectories.recompute import recompute
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.checkpoint import load_folder, save_folder
+from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import contents, sampling, write_teacher
 
 pytestmark = pytest.mark.ray
@@ -86,17 +87,17 @@ def test_events_and_summary_say_who_did_what_and_how_busy_they_were(
 
 def test_prometheus_finds_the_actors_rows_and_shard_times(whole: tuple[Path, dict]) -> None:
     address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + 40
-    while True:
-        with urllib.request.urlopen(address, timeout=10) as answer:
-            text = answer.read().decode()
-        lines = [line for line in text.splitlines() if 'what="trajectories"' in line]
-        rows = [line for line in lines if line.startswith("ray_ddray_rows_total{")]
-        if sum(float(line.split()[-1]) for line in rows) >= 50:
-            break
-        assert time.monotonic() < deadline, lines
-        time.sleep(0.5)
-    assert any(line.startswith("ray_ddray_shard_seconds_count{") for line in lines)
+
+    def lines(name: str) -> list[str]:
+        with urllib.request.urlopen(address, timeout=PATIENCE_S) as answer:
+            text = answer.read().decode().splitlines()
+        return [line for line in text if line.startswith(name) and 'what="trajectories"' in line]
+
+    def rows() -> float:
+        return sum(float(line.split()[-1]) for line in lines("ray_ddray_rows_total{"))
+
+    wait_until(lambda: rows() >= 50, "total of all rows")
+    assert lines("ray_ddray_shard_seconds_count{")
 
 
 def test_tokens_are_those_of_a_plain_loop_in_one_process(

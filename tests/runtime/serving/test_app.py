@@ -6,7 +6,7 @@ import io
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ddray.runtime.serving.app import build_app, run
 from ddray.serving.api import image_bytes
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.storage.checkpoint import save_folder
+from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import write_teacher
 from tests.s3_server import BUCKET, s3_environment, s3_server
 
@@ -101,7 +102,7 @@ def url(ray_local: None, config: ServeConfig) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as client:
         yield client
 
 
@@ -129,17 +130,12 @@ def _expect(
 
 def _all_at_once(client: httpx.Client, bodies: list[Any]) -> list[httpx.Response]:
     async def together() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=client.base_url, timeout=60, trust_env=False) as many:
+        async with httpx.AsyncClient(
+            base_url=client.base_url, timeout=PATIENCE_S, trust_env=False
+        ) as many:
             return list(await asyncio.gather(*(many.post(FULL, json=body) for body in bodies)))
 
     return asyncio.run(together())
-
-
-def _until(met: Callable[[], bool], seconds: float = 40.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 # What is answered.
@@ -419,7 +415,7 @@ def test_each_request_leaves_a_line_of_json_in_the_log(client: httpx.Client) -> 
     asked = {"prompt": "two", "n": 2, "seed": 8, "steps": 2, "model": "second"}
     _post(client, {**asked, "steps": "teacher"}, headers={"x-request-id": "logged-1"})
     client.get("/v1/x", headers={"x-request-id": "logged-2"})
-    _until(lambda: bool(_logged("logged-2")))
+    wait_until(lambda: _logged("logged-2"), "line of the log")
     (line,) = _logged("logged-1")
     assert isinstance(line.pop("ms"), float)
     assert line == {
@@ -451,7 +447,7 @@ def _send(client: httpx.Client, body: str, length: int, request_id: str) -> sock
 def _images_made(model: str, schedule: str) -> int:
     """What the replicas count for Prometheus."""
     address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    text = httpx.get(address, trust_env=False, timeout=30).text
+    text = httpx.get(address, trust_env=False, timeout=PATIENCE_S).text
     made = 0.0
     for line in text.splitlines():
         wanted = f'model="{model}"' in line and f'schedule="{schedule}"' in line
@@ -476,9 +472,9 @@ def test_who_leaves_costs_no_run_and_is_no_fault_of_the_service(client: httpx.Cl
             assert connection.recv(12) == b"HTTP/1.1 200"
     # This one is behind it in the queue.
     _post(client, {"model": "second", "prompt": 1, "steps": "0,4"})
-    _until(lambda: _images_made("second", "0,4") > 0)
+    wait_until(lambda: _images_made("second", "0,4") > 0, "image of the metrics")
     assert _images_made("second", "0,4") == 1
-    _until(lambda: bool(_logged("left-1-19")))
+    wait_until(lambda: _logged("left-1-19"), "line of the log")
     # On a busy machine the last one may have left before it reached the front.
     names = [*(f"left-1-{number}" for number in range(20)), "left-2"]
     left = [line for name in names for line in _logged(name)]
@@ -590,11 +586,13 @@ def locked(
             ),
         ]
         serve.run_many(apps, wait_for_applications_running=False)
-        _until(lambda: client.get("/locked/readyz").status_code == 200)
-        _until(lambda: client.get("/missing/healthz").status_code == 200)
+        wait_until(lambda: client.get("/locked/readyz").status_code == 200, "answer")
+        wait_until(lambda: client.get("/missing/healthz").status_code == 200, "answer")
         headers = {"authorization": f"Bearer {KEY}"}
         base = client.base_url.join("/locked/")
-        with httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False) as opened:
+        with httpx.Client(
+            base_url=base, headers=headers, timeout=PATIENCE_S, trust_env=False
+        ) as opened:
             yield opened
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from ddray.config.distillation import DistillConfig
+from ddray.config.sampling import SampleConfig
+from ddray.distillation.critics import new_critics
 from ddray.distillation.optimization import (
     MovingAverage,
     batch_loss,
@@ -18,11 +20,14 @@ from ddray.distillation.optimization import (
     parameter_groups,
     set_learning_rate,
 )
+from ddray.distillation.step import Agreement, TrainingStep
 from ddray.distillation.stream import Batch
 from ddray.errors import CheckpointError
 from ddray.method.teacher import Teacher
 from ddray.models.zoo import new_student
+from ddray.sets.trajectories.making import make_plan
 from tests.core.tiny import tiny_teacher
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.ray
 
@@ -146,6 +151,25 @@ def _train(rank: int, world: int, folder: str) -> dict[str, Any]:
     return results
 
 
+def _judged(rank: int, world: int, folder: str) -> dict[str, Any]:
+    """Figures of every step beside two critics, over all workers."""
+    critics = {name: {"weight": 1.0, "start": 2} for name in ("score", "adversary")}
+    config, teacher = _config(workers=world, steps=8, **critics), _teacher()
+    worker, agree = _Worker(rank, world, config), Agreement(world, torch.device("cpu"))
+    torch.manual_seed(1)
+    judges = new_critics(config, teacher, make_plan(SampleConfig(cfg=2.0), teacher), 8.0)
+    step = TrainingStep(
+        worker.engine, judges, teacher, config, SCHEDULE, agree, rank=rank, workers=world
+    )
+    lines = []
+    for number in range(config.steps):
+        figures, _ = step.take(_rows(number).split(world)[rank], number)
+        assert figures is not None
+        means = agree.mean(torch.stack(list(figures.values())))
+        lines.append(dict(zip(figures, means, strict=True)))
+    return {"lines": lines}
+
+
 def _resume(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Losses without a break, and through a checkpoint."""
     results: dict[str, Any] = {}
@@ -196,7 +220,7 @@ def _in_processes(world: int, case: Callable[..., Any], folder: Path) -> dict[st
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(PATIENCE_S)
         assert process.exitcode == 0
     return torch.load(folder / f"{case.__name__}.pt", weights_only=False)
 
@@ -251,6 +275,19 @@ def test_half_precision_learns_nearly_the_same(
 def test_recomputed_activations_change_nothing(trained: dict[str, Any]) -> None:
     losses, average = _plain(FEW)
     _assert_same(trained["recomputed"], losses, average, rel=1e-4)
+
+
+def test_critics_of_two_workers_say_what_those_of_one_say(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    one, two = (
+        _in_processes(world, _judged, tmp_path_factory.mktemp("judged"))["lines"]
+        for world in (1, 2)
+    )
+    # The weights of both losses are 0 for the first two steps.
+    assert one[1]["loss"] - one[1]["cross_entropy"] < 1 < one[2]["loss"] - one[2]["cross_entropy"]
+    for name in ("loss", "imitator_nats", "teacher_nats", "discriminator", "cross_entropy_t0"):
+        assert [x[name] for x in two] == pytest.approx([x[name] for x in one], rel=5e-3), name
 
 
 @pytest.mark.parametrize("zero", range(4))

@@ -9,9 +9,10 @@ from PIL import Image
 
 import ddray
 from ddray.sets.inspection import verify
+from tests.patience import PATIENCE_S
 from tests.runtime.tiny import command, contents, environment
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.chaos
 
 
 def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -23,7 +24,7 @@ def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=PATIENCE_S,
     )
 
 
