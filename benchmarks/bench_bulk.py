@@ -12,51 +12,31 @@ medians.
 
 import argparse
 import hashlib
-import json
-import multiprocessing
-import os
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
-import ray
 import torch
 
 import ddray
 from ddray.config.generation import GenerateConfig
 from ddray.report.image_file import encode_png
 from ddray.report.pictures import to_uint8
-from ddray.report.table import Column, markdown_table
-from ddray.runtime.cluster.connection import KEEP_FREED_MEMORY
 from ddray.runtime.pools.bulk import generate
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.making import make_plan
 
 BAR = 0.9
-COLUMNS = (
-    Column("what", "what"),
-    Column("rows_per_s", "rate", "images/s", ".1f"),
-    Column("ratio", "x bare loop", "", ".3f"),
-    Column("busy_share", "workers busy", "", ".3f"),
-    Column("first_shard_s", "first shard", "s", ".1f"),
-    Column("seconds", "whole run", "s", ".1f"),
-)
+COLUMNS = frame.pool_columns("images", "workers")
 
 
 def bare_loop(config: GenerateConfig) -> dict[str, Any]:
     """Every shard in one process without Ray, one thing after the other."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        return process.submit(_bare_loop, config).result()
-
-
-def _bare_loop(config: GenerateConfig) -> dict[str, Any]:
     start = time.perf_counter()
     torch.set_num_threads(config.threads)
     student = ddray.load_student(config.student, device="cpu")
@@ -72,11 +52,7 @@ def _bare_loop(config: GenerateConfig) -> dict[str, Any]:
             files += [encode_png(image) for image in pixels]
         images.write_shard(k, plan.label(np.asarray(plan.shard_range(k))), files)
         ends.append(time.perf_counter())
-    return {
-        "rows_per_s": (plan.count - len(plan.shard_range(0))) / (ends[-1] - ends[0]),
-        "first_shard_s": ends[0] - start,
-        "seconds": ends[-1] - start,
-    }
+    return frame.shard_rates(ends, start, plan.count - len(plan.shard_range(0)))
 
 
 def _digest(out: str) -> str:
@@ -84,76 +60,61 @@ def _digest(out: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in shards)).hexdigest()
 
 
+def run(
+    args: argparse.Namespace, engine: str, make: Callable[[GenerateConfig], dict[str, Any]]
+) -> dict[str, Any]:
+    """All images once, and the digest of their shards."""
+    with tempfile.TemporaryDirectory() as out:
+        config = GenerateConfig(
+            student=args.student,
+            out=out,
+            count=args.rows,
+            shard_rows=args.shard_rows,
+            batch_size=args.batch_size,
+            engine=engine,
+            workers=(1, 1),
+            threads=1,
+        )
+        return {**make(config), "digest": _digest(out)}
+
+
 def main() -> None:
     """Print the table; write it as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.arguments(__doc__)
     parser.add_argument("--student", default="digits-llamagen-dd")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--shard-rows", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    # Read by a process when it starts: what `ddray generate` gives to its actors.
-    os.environ.update(KEEP_FREED_MEMORY)
-    ways: dict[str, tuple[str, Callable[[GenerateConfig], dict[str, Any]]]] = {
-        "bare loop": ("data", bare_loop),
-        "engine serve, one replica": ("serve", generate),
-        "engine data, one worker": ("data", generate),
+    frame.same_allocator()
+    where = frame.about("torch", "ray", note="one thread a model")
+    ways = {
+        "bare loop": partial(run, args, "data", partial(frame.in_own_process, bare_loop)),
+        "engine serve, one replica": partial(run, args, "serve", generate),
+        "engine data, one worker": partial(run, args, "data", generate),
     }
-    runs: dict[str, list[dict[str, Any]]] = {what: [] for what in ways}
-    digests = set()
-    for _ in range(args.repeats):
-        for what, (engine, run) in ways.items():
-            with tempfile.TemporaryDirectory() as out:
-                config = GenerateConfig(
-                    student=args.student,
-                    out=out,
-                    count=args.rows,
-                    shard_rows=args.shard_rows,
-                    batch_size=args.batch_size,
-                    engine=engine,
-                    workers=(1, 1),
-                    threads=1,
-                )
-                runs[what].append(run(config))
-                digests.add(_digest(out))
-    rows = [
-        {"what": what}
-        | {
-            column.key: statistics.median(run[column.key] for run in found)
-            for column in COLUMNS
-            if column.key in found[0]
-        }
-        for what, found in runs.items()
+    found = frame.in_turns(ways, args.repeats)
+    rows = frame.medians(found, COLUMNS)
+    frame.add_ratio(rows)
+    figures = [
+        frame.Figure(f"{row['what']}, x bare loop", row["ratio"], least=BAR) for row in rows[1:]
     ]
-    for row in rows:
-        row["ratio"] = row["rows_per_s"] / rows[0]["rows_per_s"]
     result = {
         "student": args.student,
         "rows": args.rows,
         "shard_rows": args.shard_rows,
         "batch_size": args.batch_size,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a model",
-        "versions": {
-            "ddray": ddray.__version__,
-            "torch": torch.__version__,
-            "ray": ray.__version__,
-        },
-        "date": time.strftime("%Y-%m-%d"),
-        "load": os.getloadavg()[0],
+        **where,
         "table": rows,
-        "same_bytes": len(digests) == 1,
+        "same_bytes": len({once["digest"] for runs in found.values() for once in runs}) == 1,
         "bar": BAR,
-        "met": all(row["ratio"] >= BAR for row in rows),
+        "met": not any(figure.missed for figure in figures),
     }
-    print(f"{args.rows} images of {args.student}, {result['machine']}, {result['date']}\n")
-    print(markdown_table(rows, COLUMNS))
-    for row in rows[1:]:
-        print(f"\n{row['what']}: {row['ratio']:.3f} of the bare loop (bar: {BAR:g})")
+    headline = f"{args.rows} images of {args.student}"
+    frame.tell(result, headline, (rows, COLUMNS), frame.figures_table(figures))
     print(f"same bytes: {result['same_bytes']}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    frame.write(args.json, result)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,20 @@ actors work over the ideal one.
 import argparse
 import json
 import os
-import platform
 import random
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
 import psutil
 import ray
 from random_plan import random_plan
 
-import ddray
 from ddray.config.base import PoolConfig
-from ddray.report.table import Column, markdown_table
+from ddray.report.table import Column
 from ddray.runtime.pools.pool import Crew, fill
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.run_folder import EVENTS_FILE
@@ -181,15 +179,15 @@ def bench(args: argparse.Namespace, out: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print the row; append it to a JSON file if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.arguments(__doc__, json_help="file of rows, to which this one is added")
     parser.add_argument("--gpus", type=int, default=64)
     parser.add_argument("--shards", type=int, default=640)
     parser.add_argument("--seconds", type=float, default=4.0, help="that an actor pauses a shard")
     parser.add_argument("--kill-every", type=float, default=0.0, help="seconds between two kills")
     parser.add_argument("--model", choices=[*MODELS], default="var-d16")
     parser.add_argument("--shard-rows", type=int, default=500)
-    parser.add_argument("--json", type=Path, help="file of rows, to which this one is added")
     args = parser.parse_args()
+    where = frame.about("ray")
     os.environ["RAY_AUTH_MODE"], os.environ["RAY_worker_niceness"] = "disabled", "0"
     with (
         tempfile.TemporaryDirectory(prefix="ddr", dir="/tmp") as temp,
@@ -207,17 +205,10 @@ def main() -> None:
         )
         row = bench(args, out)
         ray.shutdown()
-    row |= {
-        "model": args.model,
-        "shard_rows": args.shard_rows,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"ddray": ddray.__version__, "ray": ray.__version__},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(markdown_table([row], COLUMNS))
-    if args.json:
-        rows = json.loads(args.json.read_text()) if args.json.exists() else []
-        args.json.write_text(json.dumps([*rows, row], indent=2) + "\n")
+    row |= {"model": args.model, "shard_rows": args.shard_rows, **where}
+    frame.tell(row, f"Actors that sleep, sizes of {args.model}", ([row], COLUMNS))
+    earlier = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    frame.write(args.json, [*earlier, row])
 
 
 if __name__ == "__main__":

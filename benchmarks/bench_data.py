@@ -9,20 +9,16 @@ and AdamW of the real student, in float32 on one thread; of VAR-d16 in its offic
 weights. Both take turns, and the ratio is the median of the rounds.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import frame
 import torch
 from bench_metadata import write_unflushed
 from bench_models import random_teacher
@@ -34,7 +30,7 @@ from ddray.distillation.stream import Batch, TrajectoryStream
 from ddray.method.schedule import default_schedule
 from ddray.method.teacher import Teacher
 from ddray.models.zoo import new_student
-from ddray.report.table import Column, markdown_table
+from ddray.report.table import Column
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 BAR = 5.0
@@ -112,12 +108,6 @@ def training_step(teacher: Teacher) -> Callable[[Batch], None]:
     return step
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def stream_of(trajectories: TrajectorySet, code_width: int) -> TrajectoryStream:
     return TrajectoryStream(trajectories, batch_size=DATA_BATCH, seed=0, code_width=code_width)
 
@@ -125,13 +115,15 @@ def stream_of(trajectories: TrajectorySet, code_width: int) -> TrajectoryStream:
 def parts_of_the_path(trajectories: TrajectorySet, teacher: Teacher) -> dict[str, float]:
     """What a row takes on disk, and the rates of parts of the path by themselves."""
     plan = trajectories.plan
-    read_s = seconds_of(trajectories.verify)
+    read_s = frame.seconds_of(trajectories.verify)
     index_B = torch.arange(DATA_BATCH)
     shape = (plan.num_tokens, teacher.codebook.shape[1])
-    noise_s = min(seconds_of(lambda: ddray.noise(0, index_B, shape)) for _ in range(20))
+    noise_s = min(frame.seconds_of(lambda: ddray.noise(0, index_B, shape)) for _ in range(20))
     # Noise of width 1 is next to none: what is left is what a CPU does for a GPU.
     with stream_of(trajectories, 1) as stream:
-        host_s = seconds_of(lambda: consume(islice(stream.batches(), plan.count // DATA_BATCH)))
+        host_s = frame.seconds_of(
+            lambda: consume(islice(stream.batches(), plan.count // DATA_BATCH))
+        )
     size = sum(trajectories.listing().sizes.values())
     return {
         "bytes_per_row": size / plan.count,
@@ -155,15 +147,13 @@ def bench(name: str, case: Case, rounds: int) -> dict[str, Any]:
             first = Batch(*(part[: case.batch] for part in next(batches)))
             step(first)  # a warm-up
             amount = SHARDS * SHARD_ROWS // DATA_BATCH // rounds
-            times = [
-                (
-                    seconds_of(lambda: consume(islice(batches, amount))),
-                    seconds_of(lambda: [step(first) for _ in range(case.steps)]),
-                )
-                for _ in range(rounds)
-            ]
-    data = [amount * DATA_BATCH / seconds for seconds, _ in times]
-    steps = [case.steps * case.batch / seconds for _, seconds in times]
+            ways = {
+                "data": partial(frame.seconds_of, lambda: consume(islice(batches, amount))),
+                "step": partial(frame.seconds_of, lambda: repeat(step, first, case.steps)),
+            }
+            times = frame.in_turns(ways, rounds)
+    data = [amount * DATA_BATCH / seconds for seconds in times["data"]]
+    steps = [case.steps * case.batch / seconds for seconds in times["step"]]
     return {
         "case": name,
         "step_batch": case.batch,
@@ -181,37 +171,35 @@ def consume(batches: Iterator[Batch]) -> None:
         pass
 
 
+def repeat(step: Callable[[Batch], None], batch: Batch, times: int) -> None:
+    for _ in range(times):
+        step(batch)
+
+
 def main() -> None:
     """Print the table, write it as JSON if asked; exit status 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
+    parser = frame.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", choices=CASES, nargs="*", default=[*CASES])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    loads = [os.getloadavg()[0]]
-    rows = []
+    where = frame.about("torch", note="one thread")
+    loads, rows = [where["load"]], []
     for name in args.case:
         rows.append(bench(name, CASES[name], args.rounds))
-        loads.append(os.getloadavg()[0])
+        loads.append(frame.load())
     result = {
-        "machine": f"{platform.machine()}, 1 thread of {os.cpu_count()} cores",
+        **where,
         "load": loads,
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"ddray": ddray.__version__, "torch": torch.__version__},
         "shards": SHARDS,
         "shard_rows": SHARD_ROWS,
         "bar": BAR,
         "rows": rows,
     }
-    loads_told = ", ".join(f"{load:.1f}" for load in loads)
-    print(f"{result['machine']}, {result['date']}, load {loads_told}\n")
-    print(markdown_table(rows, COLUMNS))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    missed = [row["case"] for row in rows if row["ratio"] < BAR]
-    if missed:
-        sys.exit(f"below {BAR:g} times the step: {', '.join(missed)}")
+    figures = [frame.Figure(f"{row['case']}, x step", row["ratio"], least=BAR) for row in rows]
+    frame.tell(result, "The data path", (rows, COLUMNS), frame.figures_table(figures))
+    frame.write(args.json, result)
+    frame.stop_if_missed(figures)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,7 @@ encoded as `TrajectorySet.write_shard` does, but written without flushing each t
 timed apart. Memory is the growth of the process's peak since the begin: an upper bound of a step's.
 """
 
-import argparse
-import json
-import os
-import platform
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -20,12 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import frame
 import numpy as np
-import pyarrow
 from random_plan import random_plan
 
-import ddray
-from ddray.report.table import Column, markdown_table
+from ddray.report.table import Column
 from ddray.sets.inspection import describe
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.plan import Plan
@@ -120,17 +114,14 @@ def size(folder: str, tokens: int, vocab_size: int) -> dict[str, Any]:
 
 def main() -> None:
     """Print the tables, write them as JSON if asked; exit status 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.arguments(__doc__)
     parser.add_argument("--shards", type=int, default=10_000)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", help="where to write; default: the folder for temporary files")
     args = parser.parse_args()
+    where = frame.about("pyarrow")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "load": os.getloadavg()[0],
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": {"ddray": ddray.__version__, "pyarrow": pyarrow.__version__},
+            **where,
             "shards": args.shards,
             "bars": {
                 "seconds": MOST_SECONDS,
@@ -143,18 +134,16 @@ def main() -> None:
                 size(f"{folder}/var", 680, 4096),
             ],
         }
-    print(f"{result['machine']}, {result['date']}, {args.shards} shards\n")
-    print(markdown_table(result["steps"], STEP_COLUMNS) + "\n")
-    print(markdown_table(result["sizes"], SIZE_COLUMNS))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    missed = [
-        *(row for row in result["steps"] if row["seconds"] >= MOST_SECONDS),
-        *(row for row in result["steps"] if row["memory_mb"] >= MOST_MEGABYTES),
-        *(row for row in result["sizes"] if row["ratio"] > MOST_OF_TWO_BYTES),
+    done, sizes = result["steps"], result["sizes"]
+    figures = [
+        frame.Figure("longest step, s", max(row["seconds"] for row in done), most=MOST_SECONDS),
+        frame.Figure("memory, MB", max(row["memory_mb"] for row in done), most=MOST_MEGABYTES),
+        frame.Figure("to 2 bytes x L", max(row["ratio"] for row in sizes), most=MOST_OF_TWO_BYTES),
     ]
-    if missed:
-        sys.exit(f"bars missed: {missed}")
+    told = (done, STEP_COLUMNS), (sizes, SIZE_COLUMNS), frame.figures_table(figures)
+    frame.tell(result, f"Metadata of {args.shards} shards", *told)
+    frame.write(args.json, result)
+    frame.stop_if_missed(figures)
 
 
 if __name__ == "__main__":

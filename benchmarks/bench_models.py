@@ -11,32 +11,26 @@ one. That of a LlamaGen's sampling is the time to read from memory what every to
 weights, and the keys and values of the tokens before.
 """
 
-import argparse
-import json
-import os
-import platform
 import re
 import statistics
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import frame
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ddray
 from ddray.method.schedule import default_schedule
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.models.linear import Linear, linear
 from ddray.models.llamagen import LlamaGen
 from ddray.models.zoo import empty_network, empty_tokenizer, load_teacher, new_student, resolve
-from ddray.report.table import Column, markdown_table
+from ddray.report.table import Column
 
 COLUMNS = (
     Column("what", "what"),
@@ -112,16 +106,16 @@ def student_of(teacher: Teacher, dtype: torch.dtype) -> Student:
 
 def median_seconds(make: Callable[[], Any], device: torch.device, least: float) -> float:
     """Median time of at least two runs after a warm-up."""
-    times: list[float] = []
-    for run in range(64):
-        start = time.perf_counter()
+
+    def run() -> None:
         make()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if run:
-            times.append(time.perf_counter() - start)
-        if len(times) >= 2 and sum(times) > least:
-            break
+
+    run()
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) <= least and len(times) < 63):
+        times.append(frame.seconds_of(run))
     return statistics.median(times)
 
 
@@ -246,7 +240,7 @@ def attention_backend(device: torch.device) -> str:
 
 def main() -> None:
     """Print the table; write it as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.arguments(__doc__)
     parser.add_argument("name", help="a teacher's name")
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--checkpoint")
@@ -257,7 +251,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="least time of a figure")
     parser.add_argument("--only", nargs="*", default=[], help="rows that begin so")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.random_weights:
@@ -275,28 +268,19 @@ def main() -> None:
     # What the libraries allocate once, at their first product, is no memory of a row.
     for weight in (layer.weight for layer in student.model.modules() if type(layer) is Linear):
         linear(weight.new_zeros(2, weight.shape[1]), weight, None)
-    machine = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()}, {args.threads} thread(s) of {os.cpu_count()} cores"
-    )
+    where = frame.about("torch", device=device.type, note=f"{args.threads} thread(s)")
     only = set(args.only)
     result = {
         "name": args.name,
         "weights": "random" if args.random_weights else "loaded",
         "dtype": args.dtype,
-        "machine": machine,
-        "load": os.getloadavg()[0],
+        **where,
         "attention": attention_backend(device),
-        "versions": {"ddray": ddray.__version__, "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
         "rows": [row for n in args.batch for row in bench(teacher, student, n, only, args.seconds)],
     }
-    print(f"{args.name}, {args.dtype}, {machine}, torch {torch.__version__}, {result['date']}")
-    print(f"attention: {result['attention']}; load before: {result['load']:.1f}\n")
-    print(markdown_table(result["rows"], COLUMNS))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    frame.tell(result, f"{args.name}, {args.dtype}", (result["rows"], COLUMNS))
+    print(f"attention: {result['attention']}")
+    frame.write(args.json, result)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ a file that has the same settings.
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import frame
 import torch
 from torch import Tensor, nn
 
-import ddray
 from ddray.config.distillation import DistillConfig
 from ddray.config.loading import load_config
 from ddray.distillation.critics import new_critics
@@ -41,7 +39,7 @@ from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.metrics.fd_digits import DigitsMetric
 from ddray.models.zoo import METRIC_FOLDER, continue_student, load_teacher, new_student
-from ddray.report.table import Column, markdown_table
+from ddray.report.table import Column
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 SELECTION_SEED = 555
@@ -135,7 +133,7 @@ class Bench:
         if precision is None:
             precision = default_code_precision(teacher.stages)
         steps = 0 if name == START else config.steps
-        load = os.getloadavg()[0]
+        load = frame.load()
         figures = train(config, steps, teacher, network, self.trajectories, precision)
         card = {**card, "code_precision": precision}
         student = Student(network.eval(), teacher.tokenizer, card, name)
@@ -143,7 +141,7 @@ class Bench:
             schedule: self.judge_student(student, schedule)
             for schedule in judged_schedules(config.schedule, len(teacher.stages))
         }
-        loads = [load, os.getloadavg()[0]]
+        loads = [load, frame.load()]
         return {
             "objective": ROWS[name],
             "steps": steps,
@@ -253,8 +251,8 @@ def train(
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """Rows in Markdown: distances, their ratios to the teacher's, accuracies, time of a step."""
+def table(result: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Column]]:
+    """Rows and columns: distances, their ratios to the teacher's, accuracies, time of a step."""
     rows = result["rows"]
     schedules = [*next(iter(rows.values()))["quality"]]
     columns = [Column("name", "objective")]
@@ -282,7 +280,7 @@ def table(result: dict[str, Any]) -> str:
             line[f"ratio {schedule}"] = found["fd_digits"] / base
             line[f"accuracy {schedule}"] = 100 * found["class_accuracy"]
         lines.append(line)
-    return markdown_table(lines, columns)
+    return lines, columns
 
 
 def _earlier_rows(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -297,7 +295,7 @@ def _earlier_rows(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]
 
 def main() -> None:
     """Train and judge the rows asked for; print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.arguments(__doc__, json_help="file that rows are added to")
     parser.add_argument("--data", required=True, help="URI of the set, which names the teacher")
     parser.add_argument("--start", help="student to start from; absent = the teacher")
     parser.add_argument("--rows", default=",".join(ROWS), help="absent = all")
@@ -307,7 +305,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="key=value")
-    parser.add_argument("--json", type=Path, help="file that rows are added to")
     args = parser.parse_args()
     names = args.rows.split(",")
     unknown = [name for name in names if name not in ROWS]
@@ -319,20 +316,17 @@ def main() -> None:
     rows = _earlier_rows(args.json, settings)
     result = {
         "settings": settings,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"ddray": ddray.__version__, "torch": torch.__version__},
+        **frame.about("torch", note=f"{args.threads} thread(s)"),
         "teacher": {"name": bench.teacher.name, **bench.judge_teacher()},
         "rows": rows,
     }
     for name in names:
         print(name, flush=True)
         rows[name] = bench.row(name)
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{bench.teacher.name}: fd_digits {result['teacher']['fd_digits']:.2f}, class accuracy")
-    print(f"{100 * result['teacher']['class_accuracy']:.1f} %, {args.count} images\n")
-    print(table(result))
+        frame.write(args.json, result)
+    fd, accuracy = result["teacher"]["fd_digits"], 100 * result["teacher"]["class_accuracy"]
+    teacher = f"{bench.teacher.name}: fd_digits {fd:.2f}, class accuracy {accuracy:.1f} %"
+    frame.tell(result, f"{teacher}, {args.count} images", table(result))
 
 
 if __name__ == "__main__":

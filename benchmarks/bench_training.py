@@ -14,25 +14,20 @@ already, files in the page cache.
 
 import argparse
 import json
-import multiprocessing
-import os
-import platform
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import deepspeed
+import frame
 import psutil
-import ray
 import torch
 from bench_metadata import write_unflushed
 
-import ddray
 from ddray.config.distillation import DistillConfig
 from ddray.config.sampling import SampleConfig
 from ddray.distillation.optimization import (
@@ -46,8 +41,8 @@ from ddray.distillation.order import default_lanes
 from ddray.distillation.stream import TrajectoryStream
 from ddray.method.schedule import default_schedule
 from ddray.models.zoo import load_teacher, new_student
-from ddray.report.table import Column, markdown_table
-from ddray.runtime.cluster.connection import KEEP_FREED_MEMORY, connect
+from ddray.report.table import Column
+from ddray.runtime.cluster.connection import connect
 from ddray.runtime.training.driver import distill, read_history
 from ddray.sets.trajectories.making import make_plan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
@@ -70,6 +65,13 @@ COLUMNS = (
     Column("ratio", "x plain loop", "", ".3f"),
     Column("rows_per_cpu_s", "rows a CPU second", "", ".1f"),
     Column("cpu_ratio", "x plain loop", "", ".3f"),
+)
+START_PARTS = (
+    Column("group_s", "group start: processes, imports of torch and ddray, gloo"),
+    Column("loading_s", "set and teacher"),
+    Column("engine_s", "student, DeepSpeed"),
+    Column("step_s", "first batch and step"),
+    Column("start_s", "all"),
 )
 START_COLUMNS = (
     Column("what", "one worker, from fit() to its first step"),
@@ -122,9 +124,7 @@ def plain_loops(config: DistillConfig) -> dict[str, float]:
     """
     count = config.workers[1]
     each = config.model_copy(update={"batch_size": config.batch_size // count})
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=spawn) as processes:
-        found = [*processes.map(_plain_loop, [each] * count)]
+    found = frame.in_own_processes(_plain_loop, [each] * count)
     return {
         "rows_per_s": sum(run["rows_per_s"] for run in found),
         "rows_per_cpu_s": statistics.mean(run["rows_per_cpu_s"] for run in found),
@@ -216,115 +216,90 @@ def write_set(folder: str, teacher: str) -> None:
     write_unflushed(folder, plan, range(plan.num_shards))
 
 
+def run(
+    args: argparse.Namespace,
+    data: str,
+    workers: int,
+    batch_size: int,
+    train: Callable[[DistillConfig], dict[str, float]],
+) -> dict[str, float]:
+    """The training once."""
+    with tempfile.TemporaryDirectory() as out:
+        config = DistillConfig(
+            data=data,
+            out=out,
+            steps=args.steps,
+            batch_size=batch_size,
+            workers=(workers, workers),
+            threads=1,
+            log_every=LOG_EVERY,
+            checkpoint_every=args.steps,
+        )
+        found = {"batch_size": batch_size, **train(config)}
+    told = f"{workers} x {train.__name__}, {batch_size} rows a step"
+    print(f"{told}: {found['rows_per_s']:.1f} rows/s", flush=True)
+    return found
+
+
 def bench(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Figures of every run, in turns."""
-    ways: dict[str, tuple[int, int, Callable[[DistillConfig], dict[str, float]]]] = {
-        "plain loop": (1, BATCH, plain_loops),
-        "two plain loops": (2, 2 * BATCH, plain_loops),
-        "one worker": (1, BATCH, through_ray),
-        "two workers": (2, 2 * BATCH, through_ray),
-        "two workers, the same batch": (2, BATCH, through_ray),
-    }
-    runs: dict[str, list[dict[str, float]]] = {what: [] for what in ways}
     with tempfile.TemporaryDirectory() as data, connect():
         write_set(data, args.teacher)
-        for _ in range(args.rounds):
-            for what, (workers, batch_size, run) in ways.items():
-                with tempfile.TemporaryDirectory() as out:
-                    config = DistillConfig(
-                        data=data,
-                        out=out,
-                        steps=args.steps,
-                        batch_size=batch_size,
-                        workers=(workers, workers),
-                        threads=1,
-                        log_every=LOG_EVERY,
-                        checkpoint_every=args.steps,
-                    )
-                    runs[what].append({"batch_size": batch_size, **run(config)})
-                    print(f"{what}: {runs[what][-1]['rows_per_s']:.1f} rows/s", flush=True)
-    return runs
+        train = partial(run, args, data)
+        ways = {
+            "plain loop": partial(train, 1, BATCH, plain_loops),
+            "two plain loops": partial(train, 2, 2 * BATCH, plain_loops),
+            "one worker": partial(train, 1, BATCH, through_ray),
+            "two workers": partial(train, 2, 2 * BATCH, through_ray),
+            "two workers, the same batch": partial(train, 2, BATCH, through_ray),
+        }
+        return frame.in_turns(ways, args.rounds)
 
 
 def tables(
     runs: dict[str, list[dict[str, float]]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Medians over the rounds: rates, and the start of one worker."""
-    middle = {
-        what: {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for what, found in runs.items()
-    }
-    plain = middle["plain loop"]
-    rates = [
-        {
-            "what": what,
-            "batch_size": row["batch_size"],
-            "rows_per_s": row["rows_per_s"],
-            "ratio": row["rows_per_s"] / plain["rows_per_s"],
-            "rows_per_cpu_s": row["rows_per_cpu_s"],
-            "cpu_ratio": row["rows_per_cpu_s"] / plain["rows_per_cpu_s"],
-        }
-        for what, row in middle.items()
-    ]
-    names = {
-        "group_s": "group start: processes, imports of torch and ddray, gloo",
-        "loading_s": "set and teacher",
-        "engine_s": "student, DeepSpeed",
-        "step_s": "first batch and step",
-        "start_s": "all",
-    }
-    start = [{"what": name, "seconds": middle["one worker"][key]} for key, name in names.items()]
-    return rates, start
+    rates = frame.medians(runs, COLUMNS)
+    frame.add_ratio(rates)
+    frame.add_ratio(rates, "rows_per_cpu_s", "cpu_ratio")
+    (one,) = frame.medians({"one worker": runs["one worker"]}, START_PARTS)
+    return rates, [{"what": part.label, "seconds": one[part.key]} for part in START_PARTS]
 
 
 def main() -> None:
     """Print the tables, write them as JSON if asked; exit status 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = frame.arguments(__doc__)
     parser.add_argument("--teacher", default="digits-llamagen")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    # Read by a process when it starts: what `ddray distill` gives to its workers.
-    os.environ.update(KEEP_FREED_MEMORY)
-    loads = [os.getloadavg()[0]]
+    frame.same_allocator()
+    where = frame.about("torch", "ray", "deepspeed", note="one thread a worker")
     rates, start = tables(bench(args))
-    loads.append(os.getloadavg()[0])
+    loads = [where["load"], frame.load()]
     _, _, one, two, _ = rates
-    bars = {
-        "one_worker_to_plain_loop": (one["ratio"], LEAST_SHARE),
-        "two_workers_to_one": (two["rows_per_s"] / one["rows_per_s"], LEAST_SPEEDUP),
-        "start_s": (start[-1]["seconds"], MOST_START_S),
-    }
+    figures = [
+        frame.Figure("one_worker_to_plain_loop", one["ratio"], least=LEAST_SHARE),
+        frame.Figure(
+            "two_workers_to_one", two["rows_per_s"] / one["rows_per_s"], least=LEAST_SPEEDUP
+        ),
+        frame.Figure("start_s", start[-1]["seconds"], most=MOST_START_S),
+    ]
     result = {
         "teacher": args.teacher,
         "steps": args.steps,
         "rounds": args.rounds,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a worker",
+        **where,
         "load": loads,
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "ddray": ddray.__version__,
-            "torch": torch.__version__,
-            "ray": ray.__version__,
-            "deepspeed": deepspeed.__version__,
-        },
         "rates": rates,
         "start": start,
-        "bars": {name: {"measured": value, "bar": bar} for name, (value, bar) in bars.items()},
+        "bars": {figure.what: {"measured": figure.value, "bar": figure.bar} for figure in figures},
     }
-    told = ", ".join(f"{load:.1f}" for load in loads)
-    print(f"\n{args.teacher}, {result['machine']}, {result['date']}, load {told}\n")
-    print(f"{markdown_table(rates, COLUMNS)}\n\n{markdown_table(start, START_COLUMNS)}\n")
-    missed = []
-    for name, (value, bar) in bars.items():
-        met = value <= bar if name == "start_s" else value >= bar
-        print(f"{name}: {value:.3f}, bar {bar:g}: {'met' if met else 'missed'}")
-        missed += [] if met else [name]
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    if missed:
-        raise SystemExit(1)
+    told = (rates, COLUMNS), (start, START_COLUMNS), frame.figures_table(figures)
+    frame.tell(result, f"Training with {args.teacher}", *told)
+    frame.write(args.json, result)
+    frame.stop_if_missed(figures)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,18 @@ distributions; the others are random codebooks and logits of the sizes of publis
 plain loop is what one would write first: the same evaluations over all rows at once.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import time
-from pathlib import Path
+from functools import partial
 
+import frame
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ddray
 from ddray.method.flow import Grid, Transport, multistep_weights
-from ddray.report.table import Column, markdown_table
+from ddray.report.table import Column
 
 # Solver, and the share of its default evaluations.
 SETTINGS = (
@@ -80,13 +77,13 @@ def bench(name: str, codes: Tensor, logits: Tensor, noise: Tensor) -> list[dict[
         evals = Transport(codes, solver).num_evals
         solvers.append(Transport(codes, solver, evals if share == 1 else int(evals * share)))
     tokens = [solve(noise, logits) for solve in solvers]
-    times: list[list[float]] = [[] for _ in solvers]
-    # In rounds, so that a load that comes and goes meets all settings.
-    for _ in range(3):
-        for solve, spent in zip(solvers, times, strict=True):
-            start = time.perf_counter()
-            solve(noise, logits).cpu()  # a GPU is done when its tokens are here
-            spent.append(time.perf_counter() - start)
+    # In turns, so that a load that comes and goes meets all settings; a GPU is done when its tokens
+    # are here.
+    ways = {
+        solve: partial(frame.seconds_of, lambda solve=solve: solve(noise, logits).cpu())
+        for solve in solvers
+    }
+    times = frame.in_turns(ways, 3)
     return [
         {
             "case": name,
@@ -94,9 +91,9 @@ def bench(name: str, codes: Tensor, logits: Tensor, noise: Tensor) -> list[dict[
             "solver": solve.solver,
             "num_evals": solve.num_evals,
             "agreement": float((mine == exact).float().mean()),
-            "us_per_row": min(spent) / len(noise) * 1e6,
+            "us_per_row": min(times[solve]) / len(noise) * 1e6,
         }
-        for solve, mine, spent in zip(solvers, tokens, times, strict=True)
+        for solve, mine in zip(solvers, tokens, strict=True)
     ]
 
 
@@ -165,25 +162,25 @@ def trajectory_cost(batch: int, repeats: int) -> dict[str, float]:
     """Time of trajectories over that of plain sampling of the same images, alternated."""
     teacher = ddray.load_teacher("digits-llamagen", device="cpu")
     labels, index = torch.arange(batch) % 10, torch.arange(batch)
-    ratios, plain = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        teacher.sample(labels, cfg=teacher.default_cfg, seed=1, index=index)
-        middle = time.perf_counter()
-        teacher.trajectories(labels, index, cfg=teacher.default_cfg, seed=1)
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-        plain.append((middle - start) / batch * 1e3)
+    options = {"cfg": teacher.default_cfg, "seed": 1}
+    ways = {
+        "plain": lambda: teacher.sample(labels, index=index, **options),
+        "trajectories": lambda: teacher.trajectories(labels, index, **options),
+    }
+    times = frame.in_turns(
+        {what: partial(frame.seconds_of, work) for what, work in ways.items()}, repeats
+    )
+    plain, whole = times["plain"], times["trajectories"]
     return {
         "batch": batch,
-        "plain_ms_per_image": statistics.median(plain),
-        "ratio": statistics.median(ratios),
+        "plain_ms_per_image": statistics.median(plain) / batch * 1e3,
+        "ratio": statistics.median(b / a for a, b in zip(plain, whole, strict=True)),
     }
 
 
 def main() -> None:
     """Print the tables; write them as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
+    parser = frame.arguments(__doc__)
     parser.add_argument("--device", default="cpu", help="of the solvers and the plain loop")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -195,29 +192,19 @@ def main() -> None:
         "sphere V=16384 E=8": random_case(2000, 16384, 8, sphere=True),
     }
     cases = {name: [x.to(args.device) for x in case] for name, case in cases.items()}
-    machine = (
-        torch.cuda.get_device_name()
-        if args.device.startswith("cuda")
-        else f"{platform.machine()}, {args.threads} thread(s) of {os.cpu_count()} cores"
-    )
+    where = frame.about("torch", device=args.device, note=f"{args.threads} thread(s)")
     rows = [row for name, case in cases.items() for row in bench(name, *case)]
     plain = [against_plain_loop(name, *case, repeats=3) for name, case in cases.items()]
     result = {
-        "machine": machine,
-        "load": os.getloadavg()[0],
-        "versions": {"ddray": ddray.__version__, "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
+        **where,
         "solvers": rows,
         "plain_loop": plain,
         "chi_square": chi_square(100_000),
         "trajectories": trajectory_cost(100, 9),
     }
-    print(f"{result['machine']}, torch {torch.__version__}, {result['date']}\n")
-    print(markdown_table(rows, COLUMNS))
-    print(f"\n{markdown_table(plain, PLAIN_COLUMNS)}")
-    print(f"\nchi-square: {result['chi_square']}\ntrajectories: {result['trajectories']}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    frame.tell(result, "Transport", (rows, COLUMNS), (plain, PLAIN_COLUMNS))
+    print(f"chi-square: {result['chi_square']}\ntrajectories: {result['trajectories']}")
+    frame.write(args.json, result)
 
 
 if __name__ == "__main__":

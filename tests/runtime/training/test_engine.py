@@ -284,8 +284,9 @@ def test_critics_of_two_workers_say_what_those_of_one_say(
         _in_processes(world, _judged, tmp_path_factory.mktemp("judged"))["lines"]
         for world in (1, 2)
     )
+    beside = [line["loss"] - line["cross_entropy"] for line in one]
     # The weights of both losses are 0 for the first two steps.
-    assert one[1]["loss"] - one[1]["cross_entropy"] < 1 < one[2]["loss"] - one[2]["cross_entropy"]
+    assert beside[2] > beside[1] + 0.5
     for name in ("loss", "imitator_nats", "teacher_nats", "discriminator", "cross_entropy_t0"):
         assert [x[name] for x in two] == pytest.approx([x[name] for x in one], rel=5e-3), name
 
