@@ -44,11 +44,11 @@ quickstart: $(READY) ## teacher -> trajectories -> student -> report on the bund
 test: test-core test-ray ## the core tier, then the ray tier
 
 test-core: $(READY) ## fast tests on the CPU, without Ray; ARGS="-k noise" goes to pytest
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(BIN)/python -m pytest tests/core -n auto --maxprocesses 8 $(ARGS)
 
 # Two processes, each with a Ray of its own: most of this tier waits for processes to start.
 test-ray: $(READY) ## tests on a real local Ray
-	$(BIN)/python -m pytest -m "ray and not chaos and not gpu" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests/runtime -m "ray and not chaos" -n 2 --dist loadfile $(ARGS)
 
 # pytest exits with 5 when it collected no test: for an optional tier that is no failure.
 optional_tier = $(BIN)/python -m pytest -m "$(1)" $(ARGS) || { rc=$$?; [ $$rc -eq 5 ] || exit $$rc; echo "No $(1) tests here: nothing to run."; }

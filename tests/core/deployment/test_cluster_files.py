@@ -5,6 +5,7 @@ What Ray itself says of the files is asked in a subprocess: core tests import no
 
 import copy
 import gzip
+import importlib.util
 import json
 import re
 import shutil
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import botocore.session
-import moto.ec2
 import pytest
 import yaml
 from botocore.validate import ParamValidator
@@ -138,7 +138,8 @@ def node_types(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def machines() -> dict[str, Any]:
     """EC2's own description of its instance types, as moto keeps it."""
-    path = Path(moto.ec2.__file__).parent / "resources" / "instance_types.json.gz"
+    folder = Path(str(importlib.util.find_spec("moto").origin)).parent
+    path = folder / "ec2" / "resources" / "instance_types.json.gz"
     return json.loads(gzip.decompress(path.read_bytes()))
 
 

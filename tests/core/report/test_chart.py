@@ -61,9 +61,7 @@ def test_a_log_axis_puts_equal_ratios_at_equal_distances():
 
 
 @pytest.mark.parametrize("log_y", [False, True])
-@pytest.mark.parametrize(
-    "values", [[3.0], [2, 2], [0.02, 0.021], [1e-12, 1e12], [1e6, 1e6 + 1e-6], [7, 29], [0.1]]
-)
+@pytest.mark.parametrize("values", [[3.0], [2, 2], [1e-12, 1e12], [1e6, 1e6 + 1e-6]])
 def test_any_range_stays_inside_the_drawing(values, log_y):
     chart = line_chart([Curve("a", range(len(values)), values)], log_y=log_y)
     _, _, width, height = map(float, svg_of(chart).attrib["viewBox"].split())
