@@ -69,7 +69,8 @@ def test_killed_replicas_cost_no_client_its_images(pair: Service, kills: int) ->
     load = asyncio.run(scenario())
     print(f"{sum(load.statuses.values())} requests, the slowest {load.slowest():.1f} s")
     assert set(load.statuses) == {"200"}, load.failures[:5]
-    assert asyncio.run(_until_total(pair, "ray_ddray_retries_total", 1))
+    # One replica may have had nothing in hand when it died; of ten some had.
+    assert kills == 1 or asyncio.run(_until_total(pair, "ray_ddray_retries_total", 1))
 
 
 async def _until_warm(service: Service, count: int) -> float:
