@@ -24,6 +24,8 @@ __all__ = ["__version__", "load_student", "load_teacher", "noise", "transport"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":  # a package: importing it makes it an attribute
+        return import_module("ddray.metrics")
     if name not in _HOMES:
         raise AttributeError(f"module 'ddray' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -98,6 +99,12 @@ def _session_folders(process: psutil.Process) -> list[str]:
         return []
     sessions = [p.partition("=")[2] for p in parts if p.startswith("--session_dir=")]
     return [str(Path(s).parent) for s in sessions if Path(s).parent.name.startswith("ddray-")]
+
+
+def foreign_lines(stderr: str) -> list[str]:
+    """Lines that no part of ddray has written: they belong to nobody's terminal."""
+    ours = re.compile(r"ddray: |found \d|(trajectories|images|distillation|evaluation|verify): ")
+    return [line for line in stderr.splitlines() if not ours.match(line)]
 
 
 def write_set(teacher: str, out: Path, **settings: Any) -> Path:

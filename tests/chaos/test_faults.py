@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import Job, is_alive, write_set
+from tests.chaos.job import Job, foreign_lines, is_alive, write_set
 from tests.patience import wait_until
 from tests.runtime.tiny import contents, sampling
 
@@ -81,6 +81,7 @@ def test_a_rerun_after_the_driver_was_killed_fills_the_gaps_alone(
     status, stdout, stderr = start(*_sample(teacher, out)).end()
     assert status == 0, stderr
     assert json.loads(stdout)["shards_made"] == SHARDS - there
+    assert foreign_lines(stderr) == []
     assert contents(out, "shards") == undisturbed
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import ddray
 from ddray.errors import ConfigError
 from ddray.metrics.digits_classifier import NUM_FEATURES, DigitsClassifier
 from ddray.metrics.fd_digits import classify
@@ -26,6 +27,13 @@ def test_the_distance_in_one_dimension():
     # (m1 - m2)^2 + (s1 - s2)^2
     a, b = gaussian([1.0], [[4.0]]), gaussian([4.0], [[25.0]])
     assert a.distance(b) == pytest.approx(9 + 9)
+
+
+def test_it_is_a_function_of_two_means_and_covariances():
+    a, b = random_gaussian(0), random_gaussian(1)
+    assert ddray.metrics.frechet_distance(a.mean, a.covariance, b.mean, b.covariance) == a.distance(
+        b
+    )
 
 
 def test_the_distance_of_axis_aligned_gaussians():
