@@ -168,12 +168,9 @@ def fill(
     there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
     found = plan.num_shards - len(missing)
     if found:
-        print(
-            f"found {found} of {plan.num_shards} shards ({there} of {plan.count} rows); "
-            f"{len(missing) or 'nothing'} to make",
-            file=sys.stderr,
-            flush=True,
-        )
+        made_before = f"found {found} of {plan.num_shards} shards ({there} of {plan.count} rows)"
+        to_make = f"{len(missing) or 'nothing'} to make"
+        print(f"{made_before}; {to_make}", file=sys.stderr, flush=True)
     if not missing:
         return Filled()
     storage = shards.storage
