@@ -168,9 +168,9 @@ def fill(
     there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
     found = plan.num_shards - len(missing)
     if found:
-        made_before = f"found {found} of {plan.num_shards} shards ({there} of {plan.count} rows)"
-        to_make = f"{len(missing) or 'nothing'} to make"
-        print(f"{made_before}; {to_make}", file=sys.stderr, flush=True)
+        _tell(
+            f"found {found} of {plan.num_shards} shards ({there} of {plan.count} rows); ", missing
+        )
     if not missing:
         return Filled()
     storage = shards.storage
@@ -224,6 +224,10 @@ def fill(
         gpu_s=tally.busy_s * crew.num_gpus,
         retries=tally.retries,
     )
+
+
+def _tell(there: str, missing: Sequence[int]) -> None:
+    print(f"{there}{len(missing) or 'nothing'} to make", file=sys.stderr, flush=True)
 
 
 class _Actor:
