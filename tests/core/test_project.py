@@ -87,6 +87,13 @@ def test_pins_satisfy_every_requirement():
         assert requirement.specifier.contains(pins()[name]), f"{requirement} but {pins()[name]}"
 
 
+def test_every_file_of_the_package_is_installed_with_it():
+    patterns = project()["tool"]["setuptools"]["package-data"]["ddray"]
+    installed = {path for pattern in patterns for path in (ROOT / "ddray").glob(pattern)}
+    files = {path for path in tracked_files() if path.is_relative_to(ROOT / "ddray")}
+    assert {path for path in files if path.suffix != ".py"} <= installed
+
+
 def test_make_help_lists_the_targets_and_they_exist():
     listed = re.findall(r"^ +make ([a-z-]+) +\S", make("help").stdout, flags=re.MULTILINE)
     assert set(listed) >= TARGETS
