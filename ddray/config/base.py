@@ -92,3 +92,16 @@ class PoolConfig(Job):
         if self.num_gpus > 1 and self.num_gpus % 1:
             raise ValueError(f"num_gpus={self.num_gpus:g} must be a part of one GPU, or whole ones")
         return self
+
+
+class SetConfig(PoolConfig):
+    """A set that a pool fills: what its rows are asked for by."""
+
+    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
+    captions: str | None = Field(
+        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
+    )
+    text_encoder: str | None = Field(
+        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+    )
+    seed: SeedT = Field(0, description="of the noise")

@@ -5,15 +5,16 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddray.config.base import Classes, CountT, PoolConfig, SeedT
+from ddray.config.base import CountT, SetConfig
 
 
-class GenerateConfig(PoolConfig):
+class GenerateConfig(SetConfig):
     """`ddray generate`: images in bulk from a student."""
 
     EXAMPLE: ClassVar[str] = "ddray generate --count 5000 --schedule 0,20 --format webdataset"
     HEADINGS: ClassVar[Mapping[str, str]] = {
         "Data and output": "student",
+        "Classes or captions": "classes",
         "Generation": "schedule",
         "Format": "format",
         "Shards and batches": "shard_rows",
@@ -25,14 +26,6 @@ class GenerateConfig(PoolConfig):
     student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
     out: str = Field("runs/generate", description="URI of the image set")
     count: CountT = Field(1000, description="number of images")
-    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
-    captions: str | None = Field(
-        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
-    )
-    text_encoder: str | None = Field(
-        None, description="T5 for captions without features; absent = google/flan-t5-xl"
-    )
-    seed: SeedT = Field(0, description="of the noise")
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
     format: Literal["parquet", "webdataset", "images"] = Field(
         "parquet", description="of the shards: parquet, webdataset (tar) or images (a folder)"

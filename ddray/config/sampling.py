@@ -5,15 +5,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ddray.config.base import Classes, CountT, PoolConfig, SeedT
+from ddray.config.base import CountT, SetConfig
 
 
-class SampleConfig(PoolConfig):
+class SampleConfig(SetConfig):
     """`ddray sample`: a teacher's trajectories into a set of shards."""
 
     EXAMPLE: ClassVar[str] = "ddray sample --count 10000 --out runs/digits --workers 1:2"
     HEADINGS: ClassVar[Mapping[str, str]] = {
         "Data and output": "teacher",
+        "Classes or captions": "classes",
         "Sampling": "cfg",
         "Shards and batches": "shard_rows",
         "Workers and memory": "workers",
@@ -23,14 +24,6 @@ class SampleConfig(PoolConfig):
     teacher: str = Field("digits-llamagen", description="bundled name or model folder")
     out: str = Field("runs/sample/trajectories", description="URI of the set")
     count: CountT = Field(2000, description="number of trajectories")
-    classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
-    captions: str | None = Field(
-        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
-    )
-    text_encoder: str | None = Field(
-        None, description="T5 for captions without features; absent = google/flan-t5-xl"
-    )
-    seed: SeedT = Field(0, description="of the noise")
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="codes kept; 0 = off")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="mass kept; 1 = off")
