@@ -22,7 +22,7 @@ from random_plan import random_plan
 from ddray.report.table import Column
 from ddray.sets.inspection import describe
 from ddray.sets.sharded_set import shard_name
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.shard import encode
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
@@ -42,17 +42,17 @@ SIZE_COLUMNS = (
 )
 
 
-def random_tokens(plan: Plan, k: int) -> np.ndarray:
+def random_tokens(plan: TrajectoryPlan, k: int) -> np.ndarray:
     shape = (len(plan.shard_range(k)), plan.num_tokens)
     return np.random.default_rng(k).integers(0, plan.vocab_size, shape)
 
 
-def rows_of(plan: Plan, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rows_of(plan: TrajectoryPlan, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     index = np.asarray(plan.shard_range(k))
     return index, plan.label(index), random_tokens(plan, k)
 
 
-def write_unflushed(folder: str, plan: Plan, shards: Iterable[int]) -> None:
+def write_unflushed(folder: str, plan: TrajectoryPlan, shards: Iterable[int]) -> None:
     """Write shards as they are committed, but flush none of them."""
     for k in shards:
         Path(folder, shard_name(k)).write_bytes(encode(plan, k, *rows_of(plan, k)))

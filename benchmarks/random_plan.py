@@ -1,6 +1,6 @@
 """The plan of a trajectory set that no teacher made, for benchmarks of what surrounds one."""
 
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 
 
 def random_plan(
@@ -9,9 +9,9 @@ def random_plan(
     stages: tuple[int, ...],
     vocab_size: int,
     num_classes: int = 1000,
-) -> Plan:
+) -> TrajectoryPlan:
     """A plan of the given sizes; its rows may be any tokens."""
-    return Plan(
+    return TrajectoryPlan(
         teacher="random",
         teacher_fingerprint="none",
         tokenizer_fingerprint="none",

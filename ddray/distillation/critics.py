@@ -15,7 +15,7 @@ from ddray.distillation.losses import Prediction
 from ddray.distillation.perceptual import Perceptual
 from ddray.distillation.score_distillation import ScoreDistillation
 from ddray.method.teacher import Teacher
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 
 
 class Critic(Protocol):
@@ -43,7 +43,7 @@ class Critic(Protocol):
 
 
 def new_critics(
-    config: DistillConfig, teacher: Teacher, plan: Plan, code_precision: float
+    config: DistillConfig, teacher: Teacher, plan: TrajectoryPlan, code_precision: float
 ) -> list[Critic]:
     """Those that a job asks for, the same on every worker.
 

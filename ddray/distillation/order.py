@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddray.errors import ConfigError, ShardError
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 
 _MOST_LANES = 64
 _USUAL_WORKERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -69,7 +69,7 @@ class ShardOrder:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: TrajectoryPlan,
         *,
         shards: Sequence[int] | None = None,
         seed: int = 0,

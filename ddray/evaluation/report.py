@@ -1,4 +1,4 @@
-"""The page that shows an evaluation: report.html, grid.png, summary.json."""
+"""What an evaluation leaves to look at: it fills the page of `ddray.report.page`, and a picture."""
 
 import io
 import platform

@@ -22,7 +22,7 @@ from ddray.metrics.frechet import FeatureStatistics
 from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
 from ddray.report.image_file import encode_png
 from ddray.report.pictures import labelled_grid
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.shard import Rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
@@ -37,7 +37,7 @@ _COLUMNS = 10
 _PIXELS_SHOWN = 96
 
 
-def require_classes(plan: Plan) -> None:
+def require_classes(plan: TrajectoryPlan) -> None:
     """Refuse a set whose students cannot be looked at.
 
     Raises:

@@ -1,4 +1,7 @@
-"""How good images are: features and the distances between them; a file a metric."""
+"""How good images are: features and the distances between them; a file a metric.
+
+`ddray.evaluation.evaluate` takes them, `ddray.evaluation.report` shows them.
+"""
 
 from ddray.metrics.frechet import frechet_distance
 

@@ -1,7 +1,8 @@
 """How much work may wait: as much as will be done soon, judged by what was done lately.
 
 A number of images alone is no measure of a queue: one device makes it in a blink, another in a
-minute, and small requests cost more than their images. Plain Python, told the time by its caller.
+minute, and small requests cost more than their images. Plain Python, told the time by its caller,
+`ddray.runtime.serving.ingress`, which words the refusals.
 """
 
 _WINDOW_S = 2.0

@@ -17,12 +17,12 @@ from ddray.sets.images.plan import ImagePlan
 from ddray.sets.images.shard import ImageRows
 from ddray.sets.plan import SetPlan
 from ddray.sets.sharded_set import VerifyReport, manifest_kind, shard_name
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.shard import Rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 _SETTINGS = {
-    Plan.KIND: (
+    TrajectoryPlan.KIND: (
         *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
         *("solver", "num_evals", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
     ),
@@ -53,7 +53,7 @@ def open_set(uri: str) -> AnySet:
 
 
 def describe(uri: str) -> dict[str, Any]:
-    """Plan, progress, size, label balance and token statistics of a set, as JSON values.
+    """TrajectoryPlan, progress, size, label balance and token statistics of a set, as JSON values.
 
     Lists the storage and reads some shards of tokens, at most 64, chosen at random by the plan
     hash. Where these are all, labels are counted in them; else by the plan, whose function of the

@@ -24,7 +24,7 @@ from ddray.models.zoo import load_teacher
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.checkpoint import MODEL_FILE, save_folder
 from tests.core.sets.images.test_image_set import PLAN as IMAGE_PLAN
@@ -281,7 +281,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "digits-llamagen " in capsys.readouterr().out
 
 
-PLAN = Plan(
+PLAN = TrajectoryPlan(
     teacher="tiny",
     teacher_fingerprint="a" * 64,
     tokenizer_fingerprint="b" * 64,

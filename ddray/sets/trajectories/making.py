@@ -17,15 +17,17 @@ from ddray.config.sampling import SampleConfig
 from ddray.method.teacher import AskedFor, Teacher
 from ddray.models.zoo import load_teacher
 from ddray.sets.making import planned_fields, require_planned
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.storage.base import NotFoundError, Storage
 from ddray.storage.caption_file import CaptionFile
 from ddray.storage.run_folder import SUMMARY_FILE
 
 
-def make_plan(config: SampleConfig, teacher: Teacher, captions: CaptionFile | None = None) -> Plan:
+def make_plan(
+    config: SampleConfig, teacher: Teacher, captions: CaptionFile | None = None
+) -> TrajectoryPlan:
     """Everything that decides the bytes of a trajectory set, but the captions themselves."""
-    return Plan(
+    return TrajectoryPlan(
         teacher=teacher.name,
         teacher_fingerprint=teacher.fingerprint,
         cfg=teacher.default_cfg if config.cfg is None else config.cfg,
@@ -39,7 +41,7 @@ def make_plan(config: SampleConfig, teacher: Teacher, captions: CaptionFile | No
     )
 
 
-def planned_teacher(plan: Plan, device: str | torch.device = "auto") -> Teacher:
+def planned_teacher(plan: TrajectoryPlan, device: str | torch.device = "auto") -> Teacher:
     """Load the teacher that a plan names, in the plan's dtype.
 
     Raises:
@@ -52,7 +54,7 @@ def planned_teacher(plan: Plan, device: str | torch.device = "auto") -> Teacher:
 
 
 def sample_rows(
-    teacher: Teacher, plan: Plan, rows: range, cond: AskedFor | None = None
+    teacher: Teacher, plan: TrajectoryPlan, rows: range, cond: AskedFor | None = None
 ) -> npt.NDArray[np.int64]:
     """Tokens of consecutive indices as the plan's settings give them, int64 [B, L].
 

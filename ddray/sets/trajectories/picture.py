@@ -14,7 +14,7 @@ from ddray.method.teacher import Teacher
 from ddray.report.image_file import encode_png
 from ddray.report.pictures import labelled_grid
 from ddray.sets.trajectories.making import planned_teacher
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 
@@ -81,7 +81,7 @@ def _lines(
     return [(title(label), lines[label]) for label in sorted(lines)]
 
 
-def _rows_to_show(plan: Plan, shards: list[int]) -> npt.NDArray[np.int64]:
+def _rows_to_show(plan: TrajectoryPlan, shards: list[int]) -> npt.NDArray[np.int64]:
     """Indices of the rows, from a few of the shards that are there."""
     choice = plan.random_choice()
     some = choice.permutation(shards)[:_SHARDS].tolist()

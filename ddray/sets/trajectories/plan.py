@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from ddray.sets.plan import SCHEMA_FORMAT, SetPlan, real_number
 
-__all__ = ["SCHEMA_FORMAT", "Plan"]
+__all__ = ["SCHEMA_FORMAT", "TrajectoryPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(SetPlan):
+class TrajectoryPlan(SetPlan):
     """Everything that determines the rows of a trajectory set.
 
     Attributes:

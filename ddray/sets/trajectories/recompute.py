@@ -19,7 +19,7 @@ from ddray.errors import ShardError
 from ddray.progress import Progress
 from ddray.sets.conditions import load_encoder, read_conditions
 from ddray.sets.trajectories.making import made_on, planned_teacher, sample_rows
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 # Differing rows that a report names one by one.
@@ -127,7 +127,7 @@ def _batches_in_random_order(trajectories: TrajectorySet) -> Iterator[range]:
 
 def _compare(
     outcome: Recomputation,
-    plan: Plan,
+    plan: TrajectoryPlan,
     batch: range,
     there: tuple[npt.NDArray[Any], npt.NDArray[np.unsignedinteger]],
     here: tuple[npt.NDArray[Any], npt.NDArray[np.int64]],
@@ -153,7 +153,7 @@ def _compare(
 
 
 def _first_difference(
-    plan: Plan, there_L: npt.NDArray[np.unsignedinteger], here_L: npt.NDArray[np.int64]
+    plan: TrajectoryPlan, there_L: npt.NDArray[np.unsignedinteger], here_L: npt.NDArray[np.int64]
 ) -> str:
     """Where two rows part: behind that, a stage follows from tokens that differ already."""
     ends = list(accumulate(plan.stages))

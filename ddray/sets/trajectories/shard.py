@@ -23,14 +23,14 @@ from ddray.sets.parquet import (
     write_table,
 )
 from ddray.sets.sharded_set import stamp
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 
 # Columns of a shard: index [N], label [N] (captions if the teacher takes text), tokens [N, L].
 Rows = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
 
 
 def check_rows(
-    plan: Plan,
+    plan: TrajectoryPlan,
     k: int,
     index: npt.NDArray[Any],
     label: npt.NDArray[Any],
@@ -66,11 +66,11 @@ def _check_range(name: str, values: npt.NDArray[Any], start: int, stop: int) -> 
         raise ShardError(f"{name} reaches from {least} to {most}; allowed is {start} to {stop - 1}")
 
 
-def _schema(plan: Plan) -> Any:
+def _schema(plan: TrajectoryPlan) -> Any:
     return pa.schema([("index", pa.int64()), label_field(plan), ("tokens", tokens_type(plan))])
 
 
-def _rows_sha256(plan: Plan, rows: Rows) -> str:
+def _rows_sha256(plan: TrajectoryPlan, rows: Rows) -> str:
     """Hash the columns as little-endian bytes, captions as a JSON list."""
     index, label, tokens = rows
     digest = hashlib.sha256(index.astype("<i8").tobytes())
@@ -80,7 +80,7 @@ def _rows_sha256(plan: Plan, rows: Rows) -> str:
 
 
 def encode(
-    plan: Plan,
+    plan: TrajectoryPlan,
     k: int,
     index: npt.NDArray[Any],
     label: npt.NDArray[Any],
@@ -107,7 +107,7 @@ def encode(
     return write_table(table, packed=packed, compression="zstd")
 
 
-def decode(plan: Plan, k: int, data: bytes) -> Rows:
+def decode(plan: TrajectoryPlan, k: int, data: bytes) -> Rows:
     """Return the rows of a Parquet file after checking that they are those of shard `k`.
 
     Raises:
@@ -121,7 +121,7 @@ def decode(plan: Plan, k: int, data: bytes) -> Rows:
     return rows
 
 
-def _columns(plan: Plan, table: Any) -> Rows:
+def _columns(plan: TrajectoryPlan, table: Any) -> Rows:
     index, label, tokens = (column.combine_chunks() for column in table.columns)
     # Copies, because Arrow's memory is read-only and torch warns of such arrays.
     return (

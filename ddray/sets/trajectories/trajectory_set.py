@@ -13,19 +13,19 @@ import numpy.typing as npt
 from ddray.errors import ShardError
 from ddray.sets.parquet import num_rows
 from ddray.sets.sharded_set import ShardedSet, shard_name
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.shard import Rows, check_rows, decode, encode
 
 __all__ = ["TrajectorySet", "shard_name"]
 
 
-class TrajectorySet(ShardedSet[Plan, Rows]):
+class TrajectorySet(ShardedSet[TrajectoryPlan, Rows]):
     """A set of trajectories; rows are index [N], label [N] and tokens [N, L].
 
     Index is int64, label int32 (or an object array of captions), tokens uint16 or uint32.
     """
 
-    PLAN = Plan
+    PLAN = TrajectoryPlan
     # No Parquet file is shorter: two magic numbers and the length of the footer.
     LEAST_BYTES: ClassVar[int] = 12
 

@@ -18,7 +18,7 @@ from ddray.sets.inspection import describe, quarantine, verified, verify
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.picture import write_picture
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.recompute import recompute
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.checkpoint import save_folder
@@ -303,15 +303,15 @@ def test_what_is_no_set_is_one_line(manifest: bytes | None, message: str, tmp_pa
         assert "\n" not in str(error.value)
 
 
-def _truncated(path: Path, plan: Plan) -> None:
+def _truncated(path: Path, plan: TrajectoryPlan) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-def _foreign(path: Path, plan: Plan) -> None:
+def _foreign(path: Path, plan: TrajectoryPlan) -> None:
     pd.DataFrame({"index": range(10)}).to_parquet(path)
 
 
-def _of_another_plan(path: Path, plan: Plan) -> None:
+def _of_another_plan(path: Path, plan: TrajectoryPlan) -> None:
     other = TrajectorySet.create(str(path.parents[2] / "other"), plan_of(seed=99))
     fill(other)
     path.write_bytes((Path(other.uri) / shard_name(1)).read_bytes())

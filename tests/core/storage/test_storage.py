@@ -20,7 +20,7 @@ from ddray.cli import main
 from ddray.errors import ConfigError, ShardError, StorageError
 from ddray.sets.inspection import describe, verify
 from ddray.sets.sharded_set import shard_name
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 from ddray.storage.base import NotFoundError, Storage, read_ahead
@@ -360,7 +360,7 @@ def test_a_trajectory_set_lives_on_s3_and_pyarrow_reads_it(s3_endpoint: str) -> 
     import pyarrow.dataset
 
     uri = f"s3://{BUCKET}/set"
-    plan = Plan(
+    plan = TrajectoryPlan(
         teacher="t",
         teacher_fingerprint="a",
         tokenizer_fingerprint="b",

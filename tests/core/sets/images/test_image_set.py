@@ -16,7 +16,7 @@ from ddray.report.image_file import decode_image, encode_png, encode_webp
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
 from ddray.sets.inspection import describe, open_set, quarantine, verified, verify
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 
@@ -259,7 +259,7 @@ def test_the_two_kinds_of_sets_are_told_apart(tmp_path: Path) -> None:
     ImageSet.create(str(tmp_path / "b"), PLAN)
     with pytest.raises(ShardError, match="it is of a set of images, which is no trajectory set"):
         TrajectorySet.open(str(tmp_path / "b"))
-    assert isinstance(open_set(str(tmp_path / "a")).plan, Plan)
+    assert isinstance(open_set(str(tmp_path / "a")).plan, TrajectoryPlan)
     assert isinstance(open_set(str(tmp_path / "b")).plan, ImagePlan)
 
 

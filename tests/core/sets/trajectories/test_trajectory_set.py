@@ -18,7 +18,7 @@ from ddray import __version__
 from ddray.errors import ConfigError, ShardError, StorageError
 from ddray.sets.plan import SCHEMA_FORMAT
 from ddray.sets.sharded_set import shard_name
-from ddray.sets.trajectories.plan import Plan
+from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 ARGUMENTS: dict[str, Any] = {
@@ -45,12 +45,12 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def plan_of(**changes: Any) -> Plan:
+def plan_of(**changes: Any) -> TrajectoryPlan:
     """Return a small plan with some fields changed."""
-    return Plan(**{**ARGUMENTS, **changes})
+    return TrajectoryPlan(**{**ARGUMENTS, **changes})
 
 
-def tokens_of(plan: Plan, index: range) -> np.ndarray:
+def tokens_of(plan: TrajectoryPlan, index: range) -> np.ndarray:
     """Return tokens that belong to the index alone, as the real ones do."""
     rows = [np.random.default_rng(i).integers(0, plan.vocab_size, plan.num_tokens) for i in index]
     return np.stack(rows)
@@ -123,8 +123,8 @@ def test_fields_that_joined_later_leave_older_sets_as_they_are() -> None:
         assert not newer.keys() & json.loads(older.to_json()).keys()
         plan = dataclasses.replace(older, **newer)
         assert plan.hash != older.hash
-        assert Plan.from_json(plan.to_json()) == plan
-        assert Plan.from_json(older.to_json()).classes == ()
+        assert TrajectoryPlan.from_json(plan.to_json()) == plan
+        assert TrajectoryPlan.from_json(older.to_json()).classes == ()
 
 
 def test_a_set_of_some_classes_is_whole_and_no_set_of_all(tmp_path: Path) -> None:
@@ -204,11 +204,11 @@ def test_bad_plans_are_refused(changes: dict[str, Any], message: str) -> None:
 def test_a_plan_survives_its_manifest() -> None:
     plan = plan_of(cfg=None)
     written = json.loads(plan.to_json())
-    assert Plan.from_json(plan.to_json()) == plan
+    assert TrajectoryPlan.from_json(plan.to_json()) == plan
     assert (written["format"], written["ddray_version"]) == (1, __version__)
     assert written["plan_hash"] == plan.hash
     # The version that wrote it is a note and binds nobody.
-    assert Plan.from_json(json.dumps({**written, "ddray_version": "9.9"})) == plan
+    assert TrajectoryPlan.from_json(json.dumps({**written, "ddray_version": "9.9"})) == plan
 
 
 @pytest.mark.parametrize(
@@ -223,16 +223,16 @@ def test_a_plan_survives_its_manifest() -> None:
 def test_foreign_manifests_are_refused(changes: dict[str, Any], message: str) -> None:
     text = json.dumps({**json.loads(plan_of().to_json()), **changes})
     with pytest.raises(ShardError, match=re.escape(message)):
-        Plan.from_json(text)
+        TrajectoryPlan.from_json(text)
 
 
 def test_what_is_no_manifest_is_refused() -> None:
     with pytest.raises(ShardError, match="not JSON"):
-        Plan.from_json(b"{")
+        TrajectoryPlan.from_json(b"{")
     with pytest.raises(ShardError, match="it has no field 'format'"):
-        Plan.from_json("[]")
+        TrajectoryPlan.from_json("[]")
     with pytest.raises(ShardError, match=r"absent fields \['batch_size', 'cfg'"):
-        Plan.from_json('{"format": 1}')
+        TrajectoryPlan.from_json('{"format": 1}')
 
 
 # What is on disk.
