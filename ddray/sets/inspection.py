@@ -53,7 +53,7 @@ def open_set(uri: str) -> AnySet:
 
 
 def describe(uri: str) -> dict[str, Any]:
-    """TrajectoryPlan, progress, size, label balance and token statistics of a set, as JSON values.
+    """Plan, progress, size, label balance and token statistics of a set, as JSON values.
 
     Lists the storage and reads some shards of tokens, at most 64, chosen at random by the plan
     hash. Where these are all, labels are counted in them; else by the plan, whose function of the
