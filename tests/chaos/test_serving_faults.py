@@ -281,13 +281,16 @@ def test_clients_that_leave_take_their_work_with_them(single: Service) -> None:
 
 @contextlib.contextmanager
 def _still(service: Service) -> Iterator[None]:
-    """Within, the device makes no image, and the service stays what it is."""
+    """Within, the device makes no image."""
+    # On a busy machine a device that stands still may have lasted so long that another replaces it.
+    wait_until(lambda: len(service.replicas()) == 1, "single replica")
     (replica,) = service.replicas()
     replica.suspend()
     try:
         yield
     finally:
-        replica.resume()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            replica.resume()
 
 
 def _settled(service: Service, name: str) -> float:
@@ -300,7 +303,7 @@ def _settled(service: Service, name: str) -> float:
 def test_what_is_too_much_is_refused_while_the_device_stands_still(single: Service, n: int) -> None:
     """So it waits for nothing; and what was admitted is made when the device goes on."""
     count, limit = 1600 // n, 512
-    before = {process.pid for process in single.processes()}
+    before = single.ingress()
 
     async def scenario() -> Load:
         load = Load()
@@ -318,7 +321,7 @@ def test_what_is_too_much_is_refused_while_the_device_stands_still(single: Servi
     print(f"{dict(load.statuses)}, {load.images} images")
     assert set(load.statuses) == {"200", "503"}, load.failures[:5]
     assert all('"code": "overloaded"' in failure for failure in load.failures)
-    assert {process.pid for process in single.processes()} == before
+    assert single.ingress() == before
     # Admitted were at least the two batches that always are, and no more than the limit.
     assert 128 <= load.images - 1 <= limit
 
