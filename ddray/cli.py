@@ -134,13 +134,13 @@ def _config_class(verb: str) -> Any:
 
 def _job_parser(verb: str) -> argparse.ArgumentParser:
     """Flags of a job: one for every key of its config, and the common ones."""
-    from ddray.config.flags import add_flags, example_of
+    from ddray.config.flags import add_flags, description_of
 
     kind = _config_class(verb)
     parser = _Parser(
         prog=f"ddray {verb}",
         usage=f"ddray {verb} [flags]",
-        description=example_of(kind),
+        description=description_of(kind),
         epilog="Order: preset < --config FILE < --set < flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -101,14 +101,14 @@ def _shown(path: str, default: Any) -> str:
     return "" if default is None else str(default)
 
 
-def example_of(kind: type[Job]) -> str:
+def description_of(kind: type[Job]) -> str:
     """What the help of a verb says before its flags."""
     parts = [name for name, field in kind.model_fields.items() if _is_part(field)]
     text = f"{kind.__doc__}\n\nexample:\n  {kind.EXAMPLE}"
     if parts:
         text += (
-            f"\n\nKeys of its parts, {', '.join(parts)}, are those of the verbs of these names: "
-            "--set PART.KEY=VALUE."
+            f"\n\nIts parts, {', '.join(parts)}, have the keys of the verbs of these names,\n"
+            "to be given as --set PART.KEY=VALUE."
         )
     return text
 

@@ -43,12 +43,14 @@ def load_config(
         ConfigError: one line that names the key, the value and what is allowed.
     """
     merged: dict[str, Any] = {}
-    overlay(merged, preset or {})
-    if file is not None:
-        overlay(merged, _read_yaml(file))
-    for setting in settings:
-        overlay(merged, _read_setting(setting))
-    overlay(merged, flags or {})
+    for values in (
+        preset or {},
+        {} if file is None else _read_yaml(file),
+        *map(_read_setting, settings),
+        flags or {},
+    ):
+        _refuse_moved(kind, values)
+        overlay(merged, values)
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
@@ -134,10 +136,9 @@ def _first_problem(error: ValidationError, kind: type[Job]) -> str:
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
     where = ".".join(location)
-    if problem["type"] in ("extra_forbidden", "model_type"):
-        moved = _moved(kind, location)
-        if moved is not None:
-            return f"{where}={problem['input']!r}: {where!r} is {moved!r} now"
+    if problem["type"] == "model_type":
+        inside = ", ".join(f"{where}.{key}" for key in _known_keys(kind, location))
+        return f"{where}={problem['input']!r}: {where!r} is no key but holds some: {inside}"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(kind, location[:-1])
         near = difflib.get_close_matches(location[-1], known, 1)
@@ -149,17 +150,16 @@ def _first_problem(error: ValidationError, kind: type[Job]) -> str:
     return f"{where}={problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _moved(kind: type[BaseModel], path: Sequence[str]) -> str | None:
-    """The path that a key has now which was called otherwise once; None where it never was."""
-    *parents, name = path
-    for parent in parents:
-        field = kind.model_fields.get(parent)
-        if field is None or not isinstance(field.annotation, type):
-            return None
-        kind = field.annotation
-    if not issubclass(kind, Job) or name not in kind.MOVED:
-        return None
-    return ".".join([*parents, kind.MOVED[name]])
+def _refuse_moved(kind: type[Job], values: Mapping[str, Any], outer: str = "") -> None:
+    """Refuse keys that are called otherwise now, before another source can hide them."""
+    for key, value in values.items():
+        part = kind.model_fields[key].default if key in kind.model_fields else None
+        if isinstance(value, Mapping):
+            if isinstance(part, Job):
+                _refuse_moved(type(part), value, f"{outer}{key}.")
+        elif key in kind.MOVED:
+            now = f"{outer}{kind.MOVED[key]}"
+            raise ConfigError(f"{outer}{key}={value!r}: {outer + key!r} is {now!r} now")
 
 
 def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """The shards of a trajectory set as a worker holds them: read once, shared, let go, waited for.
 
+`TrajectoryStream` makes batches of what is here.
+
 Shapes: N rows of a shard, L tokens.
 """
 

@@ -44,11 +44,10 @@ _STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
 }
-# What a file needs and an element of a page does not; ids of definitions are hashes, and stay.
+# What a file needs and an element of a page does not.
 _SURPLUS = [
     re.compile(r"<(metadata|style|clipPath)\b.*?</\1>|<!--.*?-->", re.DOTALL),
     re.compile(r"<defs>\s*</defs>"),
-    re.compile(r' id="(?:figure|axes|patch|line2d|text|matplotlib|[xy]tick|legend)[^"]*"'),
     re.compile(r' clip-path="[^"]*"| transform="rotate\(-0 [^"]*"'),
     re.compile(r"font-family: [^;\"]*; "),
     re.compile(r"\n *(?=<|\Z)"),
@@ -106,7 +105,10 @@ def _inline(text: str, description: str) -> Markup:
         inner = inner.replace(stand_in, colour)
     for surplus in _SURPLUS:
         inner = surplus.sub("", inner)
-    inner = inner.replace("xlink:href", "href")
+    # Names that we gave are classes; of matplotlib's ids only those stay that something refers to.
+    inner = re.sub(r' id="(curve\d+)"', r' class="\1"', inner.replace("xlink:href", "href"))
+    used = set(re.findall(r'href="#([^"]*)"', inner))
+    inner = re.sub(r' id="([^"]*)"', lambda found: found[0] * (found[1] in used), inner)
     head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(description)}">'
     return Markup(head + inner)
 

@@ -1,6 +1,7 @@
 """The plan of a sharded set: every setting that decides its bytes, and its size.
 
-The cut into shards and batches, what each row is asked for by, the hash, the manifest; pure values.
+What plans of trajectories and of images have in common: the cut into shards and batches, what each
+row is asked for by, the hash, the manifest. Pure values.
 """
 
 from __future__ import annotations

@@ -56,15 +56,20 @@ class RayHead:
         """`ray job submit`; returns the job's id and what the command printed."""
         command = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard]
         command += ["--working-dir", str(working_dir), *([] if wait else ["--no-wait"]), "--"]
-        done = subprocess.run(
-            [*command, *entrypoint],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        printed = done.stdout + done.stderr
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            done = subprocess.run(
+                [*command, *entrypoint],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_S,
+                check=False,
+            )
+            printed = done.stdout + done.stderr
+            # The agent answers before the head knows of it.
+            if "No available agent to submit job" not in printed or time.monotonic() > deadline:
+                break
         found = re.search(r"Job '(raysubmit_\w+)' submitted", printed)
         assert found, printed
         return found[1], printed
@@ -117,7 +122,7 @@ def ray_head(
         variables: more of its environment.
     """
     folder = Path(tempfile.mkdtemp(prefix="ddr", dir="/tmp"))  # short, for the paths of sockets
-    port, dashboard = port or free_port(), free_port()
+    port, dashboard, agent = port or free_port(), free_port(), free_port()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DDRAY_"))}
     environment = {
         **kept,
@@ -135,7 +140,7 @@ def ray_head(
     command += [f"--node-ip-address={ip}", f"--port={port}", f"--temp-dir={folder}"]
     command += [f"--dashboard-host={ip}", f"--dashboard-port={dashboard}"]
     command += [
-        f"--dashboard-agent-listen-port={free_port()}",
+        f"--dashboard-agent-listen-port={agent}",
         f"--ray-client-server-port={free_port()}",
     ]
     command += ["--object-store-memory=104857600", "--disable-usage-stats", *flags]
@@ -149,19 +154,23 @@ def ray_head(
         )
     head = RayHead(f"{ip}:{port}", f"http://{ip}:{dashboard}", environment, process, folder)
     try:
-        _until_up(head, prefix)
+        # Jobs are given to the agent of a node, which comes up after the dashboard.
+        for url in (
+            f"{head.dashboard}/api/gcs_healthz",
+            f"http://{ip}:{agent}/api/local_raylet_healthz",
+        ):
+            _until_up(head, url, prefix)
         yield head
     finally:
         end(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _until_up(head: RayHead, prefix: Sequence[str]) -> None:
+def _until_up(head: RayHead, url: str, prefix: Sequence[str]) -> None:
     probe = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=10)"
     deadline = time.monotonic() + PATIENCE_S
     while True:
         assert head.process.poll() is None, (head.folder / "head.log").read_text()
-        url = f"{head.dashboard}/api/gcs_healthz"
         command = [*prefix, sys.executable, "-c", probe, url]
         if subprocess.run(command, env=head.environment, capture_output=True).returncode == 0:
             return

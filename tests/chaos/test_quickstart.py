@@ -15,10 +15,10 @@ from tests.runtime.tiny import command, contents, environment
 pytestmark = pytest.mark.chaos
 
 
-def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
+def _quickstart(folder: Path, teacher: str) -> subprocess.CompletedProcess[str]:
     settings = ["--set", "sample.workers=1", "--set", "distill.threads=1"]
     return subprocess.run(
-        command("quickstart", "--preset", "tiny", "--out", "run", *settings),
+        command("quickstart", "--preset", "tiny", "--teacher", teacher, "--out", "run", *settings),
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -28,29 +28,34 @@ def _quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture(scope="module", params=["digits-llamagen", "digits-var"])
+def teacher(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
-    done = _quickstart(folder)
+    done = _quickstart(folder, teacher)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "fd_digits" in done.stdout
     return folder
 
 
-def test_it_leaves_a_report_a_student_a_set_and_images(folder: Path) -> None:
+def test_it_leaves_a_report_a_student_a_set_and_images(folder: Path, teacher: str) -> None:
     run = folder / "run"
     assert list(folder.iterdir()) == [run]
     assert (run / "report.html").read_text().startswith("<!")
     assert min(Image.open(run / "grid.png").size) > 200
     assert verify(str(run / "trajectories")) == []
     student = ddray.load_student(run / "student", device="cpu")
-    assert student.config["teacher"] == "digits-llamagen"
+    assert student.config["teacher"] == teacher
     assert student.decode(student.generate([3], seed=1)).shape == (1, 1, 28, 28)
     assert json.loads((run / "images" / "summary.json").read_text())["images"] == 100
 
 
-def test_the_summary_has_bars_and_the_protocol_of_its_figures(folder: Path) -> None:
+def test_the_summary_has_the_protocol_of_its_figures(folder: Path) -> None:
     summary = json.loads((folder / "run" / "summary.json").read_text())
     protocol = " ".join(summary["evaluation"]["protocol"])
     assert "100" in protocol
@@ -60,10 +65,10 @@ def test_the_summary_has_bars_and_the_protocol_of_its_figures(folder: Path) -> N
     assert (summary["trajectories"]["rows_made"], summary["distillation"]["steps"]) == (200, 20)
 
 
-def test_a_second_run_makes_no_part_again(folder: Path) -> None:
+def test_a_second_run_makes_no_part_again(folder: Path, teacher: str) -> None:
     parts = ("trajectories/shards", "distill/student", "images/shards", "student")
     before = contents(folder / "run", *parts)
-    done = _quickstart(folder)
+    done = _quickstart(folder, teacher)
     assert done.returncode == 0, done.stderr
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert (summary["trajectories"]["rows_made"], summary["images"]["rows_made"]) == (0, 0)

@@ -11,7 +11,7 @@ from ddray.metrics.fd_digits import DigitsMetric
 from ddray.models.zoo import load_student
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.pools.image_workers import StudentWorker
-from ddray.runtime.pools.pool import Crew, Filled, fill
+from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
@@ -98,6 +98,7 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
     """Make what is missing."""
+    tell_found(images)
     if not images.missing():
         return Filled()
     with connect(), _crew(images, config) as crew:

@@ -143,6 +143,20 @@ class Filled:
         }
 
 
+def tell_found(shards: ShardsToFill) -> None:
+    """Say what a set has and what it lacks, before anything starts; nothing of an empty one."""
+    missing, plan = shards.missing(), shards.plan
+    there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
+    found = plan.num_shards - len(missing)
+    if found:
+        print(
+            f"found {found} of {plan.num_shards} shards ({there} of {plan.count} rows); "
+            f"{len(missing) or 'nothing'} to make",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def fill(
     label: str,
     shards: ShardsToFill,
@@ -150,7 +164,7 @@ def fill(
     config: PoolConfig,
     ready: Callable[[], None] | None = None,
 ) -> Filled:
-    """Say what a set has, make what it lacks, and prove from its storage that it is whole.
+    """Make the shards that a set lacks, and prove from its storage that it is whole.
 
     Args:
         label: what is made, for people.
@@ -167,10 +181,6 @@ def fill(
     missing, plan = shards.missing(), shards.plan
     there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
     found = plan.num_shards - len(missing)
-    if found:
-        _tell(
-            f"found {found} of {plan.num_shards} shards ({there} of {plan.count} rows); ", missing
-        )
     if not missing:
         return Filled()
     storage = shards.storage
@@ -224,10 +234,6 @@ def fill(
         gpu_s=tally.busy_s * crew.num_gpus,
         retries=tally.retries,
     )
-
-
-def _tell(there: str, missing: Sequence[int]) -> None:
-    print(f"{there}{len(missing) or 'nothing'} to make", file=sys.stderr, flush=True)
 
 
 class _Actor:
@@ -382,7 +388,7 @@ def _run(
 def _explain(error: BaseException, config: PoolConfig) -> DDRayError:
     """Our own error if an actor raised one, else one line about what happened to the pool."""
     # Ray tells what an actor raised in text: a remote traceback, and advice of its own behind it.
-    ours = re.findall(r"^ddray\.\w+\.(\w+): (.*)$", str(error), re.MULTILINE)
+    ours = re.findall(r"^ddray(?:\.\w+)+\.(\w+): (.*)$", str(error), re.MULTILINE)
     if ours:
         name, message = ours[-1]
         return getattr(errors, name, DDRayError)(message)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from ddray import __version__
 from ddray.config.base import PoolConfig
 from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher
-from ddray.runtime.pools.pool import Crew, fill
+from ddray.runtime.pools.pool import Crew, fill, tell_found
 from ddray.sets.conditions import load_encoder, open_captions, read_conditions
 from ddray.sets.making import create_set
 from ddray.sets.trajectories.making import made_on, make_plan, planned_teacher, sample_rows
@@ -93,6 +93,7 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
     """Make what is missing, and leave a summary."""
+    tell_found(trajectories)
     plan, storage = trajectories.plan, trajectories.storage
     missing = trajectories.missing()
     found = plan.num_shards - len(missing)

@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ddray.sets.plan import SCHEMA_FORMAT, SetPlan, real_number
-
-__all__ = ["SCHEMA_FORMAT", "TrajectoryPlan"]
+from ddray.sets.plan import SetPlan, real_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,9 @@ import numpy.typing as npt
 
 from ddray.errors import ShardError
 from ddray.sets.parquet import num_rows
-from ddray.sets.sharded_set import ShardedSet, shard_name
+from ddray.sets.sharded_set import ShardedSet
 from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.shard import Rows, check_rows, decode, encode
-
-__all__ = ["TrajectorySet", "shard_name"]
 
 
 class TrajectorySet(ShardedSet[TrajectoryPlan, Rows]):

@@ -306,3 +306,11 @@ def test_what_was_written_before_is_read_under_the_names_of_today() -> None:
     nested = in_todays_keys(QuickstartConfig, {"distill": MOVED, "sample": {"count": 3}})
     assert nested["distill"]["score"]["weight"] == 0.5
     assert (nested["sample"]["count"], nested["sample"]["seed"]) == (3, 0)
+
+
+def test_an_old_key_is_noticed_also_where_a_later_source_would_hide_it(tmp_path: Path) -> None:
+    file = _file(tmp_path, "perceptual: tokenizer\n")
+    with pytest.raises(ConfigError, match="'perceptual' is 'perceptual.distance' now"):
+        load_config(DistillConfig, file=file, flags={"perceptual": {"weight": 2}})
+    with pytest.raises(ConfigError, match="'score' is no key but holds some: score.imitator_lr, "):
+        load_config(DistillConfig, settings=["score=3"])

@@ -13,9 +13,9 @@ import torch
 
 import ddray
 from ddray.config.base import PoolConfig
-from ddray.errors import ClusterError, ConfigError, ShardError, StorageError
+from ddray.errors import ClusterError, ConfigError, DDRayError, ShardError, StorageError
 from ddray.runtime.cluster.capacity import require
-from ddray.runtime.pools.pool import Crew, fill
+from ddray.runtime.pools.pool import Crew, _explain, fill
 from ddray.runtime.pools.repair import repair
 from ddray.runtime.pools.sampling import TrajectoryWorker, sample
 from ddray.sets.sharded_set import shard_name
@@ -268,3 +268,16 @@ def test_a_worker_has_to_fit_on_one_node(ray_local: None) -> None:
     require("this", 4, 1, 0)
     with pytest.raises(ClusterError, match="asks for 3 workers of 2 CPUs .* has room for 2"):
         require("this", 3, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        ("ddray.errors.ShardError", ShardError),
+        ("ddray.storage.base.NotFoundError", DDRayError),
+    ],
+)
+def test_an_error_of_ours_is_known_in_what_an_actor_has_raised(raised: str, kind: type) -> None:
+    told = f"ray::MapWorker() (pid=1)\n  File x, line 1\n{raised}: shard 3 is gone"
+    found = _explain(RuntimeError(told), PoolConfig())
+    assert (type(found), str(found)) == (kind, "shard 3 is gone")
