@@ -54,7 +54,10 @@ class Job:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait while the job runs; it must not end before the condition holds."""
-        wait_until(condition, "state that is waited for", lambda: self.process.poll() is None)
+        running = self.process
+        wait_until(
+            condition, "what is waited for", lambda: running.poll() is None, running.communicate
+        )
 
     def kill_driver(self) -> None:
         """SIGKILL to the driver alone; what it started must go by itself."""

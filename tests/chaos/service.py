@@ -38,7 +38,8 @@ class Service:
 
     def until_ready(self) -> None:
         """Wait for the first answer of a warm student."""
-        wait_until(self._is_ready, "answer", lambda: self.job.process.poll() is None)
+        running = self.job.process
+        wait_until(self._is_ready, "answer", lambda: running.poll() is None, running.communicate)
 
     def _is_ready(self) -> bool:
         try:

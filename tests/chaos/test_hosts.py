@@ -126,7 +126,7 @@ def _events(out: Path, event: str) -> list[dict[str, Any]]:
 
 
 def _until(job: subprocess.Popen[str], condition: Callable[[], object]) -> None:
-    wait_until(condition, "state that is waited for", lambda: job.poll() is None)
+    wait_until(condition, "what is waited for", lambda: job.poll() is None, job.communicate)
 
 
 def test_sampling_runs_across_hosts_and_survives_one_that_is_cut_off(

@@ -36,7 +36,10 @@ def _succeeds(head: RayHead, stage: str, *flags: object) -> str:
 
 
 def _until(head: RayHead, job: str, condition: Callable[[], object]) -> None:
-    wait_until(condition, "state", lambda: head.status(job) in ("PENDING", "RUNNING"))
+    def running() -> bool:
+        return head.status(job) in ("PENDING", "RUNNING")
+
+    wait_until(condition, "what is waited for", running, lambda: head.job("logs", job))
 
 
 def test_the_cluster_answers_nobody_without_the_token(head: RayHead) -> None:
