@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 # Only what hangs takes longer, whatever else the machine does: no verdict on anybody's speed.
 PATIENCE_S = 600.0
-
-
 # Whether there is still something to wait for may take a process to find out.
 _LOOK_EVERY_S = 2.0
 

@@ -98,8 +98,9 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
     """Make what is missing."""
-    tell_found(images)
-    if not images.missing():
+    missing = images.missing()
+    tell_found(images.plan, missing)
+    if not missing:
         return Filled()
     with connect(), _crew(images, config) as crew:
         return fill("images", images, crew, config)

@@ -77,7 +77,9 @@ class Crew:
 class ShardPlan(Protocol):
     """What of a plan the pool needs."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """Rows of the whole set."""
 
     @property
     def num_shards(self) -> int:
@@ -143,9 +145,8 @@ class Filled:
         }
 
 
-def tell_found(shards: ShardsToFill) -> None:
+def tell_found(plan: ShardPlan, missing: Sequence[int]) -> None:
     """Say what a set has and what it lacks, before anything starts; nothing of an empty one."""
-    missing, plan = shards.missing(), shards.plan
     there = plan.count - sum(len(plan.shard_range(k)) for k in missing)
     found = plan.num_shards - len(missing)
     if found:

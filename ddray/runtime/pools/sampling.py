@@ -93,9 +93,9 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
     """Make what is missing, and leave a summary."""
-    tell_found(trajectories)
     plan, storage = trajectories.plan, trajectories.storage
     missing = trajectories.missing()
+    tell_found(plan, missing)
     found = plan.num_shards - len(missing)
     device = "cuda" if pool.num_gpus else "cpu"
     devices = made_on(storage) if found else []
