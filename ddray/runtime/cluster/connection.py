@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -42,6 +43,14 @@ CLUSTER_ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
 }
 """What Ray's own processes must find in their environment on every node; the image sets it."""
+_ASKING_S = 30.0
+# Folders of Rays that this process has started: one, or none.
+_private: list[str] = []
+_TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+# Collectives know no token.
+_LOOPBACK = (
+    {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+)
 _LEVEL_NOTICE = b"Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL"
 # Unix sockets live in Ray's folder and their paths end at 107 bytes, so the folder must be short.
 _SHORT_TEMP = "/tmp"
@@ -60,7 +69,7 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
     Raises:
         ClusterError: if Ray cannot start or be reached.
     """
-    # Read at import: workers at the driver's priority; a private loopback Ray needs no token file.
+    # Read at import: workers at the driver's priority.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -69,8 +78,7 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_task_retry_delay_ms", "3000")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        for name, value in (KEEP_FREED_MEMORY | SERVE_ENVIRONMENT).items():
+        for name, value in (KEEP_FREED_MEMORY | SERVE_ENVIRONMENT | _LOOPBACK).items():
             os.environ.setdefault(name, value)
     # Ray's C++ core reports at ERROR level, past Python's logging, what is no error to anybody
     # (that a pool's actors may restart). What does go wrong reaches us as an exception.
@@ -80,16 +88,82 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    temp = None if address else tempfile.mkdtemp(prefix="ddray-", dir=_SHORT_TEMP)
+    with contextlib.nullcontext() if address else _privately() as temp:
+        try:
+            with _without_rays_own_notices():
+                _start(address, temp, metrics_port)
+            with _terminable():
+                yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _privately() -> Iterator[str]:
+    """Within, a Ray that starts is this process's own: its folder, its token, its network."""
+    temp = tempfile.mkdtemp(prefix="ddray-", dir=_SHORT_TEMP)
+    _private.append(temp)
     try:
-        with _without_rays_own_notices():
-            _start(address, temp, metrics_port)
-        with _terminable():
-            yield
+        with _token_of_its_own():
+            yield temp
     finally:
-        ray.shutdown()
-        if temp is not None:
-            shutil.rmtree(temp, ignore_errors=True)
+        _private.remove(temp)
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def private_folder() -> str | None:
+    """Folder of the Ray that `connect` has started on this machine; None = it is another's."""
+    return _private[-1] if _private else None
+
+
+@contextlib.contextmanager
+def _token_of_its_own() -> Iterator[None]:
+    """Within, a Ray that starts obeys nobody but its own processes, which inherit the token.
+
+    Its ports listen on every interface and run what they are sent. The token is drawn for this one
+    Ray, whatever the environment says of tokens: that is meant for clusters.
+    """
+    before = {name: os.environ.pop(name, None) for name in _TOKEN_VARIABLES}
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    _let_ray_read_its_token()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        _let_ray_read_its_token()
+
+
+def obeys_strangers(gcs_address: str) -> bool:
+    """Whether a Ray does what it is told by a client that has no token.
+
+    Args:
+        gcs_address: HOST:PORT of the head's control store, which every client speaks to first.
+    """
+    import grpc
+
+    # Lists the keys of an empty name: all that a stranger needs to be told is whether it may ask.
+    method = "/ray.rpc.InternalKVGcsService/InternalKVKeys"
+    with grpc.insecure_channel(gcs_address) as channel:
+        try:
+            channel.unary_unary(method)(b"", timeout=_ASKING_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            return error.code() not in (
+                grpc.StatusCode.UNAUTHENTICATED,
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+            )
+    return True
+
+
+def _let_ray_read_its_token() -> None:
+    # Ray keeps what it has read of them at its import, and at the first connection.
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager

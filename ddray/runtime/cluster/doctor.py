@@ -11,13 +11,17 @@ from ddray import __version__
 from ddray.config.doctor import DoctorConfig
 from ddray.errors import ClusterError, StorageError, one_line
 from ddray.runtime.cluster.capacity import node_labels, nodes_with, require, workable
-from ddray.runtime.cluster.connection import connect
+from ddray.runtime.cluster.connection import connect, obeys_strangers
 from ddray.runtime.cluster.machine import Machine, Probe, differences, examine, shortcomings
 from ddray.storage import open_storage
 from ddray.storage.base import temporary_name
 
 _NODE_S = 180.0
 _GB = 1e9
+_OPEN = (
+    "it asks for no token: whoever reaches its ports runs code on every node; start it with "
+    "RAY_AUTH_MODE=token on all of them, and a token of `ray get-auth-token --generate`"
+)
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,13 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
         models = [_everywhere(model) for model in config.model]
         patients = _examine(nodes, models, probes, use_gpu=True)
         total = ray.cluster_resources()
+        is_open = obeys_strangers(ray.get_runtime_context().gcs_address)
         where = os.environ.get("RAY_ADDRESS") or "private, as RAY_ADDRESS is not set"
     lines = [
         f"Ray: {where}; nodes: {len(nodes)}, {total.get('CPU', 0):g} CPUs, "
-        f"{total.get('GPU', 0):g} GPUs; token authentication {_authentication()}"
+        f"{total.get('GPU', 0):g} GPUs"
     ]
+    lines.append(f"  ERROR {_OPEN}" if is_open else "  strangers are refused: it asks for a token")
     for patient in patients:
         lines.append(_described(patient))
         lines += [f"  ERROR {error}" for error in patient.errors]
@@ -133,7 +139,7 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
         lines.append(
             "  warning: no worker is up, so none was looked at; --node-pool NAME brings one"
         )
-    errors = sum(len(patient.errors) for patient in patients)
+    errors = is_open + sum(len(patient.errors) for patient in patients)
     warnings = sum(len(patient.warnings) for patient in patients)
     lines.append(f"{errors} errors, {warnings} warnings" if errors or warnings else "all is well")
     return lines, errors == 0
@@ -156,10 +162,6 @@ def _described(patient: Patient) -> str:
         + f"; ddray from {machine.ddray_path}; memory {machine.memory_bytes / _GB:.1f} GB{shm}, "
         + f"disk {1 - machine.free_disk:.0%} full, GPUs: {', '.join(gpus) or 'none'}"
     )
-
-
-def _authentication() -> str:
-    return os.environ.get("RAY_AUTH_MODE", "as Ray's default has it")
 
 
 def _examine(

@@ -312,8 +312,10 @@ def _fit(
         ScalingConfig,
         TrainingFailedError,
     )
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from ddray.runtime.training.process_group import process_group
 
     # It must outlive every node that the run may lose: it lies on the driver's.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -324,7 +326,7 @@ def _fit(
         validation_config=_validation(config, teacher, board) if config.evaluate_every else None,
         train_loop_config={**job, "board": board},
         # A hung collective is the watchdog's to notice; this is for a group that never meets.
-        torch_config=TorchConfig(timeout_s=int(max(config.step_timeout_s, _MEETING_S))),
+        torch_config=process_group(int(max(config.step_timeout_s, _MEETING_S))),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else config.workers,
             use_gpu=config.use_gpu,
