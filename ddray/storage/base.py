@@ -97,12 +97,30 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def move(self, name: str, to: str) -> None:
+        """Give `name` another name, under which nothing lies yet.
+
+        Raises:
+            NotFoundError: If there is no such name.
+            StorageError: If it cannot be moved; it lies under one of the names then.
+        """
+
+    @abstractmethod
     def delete(self, name: str) -> None:
         """Delete `name`; a name that does not exist is no error.
 
         Raises:
             StorageError: If it cannot be deleted.
         """
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete all names below `folder`; that there is none is no error.
+
+        Raises:
+            StorageError: If one cannot be deleted.
+        """
+        for name in self.list(f"{checked_name(folder)}/"):
+            self.delete(name)
 
     @abstractmethod
     def check_writable(self) -> None:

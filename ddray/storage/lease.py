@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import psutil
 
-from ddray.errors import ConfigError, StorageError
+from ddray.errors import StorageError
 from ddray.storage.base import NotFoundError, Storage
 
 _PREFIX = "lease-"
@@ -51,8 +51,8 @@ class Lease:
         """Take the folder.
 
         Raises:
-            ConfigError: a living process holds it; waits for as long as that is in doubt.
-            StorageError: the folder cannot be written.
+            StorageError: a living process holds it; waits for as long as that is in doubt.
+                or the folder cannot be written.
         """
         others = self._leases()
         last = max(others, default=0)
@@ -77,6 +77,18 @@ class Lease:
         if not self.is_lost:
             with contextlib.suppress(StorageError):
                 self._delete(self._generation)
+
+    def require(self) -> None:
+        """Refuse to go on where another process has taken over.
+
+        Raises:
+            StorageError: this one had stood still for too long.
+        """
+        if self.is_lost:
+            raise StorageError(
+                f"{self._storage.uri} was taken over by another process while this one stood "
+                "still; what that makes is whole without it"
+            )
 
     def _keep(self) -> None:
         while not self._ended.wait(self._beat_s):
@@ -130,8 +142,8 @@ class Lease:
     def _delete(self, generation: int) -> None:
         self._storage.delete(_name(generation))
 
-    def _refusal(self, holder: dict[str, Any]) -> ConfigError:
-        return ConfigError(
+    def _refusal(self, holder: dict[str, Any]) -> StorageError:
+        return StorageError(
             f"{self._storage.uri} is in use by {_described(holder)}; wait until that has ended, or "
             "use another out"
         )

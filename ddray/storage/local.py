@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -78,11 +79,33 @@ class LocalStorage(Storage):
             file = os.stat(path)
         return f"{file.st_ino}-{file.st_size}-{file.st_mtime_ns}"
 
+    def move(self, name: str, to: str) -> None:
+        """Rename the file; see `Storage.move`."""
+        source, target = self.join(name), self.join(to)
+        with _local_errors("read" if not os.path.lexists(source) else "move", source):
+            _make_folder(os.path.dirname(target))
+            os.rename(source, target)
+            _sync_folder(os.path.dirname(target))
+            self._drop_empty(os.path.dirname(source))
+
     def delete(self, name: str) -> None:
         """Delete `name`; see `Storage.delete`."""
         path = self.join(name)
         with _local_errors("delete", path), suppress(FileNotFoundError):
             os.unlink(path)
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete the folder itself too; see `Storage.delete_folder`."""
+        path = self.join(folder)
+        with _local_errors("delete", path), suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+    def _drop_empty(self, folder: str) -> None:
+        """Remove a folder and those above it, up to the root, as far as nothing lies in them."""
+        with suppress(OSError):
+            while folder.startswith(f"{self.uri}{os.sep}"):
+                os.rmdir(folder)
+                folder = os.path.dirname(folder)
 
     def check_writable(self) -> None:
         """Probe the root, or the folder in which it would be made; see `Storage`."""

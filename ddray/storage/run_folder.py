@@ -47,17 +47,30 @@ def claim(
         StorageError: if the folder cannot be written.
     """
     storage.check_writable()
-    # As JSON would give it back: a tuple is a list.
-    now = written = json.loads(json.dumps(identity))
-    if storage.exists(CONFIG_FILE):
-        written = _earlier_identity(storage)
-        changed = "; ".join(_differences(in_todays_keys(written) if written else {}, now))
-        if changed:
-            raise ConfigError(
-                f"{storage.uri} holds a run with other settings ({changed}); {advice}"
-            )
+    written = written_identity(storage, identity, advice, in_todays_keys)
     write_json(storage, CONFIG_FILE, {**config, _IDENTITY: written})
-    return dict(written)
+    return written
+
+
+def written_identity(
+    storage: Storage,
+    identity: Mapping[str, Any],
+    advice: str,
+    in_todays_keys: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """The identity of the run that holds a folder, or of the one that would; changes nothing.
+
+    Args and errors are those of `claim`.
+    """
+    # As JSON would give it back: a tuple is a list.
+    now: dict[str, Any] = json.loads(json.dumps(identity))
+    if not storage.exists(CONFIG_FILE):
+        return now
+    written = _earlier_identity(storage)
+    changed = "; ".join(_differences(in_todays_keys(written) if written else {}, now))
+    if changed:
+        raise ConfigError(f"{storage.uri} holds a run with other settings ({changed}); {advice}")
+    return written
 
 
 def write_json(storage: Storage, name: str, values: Mapping[str, Any]) -> None:

@@ -140,6 +140,13 @@ class S3Storage(Storage):
             head = self._client().head_object(Bucket=self.bucket, Key=self._key(name))
         return f"{head['ETag']}-{head['LastModified'].isoformat()}"
 
+    def move(self, name: str, to: str) -> None:
+        """Copy within the service, in parts if it is large, and delete; see `Storage.move`."""
+        source = {"Bucket": self.bucket, "Key": self._key(checked_name(name))}
+        with _s3_errors("move", self.join(name)):
+            self._client().copy(source, self.bucket, self._key(checked_name(to)))
+        self.delete(name)
+
     def delete(self, name: str) -> None:
         """Delete `name`; see `Storage.delete`."""
         with _s3_errors("delete", self.join(name)):

@@ -6,6 +6,7 @@ losses of a run to which nothing happened.
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import ddray
 from ddray.sets.sharded_set import shard_name
 from tests.chaos.job import Job, is_alive, write_set
 from tests.patience import PATIENCE_S, wait_until
-from tests.runtime.tiny import distilling
+from tests.runtime.tiny import contents, distilling
 
 pytestmark = pytest.mark.chaos
 
@@ -193,26 +194,111 @@ def test_fewer_workers_go_on_from_the_same_weights_and_average(
     assert fmean(losses[-EVERY:]) == pytest.approx(fmean(undisturbed[-EVERY:]), rel=0.05)
 
 
-def test_a_checkpoint_that_lacks_the_part_of_a_rank_is_named(
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+# Of the newest checkpoint: a file of it, and what becomes of that.
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a rank's part is gone": ("deepspeed/*pp_rank_1_*optim*", Path.unlink),
+    "the weights are cut": ("deepspeed/*00_model_states.pt", _cut),
+    "a byte has changed": ("deepspeed/*pp_rank_0_*optim*", _flip),
+    "what it consists of is unknown": ("parts.json", _cut),
+    "the list of checkpoints is cut": ("../checkpoint_manager_snapshot.json", _cut),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_left_out(
+    start: Callable[..., Job],
+    stopped: Stopped,
+    undisturbed: list[float],
+    tmp_path: Path,
+    damage: str,
+) -> None:
+    out = stopped.again(tmp_path / "run")
+    before = sorted(set(_saved(out)))
+    pattern, apply = DAMAGES[damage]
+    (newest,) = out.glob(f"*/step-{stopped.step:07d}-*")
+    (file,) = newest.parent.glob(pattern[3:]) if pattern[0] == "." else newest.glob(pattern)
+    apply(file)
+    job = start(*_distill(stopped.data, out))
+    status, _, stderr = job.end()
+    assert status == 0, stderr
+    assert "Traceback" not in stderr
+    history = _lines(out / "metrics.jsonl")
+    assert [line["step"] for line in history] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in history] == pytest.approx(undisturbed, **SAME)
+    (resumed,) = _events(out, "resumed")
+    if "list" in damage:
+        assert resumed["step"] == stopped.step
+        assert (newest.parent / f"damaged-{file.name}").stat().st_size == 100
+        return
+    assert resumed["step"] == before[-2]
+    (left_out,) = _events(out, "checkpoint left out")
+    assert str(newest) in left_out["reason"]
+    assert f"ddray: {left_out['reason']}; going on from an older one" in stderr.splitlines()
+
+
+def test_where_no_checkpoint_is_whole_it_is_said_and_nothing_lost(
     start: Callable[..., Job], stopped: Stopped, tmp_path: Path
 ) -> None:
     out = stopped.again(tmp_path / "run")
-    (part,) = out.glob(f"*/step-{stopped.step:07d}-*/deepspeed/*pp_rank_1_*optim*")
-    part.unlink()
+    for folder in out.glob("*/step-*"):
+        _cut(next(folder.glob("deepspeed/*00_model_states.pt")))
+    kept = contents(out, *(folder.name for folder in out.glob("checkpoints-*")))
     line = _refusal(start(*_distill(stopped.data, out)))
-    assert part.name in line
-    assert str(part.parent.parent) in line
+    assert f"step-{stopped.step:07d}-workers-2 has 100 of " in line
+    assert line.endswith(
+        "no other checkpoint is whole; restore one of them, or rerun with --fresh to start over"
+    )
+    assert contents(out, *(folder.name for folder in out.glob("checkpoints-*"))) == kept
 
 
-def test_a_list_of_checkpoints_that_is_cut_is_named(
+def test_fresh_keeps_the_earlier_run_until_the_new_one_can_go_on(
     start: Callable[..., Job], stopped: Stopped, tmp_path: Path
 ) -> None:
     out = stopped.again(tmp_path / "run")
-    (snapshot,) = out.glob("checkpoints-*/checkpoint_manager_snapshot.json")
-    snapshot.write_bytes(snapshot.read_bytes()[:100])
-    line = _refusal(start(*_distill(stopped.data, out)))
-    assert f"{snapshot} is damaged" in line
-    assert "--fresh" in line
+    kept = {name: c for name, c in contents(out).items() if not name.startswith("lease")}
+    job = start(*_distill(stopped.data, out, lr=0.003, fresh=True))
+    job.until(lambda: any(out.glob("replaced-*/config.json")))
+    (aside,) = out.glob("replaced-*")
+    assert contents(aside) == kept
+    # Before its first checkpoint: another attempt leaves all of it where it is.
+    job.kill_driver()
+    losses = _finished(out, start(*_distill(stopped.data, out, lr=0.003, fresh=True)))
+    assert len(losses) == STEPS
+    assert not [path for path in out.iterdir() if path.name.startswith("replaced-")]
+
+
+def test_of_many_drivers_in_one_folder_one_works(
+    start: Callable[..., Job], data: Path, undisturbed: list[float], tmp_path: Path
+) -> None:
+    offsets = random.Random(4)
+    first = start(*_distill(data, tmp_path))
+    others: list[Job] = []
+    while first.process.poll() is None and len(others) < 20:
+        time.sleep(offsets.uniform(0.0, 3.0))
+        others.append(start(*_distill(data, tmp_path)))
+    ended = [job.end() for job in others]
+    losses = _finished(tmp_path, first) if first.process.returncode == 0 else []
+    for status, stdout, stderr in ended:
+        if status == 0 and not losses:  # it was there before the first
+            losses = [line["loss"] for line in _lines(tmp_path / "metrics.jsonl")]
+        elif status == 0:
+            assert json.loads(stdout)["steps"] == STEPS  # of the run that has ended
+        else:
+            assert (status, stdout) == (1, ""), stderr
+            assert f"ddray: error: {tmp_path} is in use by process " in stderr
+    assert losses == pytest.approx(undisturbed, **SAME)
+    assert len(_events(tmp_path, "started")) == 1
+    assert not list(tmp_path.glob("lease-*"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -160,7 +160,7 @@ def obeys_strangers(gcs_address: str) -> bool:
 
 def _let_ray_read_its_token() -> None:
     # Ray keeps what it has read of them at its import, and at the first connection.
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

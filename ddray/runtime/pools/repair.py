@@ -1,10 +1,15 @@
 """Mending a set of either kind: what is damaged is moved aside, and the gaps are filled."""
 
 from ddray.config.base import PoolConfig
+from ddray.runtime.cluster.capacity import require
+from ddray.runtime.cluster.connection import connect
+from ddray.runtime.cluster.doctor import preflight
+from ddray.runtime.cluster.machine import Probe
 from ddray.runtime.pools import bulk, sampling
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.making import planned_student
 from ddray.sets.inspection import open_set, quarantine, verified
+from ddray.sets.sharded_set import MANIFEST
 from ddray.sets.trajectories.making import planned_teacher
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
@@ -12,7 +17,8 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 def repair(uri: str, pool: PoolConfig) -> list[str]:
     """Move what is damaged or does not belong to quarantine/, and refill the gaps.
 
-    Nothing is touched before it is sure that the plan's model is here.
+    Nothing is touched before it is sure that the gaps can be filled: that the plan's model is here,
+    and a cluster with room for the pool, on whose nodes it is too.
 
     Args:
         uri: of the set. No other job may write to it meanwhile.
@@ -25,20 +31,28 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
         ConfigError: the plan's model is not here.
         ShardError: there is no set, the model has other weights, or shards stay missing.
         StorageError: the URI cannot be written.
-        ClusterError: Ray cannot start, or the pool keeps failing.
+        ClusterError: Ray cannot start, has too little, or the pool keeps failing.
     """
     opened = open_set(uri)
     report = verified(opened)
     if report.ok:
         return ["nothing to mend"]
     opened.storage.check_writable()
-    gaps = bool(report.missing or report.damaged)
-    if gaps and isinstance(opened, TrajectorySet):
-        planned_teacher(opened.plan, "cpu")
-    elif gaps and isinstance(opened, ImageSet):
+    if not report.missing and not report.damaged:
+        return quarantine(opened, report)
+    if isinstance(opened, ImageSet):
         planned_student(opened.plan, "cpu")
-    lines = quarantine(opened, report)
-    if gaps:
-        made = (bulk if isinstance(opened, ImageSet) else sampling).refill(uri, pool)
-        lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
-    return lines
+        model, fill = opened.plan.student, bulk.refill
+    else:
+        assert isinstance(opened, TrajectorySet)
+        planned_teacher(opened.plan, "cpu")
+        model, fill = opened.plan.teacher, sampling.refill
+    threads, gaps = opened.plan.threads, len(report.missing) + len(report.damaged)
+    least = min(pool.workers[0], gaps)
+    with connect():
+        require("repair", least, threads, pool.num_gpus, pool.wait_s, pool.node_pool)
+        probes = [Probe(opened.storage.uri, MANIFEST)]
+        preflight(threads, pool.num_gpus, pool.node_pool, [model], probes)
+        lines = quarantine(opened, report)
+        made = fill(uri, pool)
+    return [*lines, f"refilled {made['shards_made']} shards ({made['rows_made']} rows)"]

@@ -4,36 +4,35 @@ The driver's side. The step itself is plain torch in ddray.distillation.optimiza
 around it ddray.runtime.training.worker.
 """
 
-import hashlib
-import json
 import logging
 import time
-from functools import partial
 from typing import Any
 
 import torch
 
 from ddray import __version__
 from ddray.config.distillation import DistillConfig
-from ddray.config.loading import in_todays_keys
-from ddray.distillation.log import TENSORBOARD_FOLDER
 from ddray.distillation.order import default_lanes
 from ddray.distillation.perceptual import with_lpips_checked
-from ddray.errors import CheckpointError, ConfigError, StoppedError, TrainingError
-from ddray.evaluation.student_check import (
-    BEST_FOLDER,
-    PICTURES_FOLDER,
-    check_student,
-    require_classes,
-)
+from ddray.errors import ConfigError, StoppedError, TrainingError
+from ddray.evaluation.student_check import check_student, require_classes
 from ddray.method.schedule import default_schedule
 from ddray.method.teacher import Teacher
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import continue_student, load_teacher
 from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.connection import connect
-from ddray.runtime.cluster.doctor import preflight
+from ddray.runtime.cluster.doctor import preflight, probing
 from ddray.runtime.cluster.machine import Probe
+from ddray.runtime.training.checkpoints import without_a_cut_list
+from ddray.runtime.training.claim import (
+    check_claim,
+    claim_folder,
+    drop_replaced,
+    finished_summary,
+    run_identity,
+    set_aside,
+)
 from ddray.runtime.training.watch import Watch
 from ddray.runtime.training.watchdog import Board
 from ddray.runtime.training.worker import STUDENT_FOLDER, work
@@ -42,60 +41,17 @@ from ddray.sets.inspection import trainable_shards
 from ddray.sets.sharded_set import MANIFEST
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
-from ddray.storage.base import NotFoundError, Storage
+from ddray.storage.lease import Lease
 from ddray.storage.run_folder import (
-    CONFIG_FILE,
-    EVALUATIONS_FILE,
-    EVENTS_FILE,
     METRICS_FILE,
     SUMMARY_FILE,
     EventLog,
-    claim,
     read_lines,
     write_json,
 )
 
 # A group of processes has at least so long to come up and meet in its first collective.
 _MEETING_S = 600
-
-# What a run writes into its folder, and --fresh may delete; other things may lie beside it.
-_RUN_FILES = (
-    CONFIG_FILE,
-    EVENTS_FILE,
-    METRICS_FILE,
-    SUMMARY_FILE,
-    EVALUATIONS_FILE,
-    "bad-steps/",
-    f"{BEST_FOLDER}/",
-    f"{PICTURES_FOLDER}/",
-    f"{STUDENT_FOLDER}/",
-    f"{TENSORBOARD_FOLDER}/",
-    "checkpoints-",
-)
-
-# What may differ between the runs that share a folder: where and how, but not what.
-_FREE_TO_CHANGE = {
-    "out",
-    "workers",
-    "threads",
-    "use_gpu",
-    "node_pool",
-    "wait_s",
-    "activation_checkpointing",
-    "compile",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "evaluate_every",
-    "evaluate_count",
-    "patience",
-    "max_failures",
-    "max_bad_steps",
-    "step_timeout_s",
-    "stall_timeout_s",
-    "fresh",
-    "allow_partial",
-}
 
 
 def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -> Teacher:
@@ -126,61 +82,6 @@ def _with_schedule(config: DistillConfig, teacher: Teacher) -> DistillConfig:
             f"stages of {teacher.name}"
         )
     return config.model_copy(update={"schedule": schedule})
-
-
-def _identity(
-    config: DistillConfig, lanes: int, shards: list[int] | None, plan_hash: str
-) -> dict[str, Any]:
-    """What makes two runs the same run."""
-    # The set is known by its plan, wherever it lies.
-    fixed = config.model_dump(mode="json", exclude=_FREE_TO_CHANGE | {"data"})
-    part = "all" if shards is None else f"{len(shards)}, {_digest(shards)}"
-    return {**fixed, "lanes": lanes, "shards": part, "plan_hash": plan_hash}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> dict[str, Any]:
-    """Take the run folder, or take it up again; refuse one of a run with other settings.
-
-    Returns:
-        The identity of the run as it was written when it began.
-    """
-    storage = open_storage(config.out)
-    if config.fresh:
-        for name in storage.list():
-            if name.startswith(_RUN_FILES):
-                storage.delete(name)
-    return claim(
-        storage,
-        config.model_dump(mode="json"),
-        identity,
-        "use another out, or --fresh to start over",
-        partial(in_todays_keys, DistillConfig),
-    )
-
-
-def _finished_summary(config: DistillConfig) -> dict[str, Any] | None:
-    storage = open_storage(config.out)
-    if storage.exists(SUMMARY_FILE) and storage.exists(f"{STUDENT_FOLDER}/{CONFIG_FILE}"):
-        return dict(json.loads(storage.read(SUMMARY_FILE)))
-    return None
-
-
-def _check_list(storage: Storage, name: str) -> None:
-    """Refuse Train's list of checkpoints if it is cut: Train does not write it atomically."""
-    file = f"{name}/checkpoint_manager_snapshot.json"
-    try:
-        json.loads(storage.read(file))
-    except NotFoundError:
-        return
-    except ValueError as error:
-        raise CheckpointError(
-            f"{storage.join(file)} is damaged, by a full disk or a kill while it was written; "
-            "restore it, or rerun with --fresh"
-        ) from error
 
 
 def _lanes(config: DistillConfig, num_shards: int) -> int:
@@ -234,42 +135,62 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if config.evaluate_every:
         require_classes(trajectories.plan)
     lanes = _lanes(config, trajectories.plan.num_shards)
-    identity = _identity(config, lanes, shards, trajectories.plan.hash)
-    identity = _claim_folder(config, identity)
-    earlier = _finished_summary(config)
-    if earlier is not None:
-        return earlier
-    started = time.monotonic()
-    name = f"checkpoints-{_digest(identity)}"
-    job = {"config": config.model_dump(mode="json"), "lanes": lanes, "shards": shards}
+    identity = run_identity(config, lanes, shards, trajectories.plan.hash)
+    check_claim(config, identity)
     storage = open_storage(config.out)
-    _check_list(storage, name)
-    with connect(), EventLog(storage, workers=config.workers, steps=config.steps) as events:
+    storage.check_writable()
+    started = time.monotonic()
+    with Lease(storage) as lease:
+        if not config.fresh and (earlier := finished_summary(storage)):
+            return earlier
+        named = config.teacher or trajectories.plan.teacher
+        step = _train(config, lease, identity, lanes, shards, named)
+        history = read_history(config.out)
+        last = history[-1] if history else {}
+        figures = ("loss", "token_accuracy", "samples_per_s")
+        summary: dict[str, Any] = {
+            "student": storage.join(STUDENT_FOLDER),
+            "ddray_version": __version__,
+            "steps": step,
+            "rows": trajectories.plan.count,
+            "teacher": teacher.name,
+            "seconds": round(time.monotonic() - started, 3),
+            **{key: last[key] for key in figures if key in last},
+        }
+        lease.require()
+        write_json(storage, SUMMARY_FILE, summary)
+        return summary
+
+
+def _train(
+    config: DistillConfig,
+    lease: Lease,
+    identity: dict[str, Any],
+    lanes: int,
+    shards: list[int] | None,
+    teacher: str,
+) -> int:
+    """Train in the run folder that is held; returns the last step.
+
+    Nothing of an earlier run is touched before all that can refuse has agreed.
+    """
+    storage = open_storage(config.out)
+    with connect(), probing([config.out]) as probes:
+        gpus = int(config.use_gpu)
         require(
-            "distillation",
-            config.workers[0],
-            config.threads,
-            int(config.use_gpu),
-            config.wait_s,
-            config.node_pool,
+            "distillation", config.workers[0], config.threads, gpus, config.wait_s, config.node_pool
         )
-        probes = [Probe(config.data, MANIFEST, writable=False), Probe(config.out, CONFIG_FILE)]
-        models = [config.teacher or trajectories.plan.teacher]
-        preflight(config.threads, int(config.use_gpu), config.node_pool, models, probes)
-        step = _fit(config, name, job, config.teacher or trajectories.plan.teacher, events)
-    history = read_history(config.out)
-    last = history[-1] if history else {}
-    summary: dict[str, Any] = {
-        "student": storage.join(STUDENT_FOLDER),
-        "ddray_version": __version__,
-        "steps": step,
-        "rows": trajectories.plan.count,
-        "teacher": teacher.name,
-        "seconds": round(time.monotonic() - started, 3),
-        **{key: last[key] for key in ("loss", "token_accuracy", "samples_per_s") if key in last},
-    }
-    write_json(storage, SUMMARY_FILE, summary)
-    return summary
+        probes = [Probe(config.data, MANIFEST, writable=False), *probes]
+        preflight(config.threads, gpus, config.node_pool, [teacher], probes)
+        if config.fresh:
+            set_aside(storage)
+        name = claim_folder(config, identity)
+        job = {"config": config.model_dump(mode="json"), "lanes": lanes, "shards": shards}
+        job["earlier"] = without_a_cut_list(storage, name)
+        with EventLog(storage, workers=config.workers, steps=config.steps) as events:
+            step = _fit(config, name, job, teacher, events, lease)
+        drop_replaced(storage)
+    return step
 
 
 def read_history(out: str) -> list[dict[str, float]]:
@@ -300,7 +221,12 @@ def _validation(config: DistillConfig, teacher: str, board: Any) -> Any:
 
 
 def _fit(
-    config: DistillConfig, name: str, job: dict[str, Any], teacher: str, events: EventLog
+    config: DistillConfig,
+    name: str,
+    job: dict[str, Any],
+    teacher: str,
+    events: EventLog,
+    lease: Lease,
 ) -> int:
     """Train; returns the last step."""
     import ray
@@ -342,7 +268,7 @@ def _fit(
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    watch = Watch(board, config, events)
+    watch = Watch(board, config, events, lease)
     try:
         watch.run(trainer.fit)
     except TrainingFailedError as error:

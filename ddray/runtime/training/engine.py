@@ -224,17 +224,17 @@ def check_parts(folder: str, uri: str) -> None:
     Raises:
         CheckpointError: with the first such file.
     """
-    index = Path(folder) / _PARTS_FILE
-    advice = f"delete {uri} and rerun with --fresh, or restore it"
-    if not index.is_file():
+    try:
+        parts = json.loads((Path(folder) / _PARTS_FILE).read_bytes()).items()
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"the checkpoint {uri} has no {_PARTS_FILE}: it is not whole; {advice}"
-        )
-    for name, size in json.loads(index.read_text()).items():
+            f"the checkpoint {uri} has no {_PARTS_FILE}, or a damaged one: it is not whole"
+        ) from error
+    for name, size in parts:
         file = Path(folder) / name
         if not file.is_file() or file.stat().st_size != size:
             what = f"has {file.stat().st_size} of {size} bytes of" if file.is_file() else "lacks"
-            raise CheckpointError(f"the checkpoint {uri} {what} {name}; {advice}")
+            raise CheckpointError(f"the checkpoint {uri} {what} {name}")
 
 
 def _files(folder: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ from typing import Any
 
 from ddray.config.distillation import DistillConfig
 from ddray.progress import Progress
+from ddray.runtime.training.claim import drop_replaced
+from ddray.storage import open_storage
+from ddray.storage.lease import Lease
 from ddray.storage.run_folder import EventLog
 
 _POLL_S = 1.0
@@ -23,6 +27,7 @@ class Watch:
         board: actor handle of the run's `Board`.
         config: the job.
         events: of the run.
+        lease: of the run folder.
 
     Attributes:
         step: the last one that was seen.
@@ -31,8 +36,8 @@ class Watch:
         terminated: whether SIGTERM has come.
     """
 
-    def __init__(self, board: Any, config: DistillConfig, events: EventLog):
-        self._board, self._config, self._events = board, config, events
+    def __init__(self, board: Any, config: DistillConfig, events: EventLog, lease: Lease):
+        self._board, self._config, self._events, self._lease = board, config, events, lease
         self.step, self.terminated, self._told = 0, False, 0.0
         self.failure: str | None = None
         self.reason: str | None = None
@@ -57,6 +62,7 @@ class Watch:
             while thread.is_alive():
                 thread.join(_POLL_S)
                 self._look(bar)
+                self._lease.require()
             self._look(bar)
         if raised:
             raise raised[0]
@@ -70,11 +76,19 @@ class Watch:
             bar.advance_to(self.step, note)
             for event in told:
                 self._events.add(**event)
+                self._heed(**event)
             # A process that is stopped, or holds Python's lock for ever, cannot end itself.
             frozen = self._board.silent.remote(self._config.step_timeout_s)
             for rank, worker in ray.get(frozen, timeout=5).items():
                 self._events.add("frozen", worker=rank)
                 ray.kill(worker)
+
+    def _heed(self, event: str, reason: str = "", **_: object) -> None:
+        """Do what an event of the workers asks for."""
+        if event == "first checkpoint":
+            drop_replaced(open_storage(self._config.out))
+        elif event == "checkpoint left out":
+            print(f"ddray: {reason}; going on from an older one", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _terminable(self) -> Iterator[None]:

@@ -32,7 +32,13 @@ from ddray.distillation.stream import Batch, TrajectoryStream
 from ddray.errors import DDRayError, StorageError, TrainingError, one_line
 from ddray.method.teacher import Teacher
 from ddray.models.zoo import continue_student, load_teacher, new_student
-from ddray.runtime.training.engine import Engine, check_parts, whole_weights
+from ddray.runtime.training.checkpoints import (
+    STATE_FILE,
+    checkpoint_name,
+    known_checkpoints,
+    newest_whole,
+)
+from ddray.runtime.training.engine import Engine, whole_weights
 from ddray.runtime.training.failures import is_full_disk, is_out_of_memory, out_of_memory
 from ddray.runtime.training.watchdog import Watchdog
 from ddray.sets.conditions import load_encoder
@@ -41,7 +47,6 @@ from ddray.storage import open_storage
 from ddray.storage.checkpoint import load_folder, save_folder
 
 STUDENT_FOLDER = "student"
-_STATE_FILE = "training.json"
 _CRITICS_FILE = "critics.pt"
 # How often the cluster is asked whether one of our nodes is about to go.
 _LOOK_EVERY_S = 5.0
@@ -89,6 +94,7 @@ class _Run:
         config: the job.
         lanes: of the data; see `TrajectoryStream`.
         shards: that are trained on; None = all.
+        earlier: names of checkpoints in the run's folder that Train knows nothing of.
         board: handle of the run's `Board`.
         watchdog: of this process.
     """
@@ -98,6 +104,7 @@ class _Run:
         config: DistillConfig,
         lanes: int,
         shards: list[int] | None,
+        earlier: list[str],
         board: Any,
         watchdog: Watchdog,
     ):
@@ -135,11 +142,13 @@ class _Run:
         self.step, self.bad_steps = 0, 0
         lines: list[dict[str, Any]] = []
         loaded = time.monotonic()
-        with _checkpoint() as (folder, uri):
+        known = known_checkpoints(earlier)
+        self._earlier, self._has_checkpoint = earlier, False
+        with newest_whole(known, self.rank, self.world, self._leave_out) as folder:
             if folder is None:
                 self.engine = self._engine()
             else:
-                self.step, lines = self._resume(folder, uri)
+                self.step, lines = self._resume(folder)
         self.training_step = TrainingStep(
             self.engine,
             self.critics,
@@ -168,10 +177,12 @@ class _Run:
             network.load_state_dict(weights, strict=False)
         return Engine(network, self.teacher.codebook, self.config, self.world)
 
-    def _resume(self, folder: str, uri: str) -> tuple[int, list[dict[str, Any]]]:
+    def _leave_out(self, reason: str) -> None:
+        self.board.tell.remote("checkpoint left out", reason=reason)
+
+    def _resume(self, folder: str) -> tuple[int, list[dict[str, Any]]]:
         """Take up a checkpoint; returns its step and what had been logged."""
-        check_parts(folder, uri)
-        state = json.loads((Path(folder) / _STATE_FILE).read_text())
+        state = json.loads((Path(folder) / STATE_FILE).read_text())
         check_state(state["data"], self.stream.identity())
         _, averaged, _ = load_folder(Path(folder) / STUDENT_FOLDER)
         states = torch.load(Path(folder) / _CRITICS_FILE, self.teacher.device, weights_only=True)
@@ -305,18 +316,17 @@ class _Run:
             wait: until it is in the storage; else it is copied there while training goes on.
         """
         import ray.train
-        from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
+        from ray.train import CheckpointUploadMode
 
         if self.bad_steps:
             return  # These weights may be what is wrong.
         every = self.config.evaluate_every
-        # The parts of other workers, left by an upload that never ended, are not to lie among ours.
-        name = f"step-{self.step:07d}-workers-{self.world}"
         with self.watchdog.patient(f"checkpoint of step {self.step}"):
-            # Else copies would pile up before a slow storage, and more than two intervals be lost.
-            ray.train.get_all_reported_checkpoints(
-                consistency_mode=CheckpointConsistencyMode.COMMITTED
-            )
+            # Waits for those under way: else copies would pile up before a slow storage, and more
+            # than two intervals be lost.
+            names = [*known_checkpoints(), *self._earlier]
+            self._tell_first_checkpoint(names)
+            name = checkpoint_name(self.step, self.world, names)
             folder = tempfile.mkdtemp(prefix="ddray-", dir=Path.cwd())
             try:
                 self._write_parts(folder)
@@ -337,6 +347,12 @@ class _Run:
                     raise
                 raise self._no_space(name, folder, error) from error
         self._saved = self.step
+
+    def _tell_first_checkpoint(self, names: list[str]) -> None:
+        """Say, once, that there is something to go on from."""
+        if names and not self._has_checkpoint and self.rank == 0:
+            self.board.tell.remote("first checkpoint")
+        self._has_checkpoint = bool(names)
 
     def _upload(self, checkpoint: Any, name: str) -> Any:
         """Copy this rank's part of a checkpoint to the run's storage; in a thread of Train's.
@@ -374,7 +390,7 @@ class _Run:
                 "data": self.stream.state(self.step),
                 "lines": self.log.lines,
             }
-            (Path(folder) / _STATE_FILE).write_text(json.dumps(state))
+            (Path(folder) / STATE_FILE).write_text(json.dumps(state))
             states = [critic.state_dict() for critic in self.critics]
             torch.save(states, Path(folder) / _CRITICS_FILE)
             self.log.flush()
@@ -422,19 +438,6 @@ class _Run:
         return info is not None
 
 
-@contextlib.contextmanager
-def _checkpoint() -> Iterator[tuple[str | None, str]]:
-    """The folder of the last checkpoint that Train has kept, and its URI, if there is one."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None, ""
-    else:
-        with checkpoint.as_directory() as folder:
-            yield folder, checkpoint.path
-
-
 def work(arguments: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
     import ray
@@ -448,7 +451,8 @@ def work(arguments: dict[str, Any]) -> None:
         return  # An earlier attempt met what no restart would mend; the driver knows.
     with Watchdog(board, rank, config.step_timeout_s) as watchdog:
         try:
-            run = _Run(config, arguments["lanes"], arguments["shards"], board, watchdog)
+            data = {key: arguments[key] for key in ("lanes", "shards", "earlier")}
+            run = _Run(config, **data, board=board, watchdog=watchdog)
             with contextlib.closing(run):
                 run.train()
                 run.finish()

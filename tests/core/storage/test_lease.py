@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddray.errors import ConfigError
+from ddray.errors import StorageError
 from ddray.storage import open_storage
 from ddray.storage.base import Storage
 from ddray.storage.lease import Lease
@@ -48,7 +48,7 @@ def _elsewhere(storage: Storage) -> Callable[..., None]:
 
 def test_a_second_process_is_refused_and_told_by_whom(storage: Storage) -> None:
     with Lease(storage):
-        with pytest.raises(ConfigError, match=r"is in use by process \d+ on .*; wait until"):
+        with pytest.raises(StorageError, match=r"is in use by process \d+ on .*; wait until"):
             Lease(storage).__enter__()
         assert len(storage.list("lease-")) == 1
     assert not storage.list()
@@ -62,7 +62,7 @@ def test_one_who_was_killed_holds_no_longer(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match=f"process {holder.pid} on"):
+    with pytest.raises(StorageError, match=f"process {holder.pid} on"):
         Lease(open_storage(tmp_path)).__enter__()
     holder.kill()
     holder.wait(PATIENCE_S)
@@ -87,7 +87,7 @@ def test_of_another_machine_it_is_seen_by_its_beats(
 
         keeping = threading.Thread(target=keep, daemon=True)
         keeping.start()
-        with pytest.raises(ConfigError, match="on far; wait"):
+        with pytest.raises(StorageError, match="on far; wait"):
             Lease(storage, beat_s=0.05, stale_s=PATIENCE_S).__enter__()
         ended.set()
         keeping.join()
@@ -101,6 +101,8 @@ def test_one_that_stood_still_learns_that_it_has_lost(storage: Storage) -> None:
         (name,) = storage.list("lease-")
         storage.write("lease-000009.json", b'{"owner": "another"}')
         wait_until(lambda: first.is_lost, "first holder to notice")
+        with pytest.raises(StorageError, match="was taken over by another process while this"):
+            first.require()
     # What is another's is left alone.
     assert "lease-000009.json" in storage.list()
     assert name in storage.list()
@@ -130,7 +132,7 @@ def test_of_many_at_once_one_gets_in(tmp_path: Path) -> None:
                     time.sleep(0.001)
                     with lock:
                         inside -= 1
-            except ConfigError:
+            except StorageError:
                 continue
 
     threads = [threading.Thread(target=enter) for _ in range(8)]

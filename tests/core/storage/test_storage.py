@@ -52,6 +52,21 @@ def test_the_version_of_a_name_changes_when_it_is_written_again(storage: Storage
         storage.version("y")
 
 
+def test_what_is_moved_lies_under_its_new_name_alone(storage: Storage) -> None:
+    storage.write("run/student/a.bin", b"12345")
+    storage.write("run/notes.txt", b"mine")
+    storage.move("run/student/a.bin", "old/run/student/a.bin")
+    assert storage.list() == {"old/run/student/a.bin": 5, "run/notes.txt": 4}
+    assert storage.read("old/run/student/a.bin") == b"12345"
+    with pytest.raises(StorageError, match="run/student/a.bin"):
+        storage.move("run/student/a.bin", "b.bin")
+    storage.delete_folder("old")
+    storage.delete_folder("old")
+    assert storage.list() == {"run/notes.txt": 4}
+    if isinstance(storage, LocalStorage):
+        assert [path.name for path in Path(storage.uri).rglob("*")] == ["run", "notes.txt"]
+
+
 def test_what_is_written_is_read_and_listed(storage: Storage) -> None:
     assert storage.list() == {}
     assert storage.write("shards/b.parquet", b"12345")

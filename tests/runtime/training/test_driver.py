@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from ddray.distillation.optimization import (
     set_learning_rate,
 )
 from ddray.distillation.stream import TrajectoryStream
-from ddray.errors import ConfigError, ShardError, TrainingError
+from ddray.errors import ConfigError, DDRayError, ShardError, StorageError, TrainingError
 from ddray.models.zoo import empty_network, empty_tokenizer, new_student
 from ddray.runtime.training.driver import distill, read_history
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage import open_storage
 from ddray.storage.checkpoint import load_folder, save_folder
+from ddray.storage.lease import Lease
 from tests.core.tiny import VAR_SIZES, random_state
 from tests.runtime.tiny import contents, distilling, sampling, write_teacher
 
@@ -210,6 +213,32 @@ def test_fresh_starts_over_and_deletes_nothing_else(restarted: DistillConfig) ->
     assert [line["step"] for line in read_history(restarted.out)] == [1, 2]
     assert ddray.load_student(out / "student").config["step"] == 2
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_fresh_touches_nothing_where_anything_refuses(
+    restarted: DistillConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(restarted.out, out)
+    before = contents(out)
+    config = restarted.model_copy(update={"out": str(out)})
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"workers": (8, 8), "threads": 2}, "8 workers of 2 CPUs"),
+        ({"use_gpu": True}, "1 GPUs"),
+        ({"node_pool": "nowhere"}, "ddray.io/node-pool=nowhere"),
+        ({"allow_partial": False}, "--allow-partial"),
+        ({"schedule": (0, 16)}, "stages must be below 16"),
+        ({"init": f"{out}/student"}, "lies in the run that --fresh replaces"),
+        ({"teacher": str(tmp_path / "none")}, "no model"),
+        ({"data": str(tmp_path / "none")}, "no trajectory set"),
+    )
+    for other, message in refused:
+        with pytest.raises(DDRayError, match=message):
+            distill(config.model_copy(update=other))
+        assert contents(out) == before, other
+    with Lease(open_storage(str(out))), pytest.raises(StorageError, match="is in use by process"):
+        distill(config)
+    assert contents(out) == before
 
 
 def test_a_run_can_begin_with_a_student(
