@@ -156,6 +156,16 @@ def test_repair_moves_what_is_bad_aside_and_refills_byte_for_byte(
     assert repair(str(copy), PoolConfig()) == ["nothing to mend"]
 
 
+def test_a_repair_that_is_refused_moves_nothing(copy: Path) -> None:
+    (copy / shard_name(1)).write_bytes((copy / shard_name(1)).read_bytes()[:-9])
+    before = contents(copy)
+    refused = ({"workers": (9, 9)}, {"num_gpus": 1}, {"node_pool": "nowhere"})
+    for other in refused:
+        with pytest.raises(ClusterError, match="repair asks for"):
+            repair(str(copy), PoolConfig(**{"workers": (1, 1), **other}))
+        assert contents(copy) == before
+
+
 def test_a_recomputation_finds_the_rows_as_the_actors_wrote_them(
     whole: tuple[Path, dict],
 ) -> None:
