@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ddray.errors import ConfigError, StorageError, one_line
+from ddray.errors import StorageError, one_line
+from ddray.locations import S3
 from ddray.storage.base import (
     PROBE,
     TEMPORARY,
@@ -26,25 +27,9 @@ class S3Storage(Storage):
     """A prefix of an S3 bucket, or of any service that speaks S3 with conditional PUT."""
 
     def __init__(self, uri: str) -> None:
-        """Take `s3://bucket/prefix` apart.
-
-        Raises:
-            ConfigError: If there is no bucket, or the URI carries credentials or options.
-        """
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        if "@" in bucket:
-            # The URI is not repeated: it may hold a secret.
-            raise ConfigError(
-                "an s3 uri holds credentials; give them by AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, and s3://bucket/prefix as the uri"
-            )
-        if not bucket or "?" in uri:
-            raise ConfigError(
-                f"uri {uri!r} is not s3://bucket/prefix; an endpoint goes into AWS_ENDPOINT_URL"
-            )
-        self.bucket = bucket
-        self.prefix = prefix.strip("/")
-        self.uri = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        """Take `s3://bucket/prefix`, as `ddray.locations.absolute` gives it, apart."""
+        self.uri = uri
+        self.bucket, _, self.prefix = uri.removeprefix(S3).partition("/")
         self._lazy_client: Any = None
 
     def __getstate__(self) -> dict[str, Any]:

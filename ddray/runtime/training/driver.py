@@ -18,7 +18,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.config.loading import in_todays_keys
 from ddray.distillation.log import TENSORBOARD_FOLDER
 from ddray.distillation.order import default_lanes
-from ddray.distillation.perceptual import with_lpips_checked
+from ddray.distillation.perceptual import check_lpips
 from ddray.errors import CheckpointError, ConfigError, StoppedError, TrainingError
 from ddray.evaluation.student_check import (
     BEST_FOLDER,
@@ -28,7 +28,6 @@ from ddray.evaluation.student_check import (
 )
 from ddray.method.schedule import default_schedule
 from ddray.method.teacher import Teacher
-from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import continue_student, load_teacher
 from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.connection import connect
@@ -216,14 +215,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         StoppedError: after SIGTERM, with a checkpoint of the last step.
         TrainingError: workers failed more often than allowed, or losses are not finite.
     """
-    # Workers elsewhere have another current folder: from here on, locations are absolute.
-    places = ["data", "out"]
-    if config.init is not None and config.init not in BUNDLED_MODELS:
-        places.append("init")
-    config = config.model_copy(
-        update={name: open_storage(getattr(config, name)).uri for name in places}
-    )
-    config = with_lpips_checked(config)
+    check_lpips(config)
     trajectories = TrajectorySet.open(config.data)
     teacher = _load_matching_teacher(config, trajectories)
     config = _with_schedule(config, teacher)
