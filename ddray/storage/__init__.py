@@ -33,6 +33,6 @@ def open_beside(file: str | os.PathLike[str]) -> tuple[Storage, str]:
     """
     place = absolute(file)
     folder, _, name = place.rpartition("/")
-    if not name or folder == S3.rstrip("/") or os.fsdecode(file).endswith("/"):
+    if not name or folder == S3[:-1] or os.fsdecode(file).endswith("/"):
         raise ConfigError(f"uri {os.fsdecode(file)!r} names no file")
     return open_storage(folder or "/"), name
