@@ -56,6 +56,13 @@ def s3_environment(endpoint: str) -> dict[str, str]:
     }
 
 
+# What boto3 sends on its own accord, and services that are older or not Amazon's refuse.
+CHECKSUM_HEADERS = {
+    start: (400, "InvalidArgument")
+    for start in ("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer")
+}
+
+
 class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -72,11 +79,16 @@ class FaultyProxy:
             is lost), one in the middle of the answer, and a slow answer; 0 = none.
         refuse: an S3 error code with which all requests are answered; empty = none.
         faults: what was injected, in order.
+        unknown: beginnings of headers that the service does not know, in lower case, each with the
+            HTTP status and the S3 error code with which it refuses them.
+        regions: those for which requests were signed.
     """
 
     def __init__(self, endpoint: str, every: int = 0, slow_s: float = 1.0):
         self.every, self.slow_s, self.refuse = every, slow_s, ""
         self.faults: list[str] = []
+        self.unknown: dict[str, tuple[int, str]] = {}
+        self.regions: set[str] = set()
         self._target = endpoint.removeprefix("http://")
         self._requests = itertools.count(1)
         self._kinds = itertools.cycle(
@@ -117,7 +129,13 @@ class FaultyProxy:
     def _handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("content-length", 0)))
         fault = self._next_fault()
-        if self.refuse:
+        # AWS4-HMAC-SHA256 Credential=KEY/DATE/REGION/s3/aws4_request, ...
+        self.regions.update(request.headers.get("authorization", "").split("/")[2:3])
+        refused = self._refused(request)
+        if refused is not None:
+            status, code = refused
+            _answer(request, status, _ERROR.format(code=code).encode())
+        elif self.refuse:
             _answer(request, 400, _ERROR.format(code=self.refuse).encode())
         elif fault in ("500", "503"):
             code = {"500": "InternalError", "503": "SlowDown"}[fault]
@@ -128,6 +146,13 @@ class FaultyProxy:
             if fault == "slow":
                 time.sleep(self.slow_s)
             self._pass_on(request, body, fault)
+
+    def _refused(self, request: BaseHTTPRequestHandler) -> tuple[int, str] | None:
+        headers = [header.lower() for header in request.headers]
+        found = (
+            a for start, a in self.unknown.items() if any(h.startswith(start) for h in headers)
+        )
+        return next(found, None)
 
     def _pass_on(self, request: BaseHTTPRequestHandler, body: bytes, fault: str) -> None:
         connection = http.client.HTTPConnection(self._target, timeout=60)

@@ -41,6 +41,7 @@ from ddray.sets.inspection import trainable_shards
 from ddray.sets.sharded_set import MANIFEST
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
+from ddray.storage.arrow import arrow_filesystem
 from ddray.storage.base import NotFoundError, Storage
 from ddray.storage.run_folder import (
     CONFIG_FILE,
@@ -311,6 +312,8 @@ def _fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     fewest, most = config.workers
+    # Train would take a URI for escaped, and ask the AWS environment by rules of its own.
+    filesystem, path = arrow_filesystem(config.out)
     trainer = TorchTrainer(
         work,
         validation_config=_validation(config, teacher, board) if config.evaluate_every else None,
@@ -325,7 +328,8 @@ def _fit(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=open_storage(config.out).uri,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             logging_config=LoggingConfig(log_level="ERROR"),

@@ -1,7 +1,6 @@
 """Facts about the distance of decoded images."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from ddray.config.distillation import DistillConfig
 from ddray.config.loading import load_config
 from ddray.distillation.losses import Prediction
-from ddray.distillation.perceptual import Lpips, Perceptual, encoder_distance, check_lpips
+from ddray.distillation.perceptual import Lpips, Perceptual, check_lpips, encoder_distance
 from ddray.errors import CheckpointError, ConfigError
 from ddray.method.student import given_tokens
 from ddray.storage.checkpoint import fingerprint
