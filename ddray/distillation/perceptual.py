@@ -25,6 +25,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.distillation.adversary import sequence_codes
 from ddray.distillation.losses import Prediction
 from ddray.errors import ConfigError
+from ddray.locations import local_file
 from ddray.method.teacher import Teacher
 from ddray.models.autoencoder import Encoder
 from ddray.storage.checkpoint import load_into, read_weights
@@ -73,6 +74,7 @@ class Lpips:
                 "perceptual.distance=lpips needs the package lpips; install ddray[lpips], or take "
                 "perceptual.distance=tokenizer"
             ) from error
+        file = local_file(file)
         if not Path(file).is_file():
             raise ConfigError(
                 f"perceptual.weights_file={file} does not exist or is no file; "

@@ -17,6 +17,7 @@ from ddray.storage.base import NotFoundError
 from ddray.storage.caption_file import CaptionFile
 from ddray.storage.s3_client import new_client
 from tests.patience import PATIENCE_S, wait_until
+from tests.runtime.tiny import command, environment, write_teacher
 from tests.s3_server import BUCKET, CHECKSUM_HEADERS, FaultyProxy, s3_environment, s3_server
 
 pytestmark = pytest.mark.chaos
@@ -237,3 +238,42 @@ def test_a_service_that_others_wrote(s3rver: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S3RVER")
     monkeypatch.setattr(arrow, "PART_BYTES", 5 * 2**20)
     _use_everything(f"s3://{BUCKET}/a b/\u00fc+1")
+
+
+def test_checkpoints_of_a_training_lie_where_its_student_lies(
+    proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray Train, in its own processes, writes and finds them by the profile and under the name."""
+    file = f"[profile lab]\nregion = eu-west-3\nendpoint_url = {proxy.endpoint}\n{IN_FILE}"
+    (tmp_path / "config").write_text(file)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    proxy.unknown = CHECKSUM_HEADERS
+    teacher, out = write_teacher(tmp_path / "teacher"), f"s3://{BUCKET}/runs/a b%20+#"
+    sizes = ["--count=40", "--shard-rows=20", "--batch-size=8", "--num-evals=6"]
+    sets = ["sample", "--teacher", teacher, "--out", str(tmp_path / "set"), *sizes]
+    train = ["distill", "--data", str(tmp_path / "set"), "--out", out, "--steps=4"]
+    train += ["--batch-size=8", "--schedule=0,8", "--threads=1", "--checkpoint-every=2"]
+    for arguments in (sets, train):
+        _run(arguments)
+    storage = open_storage(out)
+    names = storage.list("checkpoints-")
+    assert any(name.endswith("model_states.pt") for name in names), names
+    for name in ("summary.json", "student/config.json"):
+        storage.delete(name)
+    written = {name: storage.version(name) for name in names if "/step-" in name}
+    _run(train)
+    assert storage.exists("student/config.json")
+    # It went on from the last checkpoint, which has all steps.
+    assert {name: storage.version(name) for name in written} == written
+    assert {name.split("/")[0] for name in open_storage(f"s3://{BUCKET}/runs").list()} == {
+        "a b%20+#"
+    }
+    assert proxy.regions == {"eu-west-3"}
+
+
+def _run(arguments: list[str]) -> None:
+    done = subprocess.run(
+        command(*arguments), env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
