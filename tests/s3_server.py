@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 BUCKET = "trajectories"
 
@@ -27,6 +28,7 @@ def s3_server() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
+    server._server.app = _one_condition_at_a_time(server._server.app)
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     client = boto3.session.Session().client(
@@ -41,6 +43,17 @@ def s3_server() -> Iterator[str]:
         yield endpoint
     finally:
         server.stop()
+
+
+def _one_condition_at_a_time(application: Any) -> Any:
+    """As S3 itself: moto may be interrupted between its look at an object and its write."""
+    lock = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        with lock if "HTTP_IF_NONE_MATCH" in environ else contextlib.nullcontext():
+            return application(environ, start_response)
+
+    return answer
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:
