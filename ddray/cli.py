@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -225,7 +226,11 @@ def _evaluate(config: Any) -> None:
         title="A student beside its teacher",
         subtitle=config.student,
         settings={"evaluate": config.model_dump(mode="json")},
-        commands=[f"ddray evaluate --student {config.student} --count {config.count}"],
+        commands=[
+            shlex.join(
+                ["ddray", "evaluate", "--student", config.student, "--count", str(config.count)]
+            )
+        ],
     )
     write_evaluation(config.out, evaluation, report, evaluation.summary())
     print(tables_as_text(evaluation))
@@ -370,8 +375,7 @@ def _cost(verb: str, config: Any) -> dict[str, Any]:
 def _require_lasting(config: Any) -> None:
     """Refuse results in the folder that Ray has unpacked for a job, and deletes after it."""
     out = getattr(config, "out", "/")
-    unpacked = "/runtime_resources/working_dir_files/" in os.getcwd()
-    if unpacked and "://" not in out and not os.path.isabs(out):
+    if "/runtime_resources/working_dir_files/" in out and not out.startswith("s3://"):
         raise ConfigError(
             f"out={out!r} lies in the working directory, which Ray deletes after the job; give a "
             "full path that all nodes share, or s3://"

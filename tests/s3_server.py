@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 BUCKET = "trajectories"
 
@@ -27,6 +28,7 @@ def s3_server() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
+    server._server.app = _one_condition_at_a_time(server._server.app)
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     client = boto3.session.Session().client(
@@ -43,6 +45,17 @@ def s3_server() -> Iterator[str]:
         server.stop()
 
 
+def _one_condition_at_a_time(application: Any) -> Any:
+    """As S3 itself: moto may be interrupted between its look at an object and its write."""
+    lock = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        with lock if "HTTP_IF_NONE_MATCH" in environ else contextlib.nullcontext():
+            return application(environ, start_response)
+
+    return answer
+
+
 def s3_environment(endpoint: str) -> dict[str, str]:
     """Variables that point every S3 client of a process at the endpoint, and at nothing else."""
     return {
@@ -54,6 +67,13 @@ def s3_environment(endpoint: str) -> dict[str, str]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_ENDPOINT_URL": endpoint,
     }
+
+
+# What boto3 sends on its own accord, and services that are older or not Amazon's refuse.
+CHECKSUM_HEADERS = {
+    start: (400, "InvalidArgument")
+    for start in ("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer")
+}
 
 
 class _QuietServer(ThreadingHTTPServer):
@@ -72,11 +92,16 @@ class FaultyProxy:
             is lost), one in the middle of the answer, and a slow answer; 0 = none.
         refuse: an S3 error code with which all requests are answered; empty = none.
         faults: what was injected, in order.
+        unknown: beginnings of headers that the service does not know, in lower case, each with the
+            HTTP status and the S3 error code with which it refuses them.
+        regions: those for which requests were signed.
     """
 
     def __init__(self, endpoint: str, every: int = 0, slow_s: float = 1.0):
         self.every, self.slow_s, self.refuse = every, slow_s, ""
         self.faults: list[str] = []
+        self.unknown: dict[str, tuple[int, str]] = {}
+        self.regions: set[str] = set()
         self._target = endpoint.removeprefix("http://")
         self._requests = itertools.count(1)
         self._kinds = itertools.cycle(
@@ -117,7 +142,13 @@ class FaultyProxy:
     def _handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("content-length", 0)))
         fault = self._next_fault()
-        if self.refuse:
+        # AWS4-HMAC-SHA256 Credential=KEY/DATE/REGION/s3/aws4_request, ...
+        self.regions.update(request.headers.get("authorization", "").split("/")[2:3])
+        refused = self._refused(request)
+        if refused is not None:
+            status, code = refused
+            _answer(request, status, _ERROR.format(code=code).encode())
+        elif self.refuse:
             _answer(request, 400, _ERROR.format(code=self.refuse).encode())
         elif fault in ("500", "503"):
             code = {"500": "InternalError", "503": "SlowDown"}[fault]
@@ -128,6 +159,13 @@ class FaultyProxy:
             if fault == "slow":
                 time.sleep(self.slow_s)
             self._pass_on(request, body, fault)
+
+    def _refused(self, request: BaseHTTPRequestHandler) -> tuple[int, str] | None:
+        headers = [header.lower() for header in request.headers]
+        found = (
+            a for start, a in self.unknown.items() if any(h.startswith(start) for h in headers)
+        )
+        return next(found, None)
 
     def _pass_on(self, request: BaseHTTPRequestHandler, body: bytes, fault: str) -> None:
         connection = http.client.HTTPConnection(self._target, timeout=60)

@@ -1,9 +1,12 @@
 """What all job configurations are made of: types of values, the base class, a pool of actors."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ddray.locations import absolute, hub_location, local_file, model_location
 
 CountT = Annotated[int, Field(gt=0)]
 
@@ -22,8 +25,8 @@ def parse_pair(value: Any) -> Any:
 
 
 def parse_list(value: Any) -> Any:
-    """A list from "0,16", or from a single number."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    """A list from "0,16", or from a single number or path."""
+    if isinstance(value, int | os.PathLike) and not isinstance(value, bool):
         return (value,)
     return value.split(",") if isinstance(value, str) else value
 
@@ -44,6 +47,26 @@ Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
 Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(parse_list)]
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
+
+
+def _spelled(spell: Callable[[str | os.PathLike[str]], str]) -> BeforeValidator:
+    """Gives texts and paths their one spelling; what is neither is for pydantic to refuse."""
+    return BeforeValidator(lambda v: spell(v) if isinstance(v, str | os.PathLike) else v)
+
+
+# Every key that holds a location is of one of these types, so that a config is absolute from its
+# creation on: workers run in other folders, and no shell has expanded what a file says.
+Location = Annotated[str, _spelled(absolute)]
+
+LocalFile = Annotated[str, _spelled(local_file)]
+
+ModelName = Annotated[str, _spelled(model_location)]
+
+EncoderName = Annotated[str, _spelled(hub_location)]
+
+Locations = Annotated[tuple[Location, ...], BeforeValidator(parse_list)]
+
+ModelNames = Annotated[tuple[ModelName, ...], BeforeValidator(parse_list)]
 
 NodePool = Annotated[
     str | None, Field(description="label ddray.io/node-pool of the nodes to work on; absent = any")
@@ -72,7 +95,8 @@ class Job(BaseModel):
     HEADINGS: ClassVar[Mapping[str, str]] = {}
     MOVED: ClassVar[Mapping[str, str]] = {}
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Defaults are checked like values: they hold relative locations.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class PoolConfig(Job):
@@ -98,10 +122,10 @@ class SetConfig(PoolConfig):
     """A set that a pool fills: what its rows are asked for by."""
 
     classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
-    captions: str | None = Field(
+    captions: Location | None = Field(
         None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
     )
-    text_encoder: str | None = Field(
+    text_encoder: EncoderName | None = Field(
         None, description="T5 for captions without features; absent = google/flan-t5-xl"
     )
     seed: SeedT = Field(0, description="of the noise")

@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from ddray.config.base import (
     CountT,
     Job,
+    LocalFile,
+    Location,
+    ModelName,
     NodePool,
     SeedT,
     WaitS,
@@ -59,7 +62,7 @@ class PerceptualConfig(Job):
         "off", description="of decoded images: tokenizer (its encoder), lpips"
     )
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="of the distance")
-    weights_file: str | None = Field(
+    weights_file: LocalFile | None = Field(
         None, description="of LPIPS: backbone and heads, see docs/distilling.md"
     )
 
@@ -100,10 +103,14 @@ class DistillConfig(Job):
         "perceptual_weights_file": "perceptual.weights_file",
     }
 
-    data: str = Field("runs/sample/trajectories", description="URI of the trajectory set")
-    out: str = Field("runs/distill", description="URI of the run; the student lies in OUT/student")
-    teacher: str | None = Field(None, description="absent = the one named in the set")
-    init: str | None = Field(None, description="student folder to start from; absent = the teacher")
+    data: Location = Field("runs/sample/trajectories", description="URI of the trajectory set")
+    out: Location = Field(
+        "runs/distill", description="URI of the run; the student lies in OUT/student"
+    )
+    teacher: ModelName | None = Field(None, description="absent = the one named in the set")
+    init: ModelName | None = Field(
+        None, description="student folder to start from; absent = the teacher"
+    )
     follow: bool = Field(False, description="train while the set is still being sampled")
     allow_partial: bool = Field(False, description="train on a set that is not complete")
     fresh: bool = Field(False, description="forget an earlier run at this URI")

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ddray.config.base import Job, NodePool, Texts, WaitS
+from ddray.config.base import Job, Locations, ModelNames, NodePool, WaitS
 
 
 class DoctorConfig(Job):
@@ -14,9 +14,11 @@ class DoctorConfig(Job):
     EXAMPLE: ClassVar[str] = "ddray doctor --model digits-var --uri s3://bucket/runs"
     HEADINGS: ClassVar[Mapping[str, str]] = {"What to look at": "model"}
 
-    model: Texts = Field(
+    model: ModelNames = Field(
         ("digits-llamagen",), description="names or folders that every node must read; with commas"
     )
-    uri: Texts = Field((), description="locations that every node must read and write; with commas")
+    uri: Locations = Field(
+        (), description="locations that every node must read and write; with commas"
+    )
     node_pool: NodePool = None
     wait_s: WaitS = None

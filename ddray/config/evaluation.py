@@ -5,7 +5,16 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from ddray.config.base import CountT, Job, NodePool, SeedT, WaitS, parse_list
+from ddray.config.base import (
+    CountT,
+    Job,
+    Location,
+    ModelName,
+    NodePool,
+    SeedT,
+    WaitS,
+    parse_list,
+)
 
 
 class EvaluateConfig(Job):
@@ -19,10 +28,12 @@ class EvaluateConfig(Job):
         "Workers and memory": "threads",
     }
 
-    student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
-    teacher: str | None = Field(None, description="absent = the one named in the student's config")
-    data: str | None = Field(None, description="trajectory set, for its rows of the table")
-    out: str = Field("runs/evaluate", description="URI of the report")
+    student: ModelName = Field("digits-llamagen-dd", description="bundled name or student folder")
+    teacher: ModelName | None = Field(
+        None, description="absent = the one named in the student's config"
+    )
+    data: Location | None = Field(None, description="trajectory set, for its rows of the table")
+    out: Location = Field("runs/evaluate", description="URI of the report")
     count: CountT = Field(5000, description="images of every generator")
     seed: SeedT = Field(1_000_003, description="of the noise; no set should have it")
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddray.config.base import CountT, SetConfig
+from ddray.config.base import CountT, Location, ModelName, SetConfig
 
 
 class GenerateConfig(SetConfig):
@@ -23,8 +23,8 @@ class GenerateConfig(SetConfig):
         "Faults": "max_retries",
     }
 
-    student: str = Field("digits-llamagen-dd", description="bundled name or student folder")
-    out: str = Field("runs/generate", description="URI of the image set")
+    student: ModelName = Field("digits-llamagen-dd", description="bundled name or student folder")
+    out: Location = Field("runs/generate", description="URI of the image set")
     count: CountT = Field(1000, description="number of images")
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
     format: Literal["parquet", "webdataset", "images"] = Field(

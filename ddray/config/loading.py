@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from ddray.config.base import Job
 from ddray.errors import ConfigError, one_line
+from ddray.locations import local_file
 
 JobT = TypeVar("JobT", bound=Job)
 
@@ -106,7 +107,7 @@ def overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(file).read_text(), _Yaml)
+        values = yaml.load(Path(local_file(file)).read_text(), _Yaml)
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -144,6 +145,10 @@ def _first_problem(error: ValidationError, kind: type[Job]) -> str:
         near = difflib.get_close_matches(location[-1], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        # It names the value itself, unless that holds a secret.
+        return f"{where}: {cause}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error" and not where:
         return message

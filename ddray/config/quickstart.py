@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ddray.config.base import Job, SeedT
+from ddray.config.base import Job, Location, ModelName, SeedT
 from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
@@ -18,8 +18,8 @@ class QuickstartConfig(Job):
     EXAMPLE: ClassVar[str] = "ddray quickstart --teacher digits-var --preset tiny"
     HEADINGS: ClassVar[Mapping[str, str]] = {"Data and output": "teacher"}
 
-    teacher: str = Field("digits-llamagen", description="bundled teacher")
-    out: str = Field("runs/quickstart", description="folder of everything that is made")
+    teacher: ModelName = Field("digits-llamagen", description="bundled teacher")
+    out: Location = Field("runs/quickstart", description="folder of everything that is made")
     seed: SeedT = Field(0, description="of the trajectories and of the training")
     sample: SampleConfig = SampleConfig()
     distill: DistillConfig = DistillConfig()

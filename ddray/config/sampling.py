@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ddray.config.base import CountT, SetConfig
+from ddray.config.base import CountT, Location, ModelName, SetConfig
 
 
 class SampleConfig(SetConfig):
@@ -21,8 +21,8 @@ class SampleConfig(SetConfig):
         "Faults": "max_retries",
     }
 
-    teacher: str = Field("digits-llamagen", description="bundled name or model folder")
-    out: str = Field("runs/sample/trajectories", description="URI of the set")
+    teacher: ModelName = Field("digits-llamagen", description="bundled name or model folder")
+    out: Location = Field("runs/sample/trajectories", description="URI of the set")
     count: CountT = Field(2000, description="number of trajectories")
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="codes kept; 0 = off")

@@ -5,11 +5,22 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ddray.config.base import CountT, Job, NodePool, Texts, WaitS, parse_pair
+from ddray.config.base import (
+    CountT,
+    EncoderName,
+    Job,
+    LocalFile,
+    Location,
+    ModelNames,
+    NodePool,
+    Texts,
+    WaitS,
+    parse_pair,
+)
 
 Replicas = Annotated[tuple[Annotated[int, Field(ge=0)], CountT], BeforeValidator(parse_pair)]
 
-Names = Annotated[Texts, Field(min_length=1)]
+Students = Annotated[ModelNames, Field(min_length=1)]
 
 _WEEK_S = 7 * 24 * 3600
 
@@ -29,13 +40,13 @@ class ServeConfig(Job):
         "Autoscaling": "target_ongoing_requests",
     }
 
-    student: Names = Field(
+    student: Students = Field(
         ("digits-llamagen-dd",), description="bundled name or folder; several with commas"
     )
     teacher: bool | None = Field(
         None, description="load the teachers too, to compare; absent = of bundled students"
     )
-    text_encoder: str | None = Field(
+    text_encoder: EncoderName | None = Field(
         None, description="T5 for students that take captions; absent = google/flan-t5-xl"
     )
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 = all")
@@ -43,11 +54,11 @@ class ServeConfig(Job):
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         None, description="for Prometheus, of a Ray that this command starts"
     )
-    api_keys_file: str | None = Field(
+    api_keys_file: LocalFile | None = Field(
         None, description="one key a line; absent = DDRAY_API_KEYS, or no keys"
     )
     cors_origins: Texts = Field((), description="of pages elsewhere that may call; with commas")
-    images_uri: str | None = Field(None, description="s3:// prefix for response_format=url")
+    images_uri: Location | None = Field(None, description="s3:// prefix for response_format=url")
     url_expires_s: CountT = Field(3600, description="for how long a link is good; at most a week")
     access_log: bool = Field(True, description="one JSON line a request, in Serve's log")
     max_batch_size: CountT = Field(64, description="images of a batch")

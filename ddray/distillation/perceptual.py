@@ -25,6 +25,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.distillation.adversary import sequence_codes
 from ddray.distillation.losses import Prediction
 from ddray.errors import ConfigError
+from ddray.locations import local_file
 from ddray.method.teacher import Teacher
 from ddray.models.autoencoder import Encoder
 from ddray.storage.checkpoint import load_into, read_weights
@@ -73,6 +74,7 @@ class Lpips:
                 "perceptual.distance=lpips needs the package lpips; install ddray[lpips], or take "
                 "perceptual.distance=tokenizer"
             ) from error
+        file = local_file(file)
         if not Path(file).is_file():
             raise ConfigError(
                 f"perceptual.weights_file={file} does not exist or is no file; "
@@ -111,19 +113,15 @@ def _as_photographs(images_BXHW: Tensor) -> Tensor:
     return images_BXHW.expand(-1, 3, -1, -1)
 
 
-def with_lpips_checked(config: DistillConfig) -> DistillConfig:
-    """A config whose LPIPS weights, if it has any, were read once and are named absolutely.
+def check_lpips(config: DistillConfig) -> None:
+    """Read the LPIPS weights of a config once, if it has any, to refuse them before work starts.
 
     Raises:
         CheckpointError: as `Lpips`.
         ConfigError: as `Lpips`.
     """
-    file = config.perceptual.weights_file
-    if file is None:
-        return config
-    Lpips(file)
-    named = config.perceptual.model_copy(update={"weights_file": str(Path(file).resolve())})
-    return config.model_copy(update={"perceptual": named})
+    if config.perceptual.weights_file is not None:
+        Lpips(config.perceptual.weights_file)
 
 
 class Perceptual:

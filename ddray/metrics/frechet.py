@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from ddray.errors import ConfigError, one_line
-from ddray.storage import open_storage
+from ddray.storage import open_beside
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class FeatureStatistics:
             ConfigError: if it is no such file.
             StorageError: if it cannot be read.
         """
-        folder, _, name = uri.rpartition("/")
-        data = open_storage(folder or ".").read(name)
+        storage, name = open_beside(uri)
+        data = storage.read(name)
         try:
             with np.load(io.BytesIO(data)) as file:
                 return cls(int(file.get("count", 0)), file["mu"], file["sigma"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddray.errors import CheckpointError, ConfigError, one_line
+from ddray.locations import hub_location
 from ddray.storage.caption_file import clean_caption
 
 FLAN_T5_XL = "google/flan-t5-xl"
@@ -54,7 +55,7 @@ def encoder_width(source: str) -> int:
     with _loading(source):
         from transformers import AutoConfig
 
-        return int(AutoConfig.from_pretrained(source).d_model)
+        return int(AutoConfig.from_pretrained(hub_location(source)).d_model)
 
 
 class T5TextEncoder:
@@ -83,6 +84,7 @@ class T5TextEncoder:
             raise ConfigError(f"length={length} must be at least 1 position")
         self.length = length
         self.device = torch.device(device)
+        source = hub_location(source)
         with _loading(source):
             from transformers import AutoTokenizer, T5EncoderModel
 

@@ -3,6 +3,7 @@
 Each part is the one that a cluster runs.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -28,12 +29,15 @@ from ddray.storage.run_folder import claim
 
 T = TypeVar("T")
 
+# Keys of the parts that `parts` sets, whatever they were told.
+_PUT_IN = {"teacher", "student", "data", "out", "seed"}
+
 
 def parts(
     config: QuickstartConfig,
 ) -> tuple[SampleConfig, DistillConfig, GenerateConfig, EvaluateConfig]:
     """The four jobs of a quickstart, with its teacher, seed and folder put in."""
-    out = config.out.rstrip("/")
+    out = config.out
     data, run, student = f"{out}/trajectories", f"{out}/distill", f"{out}/{STUDENT_FOLDER}"
     return (
         config.sample.model_copy(
@@ -67,8 +71,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     storage = open_storage(config.out)
     resolved = config.model_dump(mode="json")
     # Evaluation reads what is there; anything about it may change.
-    parts_that_stay = ("teacher", "seed", "sample", "distill", "generate")
-    identity = {part: resolved[part] for part in parts_that_stay}
+    identity = {part: resolved[part] for part in ("teacher", "seed")}
+    for part in ("sample", "distill", "generate"):
+        identity[part] = {k: v for k, v in resolved[part].items() if k not in _PUT_IN}
     advice = "use another --out, or delete it"
     claim(storage, resolved, identity, advice, partial(in_todays_keys, QuickstartConfig))
     sampling, distilling, generating, evaluating = parts(config)
@@ -100,7 +105,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             "generate": generating.model_dump(mode="json"),
             "evaluate": evaluating.model_dump(mode="json"),
         },
-        commands=[f"ddray quickstart --teacher {config.teacher} --out {config.out}"],
+        commands=[
+            shlex.join(["ddray", "quickstart", "--teacher", config.teacher, "--out", config.out])
+        ],
     )
     write_evaluation(config.out, evaluation, report, summary)
     print(tables_as_text(evaluation))

@@ -8,7 +8,6 @@ Shapes: N rows, B batch, T caption positions, D feature width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +89,7 @@ def encoder_name(config: SampleConfig | GenerateConfig, captions: CaptionFile | 
                 f"text_encoder={config.text_encoder!r}, but {captions.uri} has features already"
             )
         return ""
-    source = config.text_encoder or FLAN_T5_XL
-    return os.path.abspath(source) if os.path.isdir(source) else source
+    return config.text_encoder or FLAN_T5_XL
 
 
 def check_encoder(plan: SetPlan, model: Model) -> None:

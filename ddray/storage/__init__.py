@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
-from urllib.parse import unquote
 
 from ddray.errors import ConfigError
+from ddray.locations import S3, absolute
 from ddray.storage.base import Storage
 from ddray.storage.local import LocalStorage
 from ddray.storage.s3 import S3Storage
@@ -22,20 +21,18 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     Raises:
         ConfigError: If the URI is empty, malformed or of another scheme.
     """
-    text = os.fspath(uri)
-    if not text.strip():
-        raise ConfigError("uri is empty; give a path, file:///path or s3://bucket/prefix")
-    if text.startswith("s3://"):
-        return S3Storage(text)
-    if text.startswith("file://"):
-        path = text.removeprefix("file://").removeprefix("localhost")
-        if not path.startswith("/"):
-            raise ConfigError(f"uri {text!r} names a host or a relative path; use file:///path")
-        return LocalStorage(unquote(path))
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", text)
-    if scheme:
-        raise ConfigError(
-            f"uri {text!r} has the scheme {scheme[1]!r}; "
-            "give a path, file:///path or s3://bucket/prefix"
-        )
-    return LocalStorage(text)
+    place = absolute(uri)
+    return S3Storage(place) if place.startswith(S3) else LocalStorage(place)
+
+
+def open_beside(file: str | os.PathLike[str]) -> tuple[Storage, str]:
+    """The storage that holds one file at a URI, and the file's name in it.
+
+    Raises:
+        ConfigError: As `open_storage`, and if the URI names no file.
+    """
+    place = absolute(file)
+    folder, _, name = place.rpartition("/")
+    if not name or folder == S3[:-1] or os.fsdecode(file).endswith("/"):
+        raise ConfigError(f"uri {os.fsdecode(file)!r} names no file")
+    return open_storage(folder or "/"), name

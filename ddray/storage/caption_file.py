@@ -17,17 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.compute as pc  # type: ignore[import-untyped, unused-ignore]
-import pyarrow.fs  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, StorageError, one_line
 from ddray.storage import open_storage
+from ddray.storage.arrow import arrow_filesystem
 
 # A row of 120 positions of flan-t5-xl is a megabyte.
 _ROWS_AT_ONCE = 64
@@ -184,10 +183,7 @@ def _errors(uri: str) -> Iterator[None]:
 
 def _open(uri: str) -> Any:
     """The file for reading from anywhere in it, by pyarrow: our own storage reads whole files."""
-    if uri.startswith("s3://"):
-        filesystem, path = pa.fs.FileSystem.from_uri(f"s3://{quote(uri.removeprefix('s3://'))}")
-    else:
-        filesystem, path = pa.fs.LocalFileSystem(), uri
+    filesystem, path = arrow_filesystem(uri)
     return filesystem.open_input_file(path)
 
 

@@ -22,15 +22,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from ddray.errors import CheckpointError, one_line
-from ddray.storage import open_storage
+from ddray.locations import HUB, local_file
+from ddray.storage import open_beside, open_storage
 
 StateDict = Mapping[str, Tensor]
 
 MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.safetensors"
 CONFIG_FILE = "config.json"
-
-_HUB = "hf://"
 
 # Where published files keep the weights, outermost first (EMA weights before raw ones).
 _CONTAINERS = (
@@ -147,7 +146,7 @@ def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = Fa
         return _unwrap(source, "the given state dict", tokenizer)
     if not isinstance(source, str | Path):
         raise CheckpointError(f"weights are a file or a state dict, not {type(source).__name__}")
-    path = _fetch(str(source)) if str(source).startswith(_HUB) else Path(source)
+    path = _fetch(str(source)) if str(source).startswith(HUB) else Path(local_file(source))
     for name in (_SHARD_INDEX, MODEL_FILE):
         if (path / name).is_file():
             path /= name
@@ -183,10 +182,10 @@ def write_container(path: str | Path, state: StateDict, keys: Sequence[str]) -> 
     container: Any = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     for key in reversed(keys):
         container = {key: container}
-    target = Path(path)
+    storage, name = open_beside(path)
     buffer = io.BytesIO()
     torch.save(container, buffer)
-    open_storage(str(target.parent)).write(target.name, buffer.getvalue())
+    storage.write(name, buffer.getvalue())
 
 
 def _read_shards(index: Path) -> StateDict:
@@ -211,7 +210,7 @@ def _read_shards(index: Path) -> StateDict:
 
 def _fetch(uri: str) -> Path:
     """Download `hf://owner/repository/path` into the Hub's own cache."""
-    parts = uri.removeprefix(_HUB).split("/", 2)
+    parts = uri.removeprefix(HUB).split("/", 2)
     if len(parts) < 3 or not all(parts):
         raise CheckpointError(f"{uri} is not of the form hf://owner/repository/path/of/file")
     try:

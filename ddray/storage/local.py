@@ -16,8 +16,8 @@ class LocalStorage(Storage):
     """A folder of a local or shared file system."""
 
     def __init__(self, path: str) -> None:
-        """Take `path` as the root; it is made absolute because workers run elsewhere."""
-        self.uri = os.path.abspath(os.path.expanduser(path))
+        """Take an absolute path as the root."""
+        self.uri = path
 
     def read(self, name: str) -> bytes:
         """Return the content of `name`; see `Storage.read`."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ddray.errors import ConfigError, StoppedError, StorageError, one_line
+from ddray.locations import same_place
 from ddray.storage.base import NotFoundError, Storage
 
 CONFIG_FILE = "config.json"
@@ -175,6 +176,6 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], path: str = ""
         before = then.get(key)
         if isinstance(value, dict) and isinstance(before, dict):
             found += _differences(before, value, f"{path}{key}.")
-        elif before != value:
+        elif before != value and not same_place(before, value):
             found.append(f"{path}{key}: {before!r} then, {value!r} now")
     return found

@@ -27,6 +27,7 @@ FLOORS = [
     ("metrics", "models"),
     ("method",),
     ("config", "storage", "report"),
+    ("locations",),
     ("errors", "progress", "prefetch", "memory"),
 ]
 ROOMS = [room for rooms in FLOORS for room in rooms]

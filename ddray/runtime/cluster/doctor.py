@@ -119,8 +119,7 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
         if config.node_pool is not None:
             require("the doctor", 1, 1, 0, config.wait_s, config.node_pool)
         nodes = nodes_with(node_labels(config.node_pool))
-        models = [_everywhere(model) for model in config.model]
-        patients = _examine(nodes, models, probes, use_gpu=True)
+        patients = _examine(nodes, config.model, probes, use_gpu=True)
         total = ray.cluster_resources()
         is_open = obeys_strangers(ray.get_runtime_context().gcs_address)
         where = os.environ.get("RAY_ADDRESS") or "private, as RAY_ADDRESS is not set"
@@ -143,11 +142,6 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
     warnings = sum(len(patient.warnings) for patient in patients)
     lines.append(f"{errors} errors, {warnings} warnings" if errors or warnings else "all is well")
     return lines, errors == 0
-
-
-def _everywhere(model: str) -> str:
-    """A model in words that mean the same on every node."""
-    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def _described(patient: Patient) -> str:

@@ -79,7 +79,7 @@ def _served(plan: ImagePlan, config: GenerateConfig) -> str | None:
     if APP_NAME not in serve.status().applications:
         return None
     try:
-        model = described(config.student, ServeConfig(text_encoder=plan.text_encoder or None))[0].id
+        model = described(config.student, ServeConfig(text_encoder=plan.text_encoder or None)).id
         handle = serve.get_deployment_handle(STUDENTS, APP_NAME)
         found = handle.holds.remote(model).result(timeout_s=_LOOK_S)
     except (DDRayError, RayError, RayServeException, TimeoutError):

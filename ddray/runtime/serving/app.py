@@ -64,10 +64,10 @@ def build_app(config: ServeConfig) -> serve.Application:
         config = config.model_copy(update={"teacher": bundled})
     cards, students = {}, {}
     for student in config.student:
-        card, place = described(student, config)
+        card = described(student, config)
         if card.id in cards:
             raise ConfigError(f"two of the students are called {card.id!r}; rename a folder")
-        cards[card.id], students[card.id] = card, place
+        cards[card.id], students[card.id] = card, student
     stock = Stock(
         students,
         bool(config.teacher),
@@ -183,8 +183,8 @@ def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
-def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
-    """What a student can make, and where it is in words that mean the same on every node."""
+def described(student: str, wanted: ServeConfig) -> ModelCard:
+    """What a student can make."""
     where = resolve(student)
     if isinstance(where, Mapping):
         raise ConfigError(
@@ -206,7 +206,7 @@ def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
     network, side = empty_network(config, student), image_side(config, student)
     if network.conditioning == "text":
         _check_encoder(wanted.text_encoder or FLAN_T5_XL, student, network.config.caption_dim)
-    card = ModelCard(
+    return ModelCard(
         id=config.get("name") or _name_of(student),
         created=int(time.time()),
         conditioning=network.conditioning,
@@ -217,13 +217,6 @@ def described(student: str, wanted: ServeConfig) -> tuple[ModelCard, str]:
         teacher=teacher,
         size=f"{side}x{side}",
     )
-    return card, _place(student)
-
-
-def _place(student: str) -> str:
-    """The student in words that mean the same on every node."""
-    everywhere = student in BUNDLED_MODELS or "://" in student
-    return student if everywhere else os.path.abspath(student)
 
 
 def _check_encoder(encoder: str, student: str, needed: int) -> None:
@@ -263,8 +256,7 @@ def run(config: ServeConfig) -> str:
         config.wait_s,
         config.node_pool,
     )
-    places = [_place(name) for name in config.student]
-    preflight(config.threads, config.num_gpus, config.node_pool, places)
+    preflight(config.threads, config.num_gpus, config.node_pool, config.student)
     # Serve tells each step of its start on the terminal of who starts it.
     log.setLevel(logging.WARNING)
     found = serve.status()

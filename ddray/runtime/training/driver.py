@@ -13,12 +13,11 @@ import torch
 from ddray import __version__
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.order import default_lanes
-from ddray.distillation.perceptual import with_lpips_checked
+from ddray.distillation.perceptual import check_lpips
 from ddray.errors import ConfigError, StoppedError, TrainingError
 from ddray.evaluation.student_check import check_student, require_classes
 from ddray.method.schedule import default_schedule
 from ddray.method.teacher import Teacher
-from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import continue_student, load_teacher
 from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.connection import connect
@@ -41,6 +40,7 @@ from ddray.sets.inspection import trainable_shards
 from ddray.sets.sharded_set import MANIFEST
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
+from ddray.storage.arrow import arrow_filesystem
 from ddray.storage.lease import Lease
 from ddray.storage.run_folder import (
     METRICS_FILE,
@@ -117,14 +117,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         StoppedError: after SIGTERM, with a checkpoint of the last step.
         TrainingError: workers failed more often than allowed, or losses are not finite.
     """
-    # Workers elsewhere have another current folder: from here on, locations are absolute.
-    places = ["data", "out"]
-    if config.init is not None and config.init not in BUNDLED_MODELS:
-        places.append("init")
-    config = config.model_copy(
-        update={name: open_storage(getattr(config, name)).uri for name in places}
-    )
-    config = with_lpips_checked(config)
+    check_lpips(config)
     trajectories = TrajectorySet.open(config.data)
     teacher = _load_matching_teacher(config, trajectories)
     config = _with_schedule(config, teacher)
@@ -247,6 +240,8 @@ def _fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     fewest, most = config.workers
+    # Train would take a URI for escaped, and ask the AWS environment by rules of its own.
+    filesystem, path = arrow_filesystem(config.out)
     trainer = TorchTrainer(
         work,
         validation_config=_validation(config, teacher, board) if config.evaluate_every else None,
@@ -261,7 +256,8 @@ def _fit(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=open_storage(config.out).uri,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             logging_config=LoggingConfig(log_level="ERROR"),

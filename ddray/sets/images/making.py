@@ -1,6 +1,5 @@
 """What bulk generation asks of a student: a plan for a job, the student of a plan, statistics."""
 
-import os
 from collections.abc import Iterator
 
 import torch
@@ -39,10 +38,8 @@ def make_plan(
             f"content=tokens, but {student.name} gives tokens for {split} of {len(student.stages)} "
             "stages alone (its split), and codes between tokens for the rest; take content=images"
         )
-    name = config.student
     return ImagePlan(
-        # Workers have another current folder.
-        student=os.path.abspath(name) if os.path.isdir(name) else name,
+        student=config.student,
         student_fingerprint=student.fingerprint,
         schedule=schedule,
         encoding=config.format,

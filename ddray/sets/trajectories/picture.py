@@ -16,7 +16,7 @@ from ddray.report.pictures import labelled_grid
 from ddray.sets.trajectories.making import planned_teacher
 from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from ddray.storage import open_storage
+from ddray.storage import open_beside
 
 _LINES, _COLUMNS = 10, 6
 # Shards that the rows may come from: enough for some of each class, few enough to read.
@@ -42,10 +42,9 @@ def write_picture(uri: str, path: str) -> None:
         ShardError: if the teacher has other weights, or there is nothing to decode.
         StorageError: if the picture cannot be written.
     """
-    folder, slash, name = path.rpartition("/")
-    if not name.endswith(".png"):
+    if not path.endswith(".png"):
         raise ConfigError(f"--picture {path!r}: only PNG is written; give a name that ends in .png")
-    storage = open_storage(folder or slash or ".")
+    storage, name = open_beside(path)
     trajectories = TrajectorySet.open(uri)
     storage.check_writable()
     teacher = planned_teacher(trajectories.plan)
