@@ -113,7 +113,7 @@ class S3Storage(Storage):
     def move(self, name: str, to: str) -> None:
         """Copy within the service, in parts if it is large, and delete; see `Storage.move`."""
         source = {"Bucket": self.bucket, "Key": self._key(checked_name(name))}
-        with _s3_errors("move", self.join(name)):
+        with s3_errors("move", self.join(name)):
             self._client().copy(source, self.bucket, self._key(checked_name(to)))
         self.delete(name)
 
