@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddray.errors import StorageError
+from ddray.runtime.cluster.doctor import probing
 from ddray.storage import arrow, open_storage
 from ddray.storage.arrow import arrow_filesystem
 from ddray.storage.base import NotFoundError
@@ -148,11 +149,11 @@ def test_an_upload_that_fails_leaves_nothing(
     assert not open_storage(f"s3://{BUCKET}").exists("failed")
 
 
-def _use_everything(uri: str) -> None:
+def _use_everything(uri: str, conditional: bool = True) -> None:
     storage = open_storage(uri)
     storage.check_writable()
     assert storage.write("manifest.json", b"{}", if_absent=True)
-    assert not storage.write("manifest.json", b"{}", if_absent=True)
+    assert storage.write("manifest.json", b"{}", if_absent=True) is not conditional
     assert storage.write("x", bytes(1000))
     assert (storage.read("x"), storage.exists("x")) == (bytes(1000), True)
     assert storage.version("x") == storage.version("x")
@@ -237,7 +238,11 @@ def test_a_service_that_others_wrote(s3rver: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "S3RVER")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S3RVER")
     monkeypatch.setattr(arrow, "PART_BYTES", 5 * 2**20)
-    _use_everything(f"s3://{BUCKET}/a b/\u00fc+1")
+    # It ignores If-None-Match, as the doctor says of it.
+    _use_everything(f"s3://{BUCKET}/a b/\u00fc+1", conditional=False)
+    unconditional = pytest.raises(StorageError, match="does not honour conditional writes")
+    with unconditional, probing([f"s3://{BUCKET}/probed"]):
+        pass
 
 
 def test_checkpoints_of_a_training_lie_where_its_student_lies(
