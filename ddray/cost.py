@@ -214,7 +214,7 @@ def estimate_sample(
         evaluations = config.num_evals or _EVALUATIONS
         transport = evaluations * 4 * codes * student.config.codebook_dim * tokens
         flops = config.count * (2 * forward_flops(student) + transport)
-        workers = math.ceil(config.workers[1] * config.num_gpus)
+        workers = math.ceil(round(config.workers[1] * config.num_gpus, 4))
         told["gpu_hours"] = _gpu_hours(flops, config.dtype, workers, assumed_mfu)
         told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in {config.dtype}; not measured"
     return told

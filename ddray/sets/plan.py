@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddray import __version__
-from ddray.errors import ConfigError, ShardError
+from ddray.errors import ConfigError, ShardError, one_line
+from ddray.file_kind import json_value, kind_of
 
 SCHEMA_FORMAT = 1
 
@@ -215,9 +216,10 @@ class SetPlan:
                 are not those of a plan.
         """
         try:
-            values = json.loads(text)
+            values = json_value(text)
         except ValueError as exc:
-            raise ShardError(f"not JSON ({exc}), so no ddray manifest") from exc
+            data = text.encode(errors="replace") if isinstance(text, str) else text
+            raise ShardError(_no_manifest(data, exc)) from exc
         if not isinstance(values, dict) or "format" not in values:
             raise ShardError("not a ddray manifest: it has no field 'format'")
         kind = values.pop("kind", "")
@@ -254,6 +256,13 @@ class SetPlan:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def _no_manifest(data: bytes, error: ValueError) -> str:
+    kind = kind_of(data)
+    if kind is None or "JSON" in kind.name:
+        return f"not JSON ({one_line(error)}), so no ddray manifest"
+    return f"not JSON but {kind.name}, so no ddray manifest; {kind.advice}"
 
 
 def _integer(name: str, value: Any, least: int) -> int:

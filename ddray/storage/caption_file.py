@@ -8,9 +8,9 @@ Shapes: T caption positions (each row its own), D feature width.
 
 from __future__ import annotations
 
+import codecs
 import html
 import io
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ import pyarrow.fs  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, StorageError, one_line
+from ddray.file_kind import explained, json_value
 from ddray.storage import open_storage
 
 # A row of 120 positions of flan-t5-xl is a megabyte.
@@ -102,13 +103,13 @@ class CaptionFile:
 
         Raises:
             ConfigError: for an index that is missing, double or out of order, a caption that is
-                empty, features of another shape, or too few rows.
+                empty or no text, features of another shape, or too few rows.
             StorageError: if the file cannot be read to the end.
         """
         number = -1
         read = self._read(count, features and self.has_features)
         for number, row in enumerate(islice(read, count)):
-            problem = _misplaced(row.index, number) or self._unfit(row)
+            problem = _misplaced(row.index, number) or _untold(row) or self._unfit(row)
             if problem:
                 raise ConfigError(f"captions {self.uri}: {problem}")
             yield row
@@ -167,6 +168,19 @@ def _misplaced(index: int, number: int) -> str | None:
     return f"index {index} twice at row {number}; {rule}" if index < number else None
 
 
+def _untold(row: CaptionRow) -> str | None:
+    """What in a caption no file or encoder could take: it is text for all who come after."""
+    # Half a surrogate pair is legal in JSON and in Python, and has no UTF-8.
+    if any("\ud800" <= character <= "\udfff" for character in row.caption):
+        return (
+            f"the caption of index {row.index} holds half a surrogate pair, as of an emoji that "
+            "was cut; cut texts between characters, or leave it out"
+        )
+    if "\0" in row.caption:
+        return f"the caption of index {row.index} holds a NUL character; leave it out"
+    return None
+
+
 @contextmanager
 def _errors(uri: str) -> Iterator[None]:
     """Names the file in whatever goes wrong while it is read."""
@@ -177,7 +191,8 @@ def _errors(uri: str) -> Iterator[None]:
     except FileNotFoundError as exc:
         raise StorageError(f"cannot read captions {uri}: no such file") from exc
     except (pa.ArrowException, UnicodeDecodeError) as exc:
-        raise ConfigError(f"captions {uri} is damaged or no Parquet ({one_line(exc)})") from exc
+        refusal = f"captions {uri} is damaged or no Parquet"
+        raise ConfigError(explained(refusal, _head(uri), exc, "Parquet")) from exc
     except OSError as exc:
         raise StorageError(f"cannot read captions {uri}: {one_line(exc)}") from exc
 
@@ -189,6 +204,15 @@ def _open(uri: str) -> Any:
     else:
         filesystem, path = pa.fs.LocalFileSystem(), uri
     return filesystem.open_input_file(path)
+
+
+def _head(uri: str) -> bytes:
+    """Its beginning, which names what it is; short of that, anything that says nothing."""
+    try:
+        with _open(uri) as file:
+            return bytes(file.read(_BUFFER_BYTES))
+    except OSError:
+        return b"PAR1"
 
 
 def _parquet(file: Any) -> Any:
@@ -230,12 +254,26 @@ def _parquet_rows(file: Any, count: int, features: bool) -> Iterator[CaptionRow]
             nulls = np.flatnonzero(batch.column(name).is_null())
             if len(nulls):
                 raise ConfigError(f"row {number + nulls[0]} has no {name}")
-        texts = batch.column("caption").to_pylist()
+        texts = _texts(batch.column("caption"), number)
         given = matrices(batch.column("features")) if features else [None] * len(texts)
         yield from map(CaptionRow, batch.column("index").to_pylist(), texts, given)
         number += len(texts)
         if number == count:
             return
+
+
+def _texts(captions: Any, first: int) -> list[str]:
+    """The texts of some rows; `first` is the number of the first of them."""
+    try:
+        texts: list[str] = captions.to_pylist()
+    except UnicodeDecodeError:
+        for number, data in enumerate(captions.cast(pa.large_binary()).to_pylist(), first):
+            try:
+                data.decode()
+            except UnicodeDecodeError as exc:
+                raise ConfigError(f"the caption of row {number} is no UTF-8 ({exc})") from exc
+        raise
+    return texts
 
 
 def matrices(rows: Any) -> list[npt.NDArray[np.float32]]:
@@ -259,15 +297,22 @@ def matrices(rows: Any) -> list[npt.NDArray[np.float32]]:
 
 def _json_lines(file: Any) -> Iterator[dict[str, Any]]:
     """The objects of all lines that are not blank."""
+    is_first = True
     for number, line in enumerate(io.BufferedReader(file, _BUFFER_BYTES), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_value(line.decode())
         except ValueError as exc:
-            raise ConfigError(f"line {number} is not JSON ({one_line(exc)})") from exc
+            refusal = f"line {number} is not JSON"
+            if is_first:
+                raise ConfigError(explained(refusal, line, exc, "JSON")) from exc
+            raise ConfigError(f"{refusal} ({one_line(exc)})") from exc
         if not isinstance(row, dict) or not row.keys() >= {"index", "caption"}:
             raise ConfigError(f"line {number} is no object with index and caption")
+        is_first = False
         yield row
 
 

@@ -27,7 +27,7 @@ FLOORS = [
     ("metrics", "models"),
     ("method",),
     ("config", "storage", "report"),
-    ("errors", "progress", "prefetch", "memory"),
+    ("errors", "file_kind", "limits", "progress", "prefetch", "memory"),
 ]
 ROOMS = [room for rooms in FLOORS for room in rooms]
 HEAVY = ("torch", "ray", "deepspeed", "pyarrow", "numpy")

@@ -52,6 +52,7 @@ from ddray.storage.run_folder import (
     EventLog,
     claim,
     read_lines,
+    read_summary,
     write_json,
 )
 
@@ -165,7 +166,7 @@ def _claim_folder(config: DistillConfig, identity: dict[str, Any]) -> dict[str, 
 def _finished_summary(config: DistillConfig) -> dict[str, Any] | None:
     storage = open_storage(config.out)
     if storage.exists(SUMMARY_FILE) and storage.exists(f"{STUDENT_FOLDER}/{CONFIG_FILE}"):
-        return dict(json.loads(storage.read(SUMMARY_FILE)))
+        return read_summary(storage)
     return None
 
 
