@@ -260,7 +260,7 @@ class SetPlan:
 
 def _no_manifest(data: bytes, error: ValueError) -> str:
     kind = kind_of(data)
-    if kind is None or "JSON" in kind.name:
+    if kind is None or not data or "JSON" in kind.name:
         return f"not JSON ({one_line(error)}), so no ddray manifest"
     return f"not JSON but {kind.name}, so no ddray manifest; {kind.advice}"
 

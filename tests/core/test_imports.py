@@ -27,7 +27,8 @@ FLOORS = [
     ("metrics", "models"),
     ("method",),
     ("config", "storage", "report"),
-    ("errors", "file_kind", "limits", "progress", "prefetch", "memory"),
+    ("file_kind",),
+    ("errors", "progress", "prefetch", "memory"),
 ]
 ROOMS = [room for rooms in FLOORS for room in rooms]
 HEAVY = ("torch", "ray", "deepspeed", "pyarrow", "numpy")

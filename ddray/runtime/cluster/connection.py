@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ddray import __version__
 from ddray.errors import ClusterError, StoppedError, one_line
-from ddray.limits import usable_cpus
+from ddray.runtime.cluster.limits import usable_cpus
 
 # Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core
 # still leaves room for Ray's own light tasks; without them its reads would wait for ever.

@@ -153,7 +153,8 @@ def _described(patient: Patient) -> str:
     return (
         f"node {patient.address} ({machine.name}): "
         + ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-        + f"; ddray from {machine.ddray_path}; {machine.cpus} CPUs, memory {machine.memory_bytes / _GB:.1f} GB{shm}, "
+        + f"; ddray from {machine.ddray_path}; {machine.cpus} CPUs, "
+        + f"memory {machine.memory_bytes / _GB:.1f} GB{shm}, "
         + f"disk {1 - machine.free_disk:.0%} full, GPUs: {', '.join(gpus) or 'none'}"
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import ddray
 from ddray.errors import DDRayError, one_line
-from ddray.limits import usable_cpus, usable_memory
+from ddray.runtime.cluster.limits import usable_cpus, usable_memory
 from ddray.storage import open_storage
 
 _PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "numpy")

