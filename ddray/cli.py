@@ -6,7 +6,6 @@ instant.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 from ddray import __version__
 from ddray.errors import ConfigError, DDRayError
+from ddray.report.terminal import print_json, print_yaml
 
 # verb: (config "module:class" in ddray.config, handler "module:function", one line)
 _JOBS = {
@@ -119,8 +119,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action="list")
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="names, one a line (the default)")
-    show = actions.add_parser("show", help="what to download, where from, and how to sample it")
-    show.add_argument("name")
+    show = actions.add_parser("show", help="sizes, files, and how to sample it")
+    show.add_argument("name", help="name or model folder")
     verify = actions.add_parser("verify", help="check files against a model and run it once")
     verify.add_argument("name", help="name or model folder")
     verify.add_argument("--checkpoint", help="file of the network")
@@ -144,7 +144,9 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
         epilog="Order: preset < --config FILE < --set < flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", default="default", help="default or tiny (default: default)")
+    parser.add_argument(
+        "--preset", default="default", metavar="{default,tiny}", help="(default: default)"
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with keys of the config")
     parser.add_argument(
         "--set",
@@ -195,19 +197,19 @@ def _apart_from_ray(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _sample(config: Any) -> None:
     from ddray.runtime.pools.sampling import sample
 
-    _print_json(_apart_from_ray(lambda: sample(config)))
+    print_json(_apart_from_ray(lambda: sample(config)))
 
 
 def _distill(config: Any) -> None:
     from ddray.runtime.training.driver import distill
 
-    _print_json(_apart_from_ray(lambda: distill(config)))
+    print_json(_apart_from_ray(lambda: distill(config)))
 
 
 def _generate(config: Any) -> None:
     from ddray.runtime.pools.bulk import generate
 
-    _print_json(_apart_from_ray(lambda: generate(config)))
+    print_json(_apart_from_ray(lambda: generate(config)))
 
 
 def _evaluate(config: Any) -> None:
@@ -219,6 +221,9 @@ def _evaluate(config: Any) -> None:
         from ddray.runtime.evaluating import evaluate_on_cluster as evaluate
     else:
         from ddray.evaluation.evaluate import evaluate
+        from ddray.runtime.cluster.limits import cap_threads
+
+        cap_threads()
     evaluation = evaluate(config)
     report = build_report(
         evaluation,
@@ -233,7 +238,9 @@ def _evaluate(config: Any) -> None:
 
 def _serve(config: Any) -> None:
     from ddray.runtime.cluster.connection import connect
+    from ddray.serving.api_keys import read_keys
 
+    read_keys(config.api_keys_file)  # what is refused of them is refused before Ray starts
     with connect(config.metrics_port):
         # Ray Serve reads its environment when it is imported, so Ray comes first.
         from ddray.runtime.serving.app import serve_students
@@ -266,7 +273,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         from ddray.sets.trajectories.picture import write_picture
 
         write_picture(arguments.uri, arguments.picture)
-    _print_json(describe(arguments.uri))
+    print_json(describe(arguments.uri))
     if arguments.repair:
         from ddray.runtime.pools.repair import repair
 
@@ -314,18 +321,15 @@ def _models(arguments: argparse.Namespace) -> None:
     from ddray.models.published import describe, verify
 
     if arguments.action == "show":
-        import yaml
-
-        described = json.loads(json.dumps(describe(arguments.name)))
-        print(yaml.safe_dump(described, sort_keys=False, width=100), end="")
+        print_yaml(describe(arguments.name), width=100)
     else:
-        _print_json(verify(arguments.name, arguments.checkpoint, arguments.tokenizer))
+        print_json(verify(arguments.name, arguments.checkpoint, arguments.tokenizer))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from ddray.models.published import export
 
-    _print_json(
+    print_json(
         export(
             arguments.student,
             arguments.out,
@@ -336,13 +340,7 @@ def _export(arguments: argparse.Namespace) -> None:
     )
 
 
-def _print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2))
-
-
 def _dry_run(verb: str, config: Any) -> None:
-    import yaml
-
     values = config.model_dump(mode="json")
     if verb == "quickstart":
         from ddray.runtime.quickstart import parts
@@ -352,19 +350,30 @@ def _dry_run(verb: str, config: Any) -> None:
         values |= {
             name: job.model_dump(mode="json") for name, job in zip(jobs, parts(config), strict=True)
         }
-    print(yaml.safe_dump(values, sort_keys=False), end="")
+    print_yaml(values)
     # As comments: what is printed can go back in by --config.
     for key, value in _cost(verb, config).items():
         print(f"# {key}: {value}")
 
 
 def _cost(verb: str, config: Any) -> dict[str, Any]:
-    """What a job will write or take, of the verbs that can tell."""
-    estimates = {"sample": "estimate_sample", "distill": "estimate_distill"}
-    if verb not in estimates:
-        return {}
-    told: dict[str, Any] = getattr(import_module("ddray.cost"), estimates[verb])(config)
-    return told
+    """What a job will write or take, as far as that is known before it runs."""
+    if verb == "doctor":
+        return {"cost": "none; a file of a few bytes is written to every uri, and deleted"}
+    if verb != "quickstart":
+        told: dict[str, Any] = getattr(import_module("ddray.cost"), f"estimate_{verb}")(config)
+        return told
+    from ddray.cost import estimate_distill, estimate_sample
+    from ddray.runtime.quickstart import parts
+
+    sampling, distilling, generating, evaluating = parts(config)
+    costs = {"sample": estimate_sample(sampling), "distill": estimate_distill(distilling)}
+    counts = {"generate": {"images": generating.count}, "evaluate": {"images": evaluating.count}}
+    return {
+        f"{part}.{key}": value
+        for part, told in (costs | counts).items()
+        for key, value in told.items()
+    }
 
 
 def _require_lasting(config: Any) -> None:
@@ -385,6 +394,9 @@ def _handler(target: str) -> Callable[[Any], int | None]:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if not argv:
+        _parser().print_help()
+        return ConfigError.exit_code
     arguments, rest = _parser().parse_known_args(argv)
     verb = arguments.verb
     if verb not in _JOBS:

@@ -5,7 +5,9 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-CountT = Annotated[int, Field(gt=0)]
+_LEAST_GPU = 1e-4
+
+CountT = Annotated[int, Field(gt=0, lt=2**63)]
 
 SeedT = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -37,6 +39,14 @@ def check_ordered(workers: tuple[int, int]) -> None:
     """Refuse a pair of numbers of workers that is not MIN:MAX."""
     if workers[0] > workers[1]:
         raise ValueError(f"workers {workers[0]}:{workers[1]} must be MIN:MAX")
+
+
+def check_gpus(num_gpus: float) -> None:
+    """Refuse a number of GPUs that Ray does not give to one process."""
+    if num_gpus > 1 and num_gpus % 1:
+        raise ValueError(f"num_gpus={num_gpus:g} must be a part of one GPU, or whole ones")
+    if 0 < num_gpus < _LEAST_GPU:
+        raise ValueError(f"num_gpus={num_gpus:g} is less than Ray counts, {_LEAST_GPU:g}")
 
 
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
@@ -72,7 +82,7 @@ class Job(BaseModel):
     HEADINGS: ClassVar[Mapping[str, str]] = {}
     MOVED: ClassVar[Mapping[str, str]] = {}
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PoolConfig(Job):
@@ -89,8 +99,7 @@ class PoolConfig(Job):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         check_ordered(self.workers)
-        if self.num_gpus > 1 and self.num_gpus % 1:
-            raise ValueError(f"num_gpus={self.num_gpus:g} must be a part of one GPU, or whole ones")
+        check_gpus(self.num_gpus)
         return self
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -80,19 +80,34 @@ def _flag(path: str) -> str:
 
 
 def _add_flag(group: Any, path: str, field: FieldInfo) -> None:
-    default, text = field.default, field.description or ""
-    if isinstance(default, bool) or field.annotation == bool | None:
-        group.add_argument(
-            _flag(path), action="store_const", const=True, dest=_DEST + path, help=text
-        )
-        return
-    shown = _shown(path, default)
+    shown = _shown(path, field.default)
     suffix = f" (default: {shown})" if shown else ""
-    group.add_argument(_flag(path), metavar="X", dest=_DEST + path, help=f"{text}{suffix}".strip())
+    # Percent signs mean something to argparse.
+    text = f"{field.description or ''}{suffix}".strip().replace("%", "%%")
+    if isinstance(field.default, bool) or field.annotation == bool | None:
+        switch = argparse.BooleanOptionalAction
+        group.add_argument(_flag(path), action=switch, dest=_DEST + path, help=text)
+        return
+    group.add_argument(_flag(path), metavar=_values(field), dest=_DEST + path, help=text)
+
+
+def _values(field: FieldInfo) -> str:
+    """What stands for the value of a flag: the choices, where there are some."""
+    choices = choices_of(field)
+    return f"{{{','.join(choices)}}}" if choices else "X"
+
+
+def choices_of(field: FieldInfo) -> list[str]:
+    """The words that a key takes; none where it takes anything else."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    found = (get_args(kind) for kind in kinds if get_origin(kind) is Literal)
+    return [str(choice) for choice in next(found, ())]
 
 
 def _shown(path: str, default: Any) -> str:
     """A default as it would be given."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
     if path in ("workers", "replicas"):
         fewest, most = default
         return str(most) if fewest == most else f"{fewest}:{most}"

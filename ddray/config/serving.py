@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ddray.config.base import CountT, Job, NodePool, Texts, WaitS, parse_pair
+from ddray.config.base import CountT, Job, NodePool, Texts, WaitS, check_gpus, parse_pair
 
 Replicas = Annotated[tuple[Annotated[int, Field(ge=0)], CountT], BeforeValidator(parse_pair)]
 
@@ -44,7 +44,8 @@ class ServeConfig(Job):
         None, description="for Prometheus, of a Ray that this command starts"
     )
     api_keys_file: str | None = Field(
-        None, description="one key a line; absent = DDRAY_API_KEYS, or no keys"
+        None,
+        description="keys of at least 16 characters, one a line; absent = DDRAY_API_KEYS, or none",
     )
     cors_origins: Texts = Field((), description="of pages elsewhere that may call; with commas")
     images_uri: str | None = Field(None, description="s3:// prefix for response_format=url")
@@ -98,6 +99,7 @@ class ServeConfig(Job):
     def _consistent(self) -> Self:
         if self.replicas[0] > self.replicas[1] or self.replicas[1] < 1:
             raise ValueError(f"replicas={self.replicas[0]}:{self.replicas[1]} must be MIN:MAX")
+        check_gpus(self.num_gpus)
         if self.ongoing_limit < self.max_batch_size:
             raise ValueError(
                 f"max_ongoing_requests={self.ongoing_limit} is below max_batch_size="

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import operator
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -282,7 +283,7 @@ def real_number(name: str, value: Any, above: float, most: float) -> float:
         ConfigError: If it is no finite number above one bound and at most the other.
     """
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not above < value <= most:
+    if not is_number or not abs(value) <= sys.float_info.max or not above < value <= most:
         rule = "a finite number"
         rule += f" above {above:g}" if math.isfinite(above) else ""
         rule += f" and at most {most:g}" if math.isfinite(most) else ""

@@ -28,6 +28,14 @@ def usable_memory() -> int:
     return min([int(psutil.virtual_memory().total), *memory_limits(_ROOT, _OWN)])
 
 
+def cap_threads() -> None:
+    """Leave PyTorch no more threads than processors: it counts those of the whole machine."""
+    import torch
+
+    if torch.get_num_threads() > usable_cpus():
+        torch.set_num_threads(usable_cpus())
+
+
 def cpu_quotas(root: Path, own: Path) -> list[float]:
     """Processors that each cgroup around a process grants; none where they are not limited.
 
