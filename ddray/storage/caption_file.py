@@ -49,6 +49,17 @@ def clean_caption(caption: str) -> str:
     return " ".join(text.split())
 
 
+def no_text(caption: str) -> str | None:
+    """What in a caption neither files nor encoders take; None where all is well."""
+    # Half a surrogate pair is legal in JSON and in Python, and has no UTF-8.
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        return (
+            "holds half a surrogate pair, as of an emoji that was cut; cut texts between "
+            "characters, or leave it out"
+        )
+    return "holds a NUL character; leave it out" if "\0" in caption else None
+
+
 @dataclass(frozen=True)
 class CaptionRow:
     """One row of a file of captions.
@@ -109,7 +120,7 @@ class CaptionFile:
         number = -1
         read = self._read(count, features and self.has_features)
         for number, row in enumerate(islice(read, count)):
-            problem = _misplaced(row.index, number) or _untold(row) or self._unfit(row)
+            problem = _misplaced(row.index, number) or self._unfit(row)
             if problem:
                 raise ConfigError(f"captions {self.uri}: {problem}")
             yield row
@@ -141,7 +152,9 @@ class CaptionFile:
                 )
 
     def _unfit(self, row: CaptionRow) -> str | None:
-        """What the teacher or its encoder would refuse in a row."""
+        """What the teacher, its encoder or a shard would refuse in a row."""
+        if reason := no_text(row.caption):
+            return f"the caption of index {row.index} {reason}"
         if row.features_TD is None:
             empty = not self.has_features and not clean_caption(row.caption)
             return f"the caption of index {row.index} is empty" if empty else None
@@ -166,19 +179,6 @@ def _misplaced(index: int, number: int) -> str | None:
     if index < 0:
         return f"index {index} at row {number}; {rule}"
     return f"index {index} twice at row {number}; {rule}" if index < number else None
-
-
-def _untold(row: CaptionRow) -> str | None:
-    """What in a caption no file or encoder could take: it is text for all who come after."""
-    # Half a surrogate pair is legal in JSON and in Python, and has no UTF-8.
-    if any("\ud800" <= character <= "\udfff" for character in row.caption):
-        return (
-            f"the caption of index {row.index} holds half a surrogate pair, as of an emoji that "
-            "was cut; cut texts between characters, or leave it out"
-        )
-    if "\0" in row.caption:
-        return f"the caption of index {row.index} holds a NUL character; leave it out"
-    return None
 
 
 @contextmanager

@@ -6,7 +6,6 @@ that only holds values is admitted too; everything else is refused by its name.
 """
 
 import argparse
-import collections
 import datetime
 import decimal
 import fractions
@@ -17,6 +16,7 @@ import types
 import uuid
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,16 @@ def _windows_path(*parts: str) -> pathlib.PurePath:
     return pathlib.PureWindowsPath(*parts)
 
 
+def _dictionary(*_: Any) -> dict[Any, Any]:
+    """In place of one with a default: only plain ones are filled."""
+    return {}
+
+
+def _list(*_: Any) -> list[Any]:
+    """In place of a queue, likewise."""
+    return []
+
+
 def _harmless() -> Iterator[Any]:
     """Classes and functions that make values and do nothing else, some under older names."""
     scalar, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
@@ -59,7 +69,9 @@ def _harmless() -> Iterator[Any]:
         yield pathlib.PurePosixPath, f"{module}.PurePosixPath"
         yield _windows_path, f"{module}.WindowsPath"
         yield _windows_path, f"{module}.PureWindowsPath"
-    yield from (argparse.Namespace, types.SimpleNamespace, collections.defaultdict)
+    yield _dictionary, "collections.defaultdict"
+    yield _list, "collections.deque"
+    yield from (argparse.Namespace, types.SimpleNamespace)
     yield from (dict, list, tuple, frozenset, int, float, bool, str, slice, range)
     yield from (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
     yield from (datetime.timezone, decimal.Decimal, fractions.Fraction, uuid.UUID)
@@ -93,7 +105,7 @@ def _refusal(path: Path, said: str) -> str:
     # A text, too, may begin as a pickle that names a function.
     if name and (kind is None or kind.name in (PICKLE, f"a {_WANTED}")):
         return (
-            f"{path} is no {_WANTED} of weights alone: it names {name[1]}, and would run code of "
+            f"{path} is no {_WANTED} of weights alone: it names {_todays(name[1])}, and would run code of "
             "its own when loaded; if you trust it, load it where its program is installed, by "
             "torch.load(FILE, weights_only=False), and torch.save the state dict alone"
         )
@@ -103,6 +115,12 @@ def _refusal(path: Path, said: str) -> str:
             "torch.save(..., pickle_protocol=2), which is the default"
         )
     return _no_checkpoint(path, said.strip().splitlines()[0][:300])
+
+
+def _todays(name: str) -> str:
+    """A name of Python 2, which files that all versions read have, as it is now."""
+    module, dot, function = name.rpartition(".")
+    return f"{IMPORT_MAPPING.get(module, module)}{dot}{function}"
 
 
 def _no_checkpoint(path: Path, reason: str) -> str:
