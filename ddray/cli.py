@@ -55,8 +55,6 @@ _JOBS = {
     ),
 }
 
-_ROWS_RECOMPUTED = 100
-
 
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage as everything else is reported: in one line."""
@@ -65,7 +63,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(whole: bool = False) -> argparse.ArgumentParser:
+    """All verbs; the flags of jobs only if the parser is to be `whole`."""
     parser = _Parser(
         prog="ddray",
         description="Distilled Decoding: an autoregressive image model becomes a one-step "
@@ -75,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (_, _, line) in _JOBS.items():
         # Filled in when the verb is chosen: its flags come from its config class.
-        verbs.add_parser(verb, help=line, add_help=False)
+        stub = verbs.add_parser(verb, help=line, add_help=whole)
+        if whole:
+            _add_job(stub, verb)
     _add_inspect(verbs.add_parser("inspect", help="what a set holds, and whether it is whole"))
     _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
     export = verbs.add_parser(
@@ -88,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--layout", choices=["upstream", "ddray"], default="upstream", help="default: upstream"
     )
+    completion = verbs.add_parser("completion", help="what makes a shell complete verbs and flags")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return parser
 
 
@@ -134,7 +137,7 @@ def _config_class(verb: str) -> Any:
 
 def _job_parser(verb: str) -> argparse.ArgumentParser:
     """Flags of a job: one for every key of its config, and the common ones."""
-    from ddray.config.flags import add_flags, description_of
+    from ddray.config.flags import description_of
 
     kind = _config_class(verb)
     parser = _Parser(
@@ -144,6 +147,13 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
         epilog="Order: preset < --config FILE < --set < flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_job(parser, verb)
+    return parser
+
+
+def _add_job(parser: argparse.ArgumentParser, verb: str) -> None:
+    from ddray.config.flags import add_flags
+
     parser.add_argument(
         "--preset", default="default", metavar="{default,tiny}", help="(default: default)"
     )
@@ -159,8 +169,7 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and the cost, do nothing"
     )
-    add_flags(parser, kind)
-    return parser
+    add_flags(parser, _config_class(verb))
 
 
 def _resolve(verb: str, argv: Sequence[str]) -> tuple[Any, bool]:
@@ -256,59 +265,6 @@ def _doctor(config: Any) -> int:
     return 0 if well else 1
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    from ddray.config.base import PoolConfig
-    from ddray.config.loading import load_config
-    from ddray.sets.inspection import describe
-
-    needs = {"recompute": "verify", "workers": "repair", "num_gpus": "repair"}
-    for name, needed in needs.items():
-        if getattr(arguments, name) is not None and not getattr(arguments, needed):
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --{needed}")
-    if arguments.recompute is not None and arguments.recompute < 0:
-        raise ConfigError(f"--recompute {arguments.recompute}: a number of rows is 0 or more")
-    flags = {"workers": arguments.workers or "1:1", "num_gpus": arguments.num_gpus or 0}
-    pool = load_config(PoolConfig, flags=flags)
-    if arguments.picture:
-        from ddray.sets.trajectories.picture import write_picture
-
-        write_picture(arguments.uri, arguments.picture)
-    print_json(describe(arguments.uri))
-    if arguments.repair:
-        from ddray.runtime.pools.repair import repair
-
-        with contextlib.redirect_stdout(sys.stderr):
-            lines = repair(arguments.uri, pool)
-        print("\n".join(lines), flush=True)
-    return _verify(arguments) if arguments.verify else 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from ddray.sets.images.plan import ImagePlan
-    from ddray.sets.inspection import verify
-    from ddray.sets.sharded_set import manifest_kind
-
-    of_images = manifest_kind(arguments.uri) == ImagePlan.KIND
-    if of_images and arguments.recompute:
-        raise ConfigError(f"--recompute is for trajectories; {arguments.uri} is a set of images")
-    problems = verify(arguments.uri)
-    print("\n".join(problems) or "verified: every index once, every hash right", flush=True)
-    if of_images or arguments.recompute == 0:
-        return 1 if problems else 0
-    from ddray.sets.trajectories.recompute import recompute
-
-    try:
-        outcome = recompute(arguments.uri, arguments.recompute or _ROWS_RECOMPUTED)
-    except ConfigError as error:
-        if arguments.recompute:
-            raise
-        # Nobody asked for it, and shards can be checked where there is no teacher.
-        print(f"not recomputed: {error}")
-        return 1 if problems else 0
-    print("\n".join(outcome.lines()))
-    return 0 if outcome.ok and not problems else 1
-
-
 def _models(arguments: argparse.Namespace) -> None:
     if arguments.action in (None, "list"):
         from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
@@ -338,6 +294,17 @@ def _export(arguments: argparse.Namespace) -> None:
             arguments.tokenizer,
         )
     )
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ConfigError("completion needs the package shtab; install it") from error
+
+    from ddray.config.flags import show_to_shells
+
+    print(shtab.complete(show_to_shells(_parser(whole=True)), arguments.shell))
 
 
 def _dry_run(verb: str, config: Any) -> None:
@@ -402,9 +369,12 @@ def _run(argv: Sequence[str]) -> int:
     if verb not in _JOBS:
         if rest:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        others = {"models": _models, "export": _export, "completion": _completion}
         if verb == "inspect":
-            return _inspect(arguments)
-        {"models": _models, "export": _export}[verb](arguments)
+            from ddray.runtime.inspecting import inspect
+
+            return inspect(arguments)
+        others[verb](arguments)
         return 0
     config, shown = _resolve(verb, rest)
     if shown:

@@ -10,6 +10,8 @@ from ddray.config.base import Job
 from ddray.errors import ConfigError
 
 _DEST = "key:"
+# How shtab is told that a value is the name of a file.
+_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[Job]) -> None:
@@ -24,6 +26,19 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Job]) -> None:
         for key in keys:
             for path, field in _leaves(key, kind.model_fields[key]):
                 _add_flag(group, path, field)
+
+
+def show_to_shells(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with the words that its flags take, which checks of values need not know."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                show_to_shells(inner)
+        elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
+            action.choices = action.metavar.strip("{}").split(",")
+        elif action.dest == "config":
+            action.complete = _FILES  # type: ignore[attr-defined]
+    return parser
 
 
 def refuse_moved_flags(kind: type[Job], argv: Sequence[str]) -> None:

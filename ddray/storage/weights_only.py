@@ -105,9 +105,9 @@ def _refusal(path: Path, said: str) -> str:
     # A text, too, may begin as a pickle that names a function.
     if name and (kind is None or kind.name in (PICKLE, f"a {_WANTED}")):
         return (
-            f"{path} is no {_WANTED} of weights alone: it names {_todays(name[1])}, and would run code of "
-            "its own when loaded; if you trust it, load it where its program is installed, by "
-            "torch.load(FILE, weights_only=False), and torch.save the state dict alone"
+            f"{path} is no {_WANTED} of weights alone: it names {_todays(name[1])}, and would run "
+            "code of its own when loaded; if you trust it, load it where its program is installed, "
+            "by torch.load(FILE, weights_only=False), and torch.save the state dict alone"
         )
     if "Unsupported operand" in said and zipfile.is_zipfile(path):
         return (

@@ -111,6 +111,36 @@ def test_the_help_of_a_job_shows_every_key_with_its_default(
         assert any(flag in line for line in lines)
 
 
+COMPLETE = """
+source "$1"
+shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_shtab_ddray
+echo "${COMPREPLY[@]}"
+"""
+
+
+def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ddray.cli import main; main(['completion', 'bash']); "
+        "assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
+    )
+    script = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    (tmp_path / "ddray.sh").write_bytes(script)
+    for words, completed in (
+        (["ge"], "generate"),
+        (["generate", "--for"], "--format"),
+        (["generate", "--format", ""], "parquet webdataset images"),
+        (["serve", "--no-"], "--no-teacher --no-access-log"),
+        (["distill", "--perceptual.dist"], "--perceptual.distance"),
+        (["quickstart", "--preset", "t"], "tiny"),
+        (["models", ""], "list show verify"),
+    ):
+        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "ddray.sh"), "ddray", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == completed, done
+
+
 def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     shown, stderr = capsys.readouterr()
