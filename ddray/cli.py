@@ -6,7 +6,6 @@ instant.
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 from ddray import __version__
 from ddray.errors import ConfigError, DDRayError
+from ddray.report.terminal import print_json, print_yaml
 
 # verb: (config "module:class" in ddray.config, handler "module:function", one line)
 _JOBS = {
@@ -56,8 +56,6 @@ _JOBS = {
     ),
 }
 
-_ROWS_RECOMPUTED = 100
-
 
 class _Parser(argparse.ArgumentParser):
     """Reports wrong usage as everything else is reported: in one line."""
@@ -66,7 +64,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(whole: bool = False) -> argparse.ArgumentParser:
+    """All verbs; the flags of jobs only if the parser is to be `whole`."""
     parser = _Parser(
         prog="ddray",
         description="Distilled Decoding: an autoregressive image model becomes a one-step "
@@ -76,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (_, _, line) in _JOBS.items():
         # Filled in when the verb is chosen: its flags come from its config class.
-        verbs.add_parser(verb, help=line, add_help=False)
+        stub = verbs.add_parser(verb, help=line, add_help=whole)
+        if whole:
+            _add_job(stub, verb)
     _add_inspect(verbs.add_parser("inspect", help="what a set holds, and whether it is whole"))
     _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
     export = verbs.add_parser(
@@ -89,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--layout", choices=["upstream", "ddray"], default="upstream", help="default: upstream"
     )
+    completion = verbs.add_parser("completion", help="what makes a shell complete verbs and flags")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return parser
 
 
@@ -120,8 +123,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action="list")
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     actions.add_parser("list", help="names, one a line (the default)")
-    show = actions.add_parser("show", help="what to download, where from, and how to sample it")
-    show.add_argument("name")
+    show = actions.add_parser("show", help="sizes, files, and how to sample it")
+    show.add_argument("name", help="name or model folder")
     verify = actions.add_parser("verify", help="check files against a model and run it once")
     verify.add_argument("name", help="name or model folder")
     verify.add_argument("--checkpoint", help="file of the network")
@@ -135,7 +138,7 @@ def _config_class(verb: str) -> Any:
 
 def _job_parser(verb: str) -> argparse.ArgumentParser:
     """Flags of a job: one for every key of its config, and the common ones."""
-    from ddray.config.flags import add_flags, description_of
+    from ddray.config.flags import description_of
 
     kind = _config_class(verb)
     parser = _Parser(
@@ -145,7 +148,16 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
         epilog="Order: preset < --config FILE < --set < flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", default="default", help="default or tiny (default: default)")
+    _add_job(parser, verb)
+    return parser
+
+
+def _add_job(parser: argparse.ArgumentParser, verb: str) -> None:
+    from ddray.config.flags import add_flags
+
+    parser.add_argument(
+        "--preset", default="default", metavar="{default,tiny}", help="(default: default)"
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with keys of the config")
     parser.add_argument(
         "--set",
@@ -158,8 +170,7 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and the cost, do nothing"
     )
-    add_flags(parser, kind)
-    return parser
+    add_flags(parser, _config_class(verb))
 
 
 def _resolve(verb: str, argv: Sequence[str]) -> tuple[Any, bool]:
@@ -196,19 +207,19 @@ def _apart_from_ray(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _sample(config: Any) -> None:
     from ddray.runtime.pools.sampling import sample
 
-    _print_json(_apart_from_ray(lambda: sample(config)))
+    print_json(_apart_from_ray(lambda: sample(config)))
 
 
 def _distill(config: Any) -> None:
     from ddray.runtime.training.driver import distill
 
-    _print_json(_apart_from_ray(lambda: distill(config)))
+    print_json(_apart_from_ray(lambda: distill(config)))
 
 
 def _generate(config: Any) -> None:
     from ddray.runtime.pools.bulk import generate
 
-    _print_json(_apart_from_ray(lambda: generate(config)))
+    print_json(_apart_from_ray(lambda: generate(config)))
 
 
 def _evaluate(config: Any) -> None:
@@ -220,6 +231,9 @@ def _evaluate(config: Any) -> None:
         from ddray.runtime.evaluating import evaluate_on_cluster as evaluate
     else:
         from ddray.evaluation.evaluate import evaluate
+        from ddray.runtime.cluster.limits import cap_threads
+
+        cap_threads()
     evaluation = evaluate(config)
     report = build_report(
         evaluation,
@@ -238,7 +252,9 @@ def _evaluate(config: Any) -> None:
 
 def _serve(config: Any) -> None:
     from ddray.runtime.cluster.connection import connect
+    from ddray.serving.api_keys import read_keys
 
+    read_keys(config.api_keys_file)  # what is refused of them is refused before Ray starts
     with connect(config.metrics_port):
         # Ray Serve reads its environment when it is imported, so Ray comes first.
         from ddray.runtime.serving.app import serve_students
@@ -254,59 +270,6 @@ def _doctor(config: Any) -> int:
     return 0 if well else 1
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    from ddray.config.base import PoolConfig
-    from ddray.config.loading import load_config
-    from ddray.sets.inspection import describe
-
-    needs = {"recompute": "verify", "workers": "repair", "num_gpus": "repair"}
-    for name, needed in needs.items():
-        if getattr(arguments, name) is not None and not getattr(arguments, needed):
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --{needed}")
-    if arguments.recompute is not None and arguments.recompute < 0:
-        raise ConfigError(f"--recompute {arguments.recompute}: a number of rows is 0 or more")
-    flags = {"workers": arguments.workers or "1:1", "num_gpus": arguments.num_gpus or 0}
-    pool = load_config(PoolConfig, flags=flags)
-    if arguments.picture:
-        from ddray.sets.trajectories.picture import write_picture
-
-        write_picture(arguments.uri, arguments.picture)
-    _print_json(describe(arguments.uri))
-    if arguments.repair:
-        from ddray.runtime.pools.repair import repair
-
-        with contextlib.redirect_stdout(sys.stderr):
-            lines = repair(arguments.uri, pool)
-        print("\n".join(lines), flush=True)
-    return _verify(arguments) if arguments.verify else 0
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from ddray.sets.images.plan import ImagePlan
-    from ddray.sets.inspection import verify
-    from ddray.sets.sharded_set import manifest_kind
-
-    of_images = manifest_kind(arguments.uri) == ImagePlan.KIND
-    if of_images and arguments.recompute:
-        raise ConfigError(f"--recompute is for trajectories; {arguments.uri} is a set of images")
-    problems = verify(arguments.uri)
-    print("\n".join(problems) or "verified: every index once, every hash right", flush=True)
-    if of_images or arguments.recompute == 0:
-        return 1 if problems else 0
-    from ddray.sets.trajectories.recompute import recompute
-
-    try:
-        outcome = recompute(arguments.uri, arguments.recompute or _ROWS_RECOMPUTED)
-    except ConfigError as error:
-        if arguments.recompute:
-            raise
-        # Nobody asked for it, and shards can be checked where there is no teacher.
-        print(f"not recomputed: {error}")
-        return 1 if problems else 0
-    print("\n".join(outcome.lines()))
-    return 0 if outcome.ok and not problems else 1
-
-
 def _models(arguments: argparse.Namespace) -> None:
     if arguments.action in (None, "list"):
         from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
@@ -319,18 +282,15 @@ def _models(arguments: argparse.Namespace) -> None:
     from ddray.models.published import describe, verify
 
     if arguments.action == "show":
-        import yaml
-
-        described = json.loads(json.dumps(describe(arguments.name)))
-        print(yaml.safe_dump(described, sort_keys=False, width=100), end="")
+        print_yaml(describe(arguments.name), width=100)
     else:
-        _print_json(verify(arguments.name, arguments.checkpoint, arguments.tokenizer))
+        print_json(verify(arguments.name, arguments.checkpoint, arguments.tokenizer))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from ddray.models.published import export
 
-    _print_json(
+    print_json(
         export(
             arguments.student,
             arguments.out,
@@ -341,13 +301,18 @@ def _export(arguments: argparse.Namespace) -> None:
     )
 
 
-def _print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2))
+def _completion(arguments: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ConfigError("completion needs the package shtab; install it") from error
+
+    from ddray.config.flags import show_to_shells
+
+    print(shtab.complete(show_to_shells(_parser(whole=True)), arguments.shell))
 
 
 def _dry_run(verb: str, config: Any) -> None:
-    import yaml
-
     values = config.model_dump(mode="json")
     if verb == "quickstart":
         from ddray.runtime.quickstart import parts
@@ -357,19 +322,30 @@ def _dry_run(verb: str, config: Any) -> None:
         values |= {
             name: job.model_dump(mode="json") for name, job in zip(jobs, parts(config), strict=True)
         }
-    print(yaml.safe_dump(values, sort_keys=False), end="")
+    print_yaml(values)
     # As comments: what is printed can go back in by --config.
     for key, value in _cost(verb, config).items():
         print(f"# {key}: {value}")
 
 
 def _cost(verb: str, config: Any) -> dict[str, Any]:
-    """What a job will write or take, of the verbs that can tell."""
-    estimates = {"sample": "estimate_sample", "distill": "estimate_distill"}
-    if verb not in estimates:
-        return {}
-    told: dict[str, Any] = getattr(import_module("ddray.cost"), estimates[verb])(config)
-    return told
+    """What a job will write or take, as far as that is known before it runs."""
+    if verb == "doctor":
+        return {"cost": "none; a file of a few bytes is written to every uri, and deleted"}
+    if verb != "quickstart":
+        told: dict[str, Any] = getattr(import_module("ddray.cost"), f"estimate_{verb}")(config)
+        return told
+    from ddray.cost import estimate_distill, estimate_sample
+    from ddray.runtime.quickstart import parts
+
+    sampling, distilling, generating, evaluating = parts(config)
+    costs = {"sample": estimate_sample(sampling), "distill": estimate_distill(distilling)}
+    counts = {"generate": {"images": generating.count}, "evaluate": {"images": evaluating.count}}
+    return {
+        f"{part}.{key}": value
+        for part, told in (costs | counts).items()
+        for key, value in told.items()
+    }
 
 
 def _require_lasting(config: Any) -> None:
@@ -389,14 +365,20 @@ def _handler(target: str) -> Callable[[Any], int | None]:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if not argv:
+        _parser().print_help()
+        return ConfigError.exit_code
     arguments, rest = _parser().parse_known_args(argv)
     verb = arguments.verb
     if verb not in _JOBS:
         if rest:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        others = {"models": _models, "export": _export, "completion": _completion}
         if verb == "inspect":
-            return _inspect(arguments)
-        {"models": _models, "export": _export}[verb](arguments)
+            from ddray.runtime.inspecting import inspect
+
+            return inspect(arguments)
+        others[verb](arguments)
         return 0
     config, shown = _resolve(verb, rest)
     if shown:

@@ -1,4 +1,4 @@
-"""What sampling and distillation cost: floating-point operations, memory, GPU hours.
+"""What jobs cost, as far as their sizes tell: operations, memory, GPU hours, bytes, passes.
 
 Arithmetic on sizes, for networks on the meta device too. A multiplication and an addition count as
 two operations; what is no matrix product is left out, and causal attention counts as full, as is
@@ -9,16 +9,29 @@ width.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ddray.config.distillation import DistillConfig
+from ddray.config.evaluation import EvaluateConfig
+from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
-from ddray.errors import ShardError, StorageError, one_line
-from ddray.models.zoo import empty_student
+from ddray.config.serving import ServeConfig
+from ddray.errors import DDRayError, ShardError, StorageError, one_line
+from ddray.method.schedule import num_steps, parse_schedule
+from ddray.models.catalog import BUNDLED_MODELS
+from ddray.models.zoo import (
+    empty_network,
+    empty_student,
+    empty_tokenizer,
+    image_side,
+    resolve,
+)
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage.checkpoint import read_config
 
 # Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
 # from NVIDIA's data sheets. The first that fits counts.
@@ -214,10 +227,144 @@ def estimate_sample(
         evaluations = config.num_evals or _EVALUATIONS
         transport = evaluations * 4 * codes * student.config.codebook_dim * tokens
         flops = config.count * (2 * forward_flops(student) + transport)
-        workers = math.ceil(config.workers[1] * config.num_gpus)
+        workers = math.ceil(round(config.workers[1] * config.num_gpus, 4))
         told["gpu_hours"] = _gpu_hours(flops, config.dtype, workers, assumed_mfu)
         told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in {config.dtype}; not measured"
     return told
+
+
+def estimate_generate(config: GenerateConfig) -> dict[str, Any]:
+    """What a set of images will write and take, for `--dry-run`.
+
+    Args:
+        config: the job; the student's sizes are enough.
+
+    Returns:
+        Values by name, for people; of images their pixels, as their files depend on what they show.
+    """
+    try:
+        model = _described(config.student)
+        steps = num_steps(parse_schedule(config.schedule or "0", len(model.stages)))
+    except DDRayError as error:
+        return {"cost": f"unknown without the student: {one_line(error)}"}
+    told: dict[str, Any] = {
+        "shards": -(-config.count // config.shard_rows),
+        "forward_passes_per_image": steps,
+        "gigabytes_an_actor": f"{_rounded(model.gigabytes):g} of weights",
+    }
+    if config.content == "tokens":
+        told["megabytes"] = _rounded(config.count * sum(model.stages) * model.token_bytes / 1e6)
+    else:
+        told["megabytes_of_pixels"] = _rounded(config.count * model.pixels / 1e6)
+        told["files"] = f"{config.image_format}, so smaller than their pixels; not estimated"
+    return told
+
+
+def estimate_serve(config: ServeConfig) -> dict[str, Any]:
+    """What a service will hold and ask for, for `--dry-run`; how much it makes has to be measured.
+
+    Args:
+        config: the job; the students' sizes are enough.
+
+    Returns:
+        Values by name, for people.
+    """
+    try:
+        students = [_described(name) for name in config.student]
+        teachers = [_described(name) for name in _teachers(config, students)]
+    except DDRayError as error:
+        return {"cost": f"unknown without the students: {one_line(error)}"}
+    held = sorted((model.gigabytes for model in students), reverse=True)
+    weights = sum(held[: config.models_per_replica]) + sum(model.gigabytes for model in teachers)
+    fewest, most = config.replicas
+    number = f"{fewest} to {most}" if fewest < most else str(most)
+    told = {
+        "replicas": f"{number}, each of {config.threads} CPUs and {config.num_gpus:g} GPUs",
+        "gigabytes_a_replica": f"{_rounded(weights):g} of weights",
+        "images_admitted_at_a_time": config.admission_limit,
+        "forward_passes_per_image": "1 a jump of the request's schedule",
+    }
+    stages = [len(model.stages) for model in teachers]
+    if stages:
+        told["forward_passes_of_the_teacher"] = " or ".join(map(str, sorted({*stages})))
+    return told
+
+
+def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """What an evaluation will make, for `--dry-run`.
+
+    Args:
+        config: the job; the sizes of both models are enough.
+
+    Returns:
+        Values by name, for people.
+    """
+    try:
+        student = _described(config.student)
+        teacher = _described(config.teacher or student.teacher or config.student)
+    except DDRayError as error:
+        return {"cost": f"unknown without the student: {one_line(error)}"}
+    stages, jumps = len(teacher.stages), range(1, student.jumps + 1)
+    # By sampling and, unless a set holds them already, by transport.
+    rounds = 1 if config.data else 2
+    return {
+        "images_of_every_generator": config.count,
+        "forward_passes_of_the_teacher": f"{rounds} x {stages} for each image",
+        "forward_passes_of_the_student": " + ".join(map(str, jumps)) + " for each image",
+        "gigabytes": f"{_rounded(student.gigabytes + teacher.gigabytes):g} of weights",
+        "speed": f"{len(config.speed_batches) * (2 + len(jumps))} figures of "
+        f"{config.speed_seconds:g} s or 4 runs, whichever is longer",
+    }
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the sizes of a model come to.
+
+    Attributes:
+        stages: tokens of each.
+        gigabytes: of float32 weights, the tokenizer's included.
+        pixels: bytes of an image without compression.
+        token_bytes: of one token.
+        jumps: that it was trained for, of a student.
+        teacher: that it names, of a student.
+    """
+
+    stages: tuple[int, ...]
+    gigabytes: float
+    pixels: int
+    token_bytes: int
+    jumps: int
+    teacher: str | None
+
+
+def _described(model: str) -> _Sizes:
+    """A name or a folder, from its config alone.
+
+    Raises:
+        DDRayError: for one that is not there, or whose sizes do not fit together.
+    """
+    where = resolve(model)
+    config = where if isinstance(where, Mapping) else read_config(where)
+    network, codec = empty_network(config, model), empty_tokenizer(config, model)
+    modules = [part for part in (network, codec) if part is not None]
+    numbers = sum(p.numel() for part in modules for p in part.parameters())
+    channels = getattr(codec.config, "in_channels", 3) if codec is not None else 0
+    return _Sizes(
+        stages=tuple(network.stages),
+        gigabytes=4 * numbers / 1e9,
+        pixels=channels * image_side(config, model) ** 2 if codec is not None else 0,
+        token_bytes=2 if _vocabulary(network) <= 2**16 else 4,
+        jumps=len(config.get("schedule") or (0,)),
+        teacher=config.get("teacher"),
+    )
+
+
+def _teachers(config: ServeConfig, students: Sequence[_Sizes]) -> list[str]:
+    """Teachers that a service loads beside its students."""
+    bundled = set(config.student) <= set(BUNDLED_MODELS)
+    wanted = bundled if config.teacher is None else config.teacher
+    return sorted({student.teacher for student in students if student.teacher}) if wanted else []
 
 
 def estimate_distill(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ddray.locations import absolute, hub_location, local_file, model_location
 
-CountT = Annotated[int, Field(gt=0)]
+_LEAST_GPU = 1e-4
+
+CountT = Annotated[int, Field(gt=0, lt=2**63)]
 
 SeedT = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -40,6 +42,14 @@ def check_ordered(workers: tuple[int, int]) -> None:
     """Refuse a pair of numbers of workers that is not MIN:MAX."""
     if workers[0] > workers[1]:
         raise ValueError(f"workers {workers[0]}:{workers[1]} must be MIN:MAX")
+
+
+def check_gpus(num_gpus: float) -> None:
+    """Refuse a number of GPUs that Ray does not give to one process."""
+    if num_gpus > 1 and num_gpus % 1:
+        raise ValueError(f"num_gpus={num_gpus:g} must be a part of one GPU, or whole ones")
+    if 0 < num_gpus < _LEAST_GPU:
+        raise ValueError(f"num_gpus={num_gpus:g} is less than Ray counts, {_LEAST_GPU:g}")
 
 
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
@@ -96,7 +106,9 @@ class Job(BaseModel):
     MOVED: ClassVar[Mapping[str, str]] = {}
 
     # Defaults are checked like values: they hold relative locations.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class PoolConfig(Job):
@@ -113,8 +125,7 @@ class PoolConfig(Job):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         check_ordered(self.workers)
-        if self.num_gpus > 1 and self.num_gpus % 1:
-            raise ValueError(f"num_gpus={self.num_gpus:g} must be a part of one GPU, or whole ones")
+        check_gpus(self.num_gpus)
         return self
 
 

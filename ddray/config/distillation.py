@@ -133,7 +133,7 @@ class DistillConfig(Job):
     node_pool: NodePool = None
     wait_s: WaitS = None
     accumulation: CountT = Field(1, description="micro batches that a worker cuts its part into")
-    zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage")
+    zero: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage, 0 to 3")
     offload_optimizer: bool = Field(False, description="ZeRO: optimizer and its weights on the CPU")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the forward pass; weights stay float32"

@@ -34,7 +34,7 @@ class EvaluateConfig(Job):
     )
     data: Location | None = Field(None, description="trajectory set, for its rows of the table")
     out: Location = Field("runs/evaluate", description="URI of the report")
-    count: CountT = Field(5000, description="images of every generator")
+    count: Annotated[int, Field(ge=2)] = Field(5000, description="images of every generator")
     seed: SeedT = Field(1_000_003, description="of the noise; no set should have it")
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     batch_size: CountT = Field(200, description="images made together")

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -10,6 +10,8 @@ from ddray.config.base import Job
 from ddray.errors import ConfigError
 
 _DEST = "key:"
+# How shtab is told that a value is the name of a file.
+_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[Job]) -> None:
@@ -24,6 +26,19 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Job]) -> None:
         for key in keys:
             for path, field in _leaves(key, kind.model_fields[key]):
                 _add_flag(group, path, field)
+
+
+def show_to_shells(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with the words that its flags take, which checks of values need not know."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                show_to_shells(inner)
+        elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
+            action.choices = action.metavar.strip("{}").split(",")
+        elif action.dest == "config":
+            action.complete = _FILES  # type: ignore[attr-defined]
+    return parser
 
 
 def refuse_moved_flags(kind: type[Job], argv: Sequence[str]) -> None:
@@ -80,19 +95,34 @@ def _flag(path: str) -> str:
 
 
 def _add_flag(group: Any, path: str, field: FieldInfo) -> None:
-    default, text = field.default, field.description or ""
-    if isinstance(default, bool) or field.annotation == bool | None:
-        group.add_argument(
-            _flag(path), action="store_const", const=True, dest=_DEST + path, help=text
-        )
-        return
-    shown = _shown(path, default)
+    shown = _shown(path, field.default)
     suffix = f" (default: {shown})" if shown else ""
-    group.add_argument(_flag(path), metavar="X", dest=_DEST + path, help=f"{text}{suffix}".strip())
+    # Percent signs mean something to argparse.
+    text = f"{field.description or ''}{suffix}".strip().replace("%", "%%")
+    if isinstance(field.default, bool) or field.annotation == bool | None:
+        switch = argparse.BooleanOptionalAction
+        group.add_argument(_flag(path), action=switch, dest=_DEST + path, help=text)
+        return
+    group.add_argument(_flag(path), metavar=_values(field), dest=_DEST + path, help=text)
+
+
+def _values(field: FieldInfo) -> str:
+    """What stands for the value of a flag: the choices, where there are some."""
+    choices = choices_of(field)
+    return f"{{{','.join(choices)}}}" if choices else "X"
+
+
+def choices_of(field: FieldInfo) -> list[str]:
+    """The words that a key takes; none where it takes anything else."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    found = (get_args(kind) for kind in kinds if get_origin(kind) is Literal)
+    return [str(choice) for choice in next(found, ())]
 
 
 def _shown(path: str, default: Any) -> str:
     """A default as it would be given."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
     if path in ("workers", "replicas"):
         fewest, most = default
         return str(most) if fewest == most else f"{fewest}:{most}"

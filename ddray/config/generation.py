@@ -50,6 +50,8 @@ class GenerateConfig(SetConfig):
                 raise ValueError(f"content=tokens is written as parquet, not as {self.format}")
             if self.image_format != "png" or self.statistics:
                 raise ValueError("content=tokens has no images: no image_format, no statistics")
+        if self.statistics and self.count < 2:
+            raise ValueError(f"statistics needs at least 2 images, not count={self.count}")
         if self.quality is not None and self.image_format != "webp":
             raise ValueError(
                 f"quality={self.quality} is of image_format=webp; {self.image_format} has no loss"

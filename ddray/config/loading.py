@@ -5,6 +5,7 @@ Unknown keys are refused with the nearest known one.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from ddray.config.base import Job
 from ddray.errors import ConfigError, one_line
+from ddray.file_kind import explained
 from ddray.locations import local_file
 
 JobT = TypeVar("JobT", bound=Job)
@@ -77,6 +79,10 @@ def in_todays_keys(kind: type[Job], values: Mapping[str, Any]) -> dict[str, Any]
     return today
 
 
+# A date that is none is a ValueError of its own.
+_NO_YAML = (yaml.YAMLError, ValueError, RecursionError, OverflowError)
+
+
 class _Yaml(yaml.SafeLoader):
     """YAML without base-60 numbers: in YAML 1.1, 1:2 would be the integer 62."""
 
@@ -106,17 +112,42 @@ def overlay(target: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:
+    """The keys and values of a file in UTF-8, or in UTF-16 with its mark."""
     try:
-        values = yaml.load(Path(local_file(file)).read_text(), _Yaml)
+        data = Path(local_file(file)).read_bytes()
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file} is not YAML: {one_line(error)}") from error
+    except (ValueError, RuntimeError) as error:  # no name of a file
+        raise ConfigError(f"--config {str(file)!r}: {one_line(error)}") from error
+    try:
+        values = yaml.load(data, _Yaml)
+    except _NO_YAML as error:
+        refusal = f"--config {file} is not YAML"
+        raise ConfigError(explained(refusal, data, _said(error), "text (")) from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"--config {file} must hold keys and values, not {type(values).__name__}")
+        refusal = f"--config {file} must hold keys and values, not {type(values).__name__}"
+        raise ConfigError(explained(refusal, data, "", "text (")) from None
+    if _is_endless(values):
+        raise ConfigError(f"--config {file} holds itself, by an alias")
     return values
+
+
+def _said(error: BaseException) -> str:
+    """What YAML's reader says, with what mends the commonest mistake."""
+    said = one_line(error)
+    tab = "found character '\\t'" in said
+    return f"{said}; indent by spaces, not by tabs" if tab else said
+
+
+def _is_endless(values: Mapping[str, Any]) -> bool:
+    """Whether a value holds itself; nothing could be made of such a file."""
+    try:
+        json.dumps(values, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _read_setting(setting: str) -> dict[str, Any]:
@@ -126,8 +157,10 @@ def _read_setting(setting: str) -> dict[str, Any]:
         raise ConfigError(f"--set {setting!r} is not of the form key.path=value")
     try:
         value: Any = yaml.load(text, _Yaml)
-    except yaml.YAMLError:
+    except _NO_YAML:
         value = text
+    if isinstance(value, Mapping) and _is_endless(value):
+        raise ConfigError(f"--set {setting!r} holds itself, by an alias")
     for key in reversed(keys):
         value = {key: value}
     return dict(value)

@@ -1,9 +1,9 @@
 """What `ddray quickstart` can be told: its own keys, and those of its parts."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ddray.config.base import Job, Location, ModelName, SeedT
 from ddray.config.distillation import DistillConfig
@@ -25,3 +25,11 @@ class QuickstartConfig(Job):
     distill: DistillConfig = DistillConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _can_be_evaluated(self) -> Self:
+        if self.sample.count < 2:
+            raise ValueError(
+                f"sample.count={self.sample.count}: the evaluation needs at least 2 trajectories"
+            )
+        return self

@@ -15,6 +15,7 @@ from ddray.config.base import (
     NodePool,
     Texts,
     WaitS,
+    check_gpus,
     parse_pair,
 )
 
@@ -55,7 +56,8 @@ class ServeConfig(Job):
         None, description="for Prometheus, of a Ray that this command starts"
     )
     api_keys_file: LocalFile | None = Field(
-        None, description="one key a line; absent = DDRAY_API_KEYS, or no keys"
+        None,
+        description="keys of at least 16 characters, one a line; absent = DDRAY_API_KEYS, or none",
     )
     cors_origins: Texts = Field((), description="of pages elsewhere that may call; with commas")
     images_uri: Location | None = Field(None, description="s3:// prefix for response_format=url")
@@ -109,6 +111,7 @@ class ServeConfig(Job):
     def _consistent(self) -> Self:
         if self.replicas[0] > self.replicas[1] or self.replicas[1] < 1:
             raise ValueError(f"replicas={self.replicas[0]}:{self.replicas[1]} must be MIN:MAX")
+        check_gpus(self.num_gpus)
         if self.ongoing_limit < self.max_batch_size:
             raise ValueError(
                 f"max_ongoing_requests={self.ongoing_limit} is below max_batch_size="

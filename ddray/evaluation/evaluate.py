@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,7 @@ class Evaluation:
         speed: rows with generator and images/s by batch size.
         transport: agreement of the default transport with the exact map, and what it costs.
         pictures: images [10, 1, 28, 28] of every generator, same classes and noise.
+        classes: of these images.
         protocol: sentences that say how the figures came about.
         seconds: what it took.
     """
@@ -67,6 +69,7 @@ class Evaluation:
     transport: dict[str, Any]
     pictures: list[tuple[str, Tensor]]
     protocol: list[str]
+    classes: tuple[int, ...] = tuple(range(PICTURE_COLUMNS))
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -111,8 +114,14 @@ def independent_tokens(
 
     Returns:
         int64 tokens [N, L].
+
+    Raises:
+        ConfigError: for a class that the teacher made nothing of.
     """
     known_labels, known_tokens = known
+    unknown = sorted({*labels.tolist()} - {*known_labels.tolist()})
+    if unknown:
+        raise ConfigError(f"there are no trajectories of class {unknown[0]} to count tokens in")
     uniform_NL = uniforms(seed, index, known_tokens.shape[1])
     tokens = torch.empty(uniform_NL.shape, dtype=torch.long)
     for digit in labels.unique():
@@ -155,8 +164,32 @@ class Evaluator:
         trained = tuple(self.student.config.get("schedule", (0,)))
         prefixes = [trained[:n] for n in range(1, len(trained) + 1)]
         self.schedules = [parse_schedule(prefix, stages) for prefix in prefixes]
+        self.trajectories = self._trajectories()
+        # A set may lack classes, or be too short to have them all: then nothing is asked for them.
+        self.cycle = torch.arange(self.teacher.num_classes)
+        if self.trajectories is not None:
+            plan = self.trajectories.plan
+            turn = min(len(plan.classes) or plan.num_classes, plan.count)
+            self.cycle = torch.from_numpy(plan.label(np.arange(turn))).long()
         self.index = torch.arange(config.count)
-        self.labels = self.index % self.teacher.num_classes
+        self.labels = self.labels_of(config.count)
+
+    def _trajectories(self) -> TrajectorySet | None:
+        """The set for the rows of the table that need one; None where none is given."""
+        if self.config.data is None:
+            return None
+        trajectories = TrajectorySet.open(self.config.data)
+        if trajectories.plan.teacher_fingerprint != self.teacher.fingerprint:
+            raise ConfigError(f"{self.config.data} was not sampled from {self.teacher.name}")
+        if trajectories.plan.count < 2:
+            raise ConfigError(
+                f"{self.config.data} has one row, and a Frechet distance needs at least 2 images"
+            )
+        return trajectories
+
+    def labels_of(self, count: int) -> Tensor:
+        """The first classes that images are asked for by, int64 [count]: all in turn."""
+        return self.cycle[torch.arange(count) % len(self.cycle)]
 
     def autoregressive(self, labels: Tensor, index: Tensor) -> Tensor:
         """Tokens by plain sampling."""
@@ -176,14 +209,12 @@ class Evaluator:
     @cached_property
     def known(self) -> tuple[Tensor, Tensor]:
         """Classes and tokens the teacher made by transport: the set's first rows, or fresh ones."""
-        if self.config.data is None:
+        trajectories = self.trajectories
+        if trajectories is None:
             tokens = in_batches(
                 self.transported, self.labels, self.index, self.config.batch_size, TRANSPORTED
             )
             return self.labels, tokens
-        trajectories = TrajectorySet.open(self.config.data)
-        if trajectories.plan.teacher_fingerprint != self.teacher.fingerprint:
-            raise ConfigError(f"{self.config.data} was not sampled from {self.teacher.name}")
         # The naive baseline gets all the rows there are: its marginals should not be noisy.
         _, labels, stored = trajectories.rows(0, trajectories.plan.count)
         return torch.from_numpy(labels).long(), torch.from_numpy(stored.astype("int64"))
@@ -206,9 +237,10 @@ class Evaluator:
             # Without the real digits this row alone is missing: the other statistics are bundled.
             pass
         else:
-            # No more of them than of other images, and of all classes: they lie in order.
-            every = max(1, len(digits.labels) // config.count)
-            images, labels = digits.images[::every], digits.labels[::every]
+            # No more of them than of other images, and of the same classes: they lie in order.
+            asked = torch.isin(digits.labels, self.cycle)
+            every = max(1, int(asked.sum()) // config.count)
+            images, labels = digits.images[asked][::every], digits.labels[asked][::every]
             tokens = [self.teacher.encode(part) for part in images.split(250)]
             judge(RECONSTRUCTION, None, torch.cat(tokens), labels)
             used = len(torch.cat(tokens).unique())
@@ -247,8 +279,7 @@ class Evaluator:
 
     def _rate(self, make: Callable[[Tensor, Tensor], Tensor], size: int) -> float:
         """Images/s: the median of at least three runs after a warm-up."""
-        labels = torch.arange(size) % self.teacher.num_classes
-        index = torch.arange(size)
+        labels, index = self.labels_of(size), torch.arange(size)
         times: list[float] = []
         began = time.perf_counter()
         while len(times) < 4 or time.perf_counter() - began < self.config.speed_seconds:
@@ -264,7 +295,7 @@ class Evaluator:
         alternated.
         """
         count = self.config.transport_count
-        labels, index = torch.arange(count) % self.teacher.num_classes, torch.arange(count)
+        labels, index = self.labels_of(count), torch.arange(count)
         shape = (self.teacher.num_tokens, self.teacher.codebook.shape[1])
         agree = total = 0
         default, exact = Transport(self.teacher.codebook), Transport(self.teacher.codebook, "exact")
@@ -301,8 +332,7 @@ class Evaluator:
 
     def pictures(self) -> list[tuple[str, Tensor]]:
         """One image a class of every generator; transport and student start from the same noise."""
-        labels = torch.arange(PICTURE_COLUMNS) % self.teacher.num_classes
-        index = torch.arange(PICTURE_COLUMNS)
+        labels, index = self.labels_of(PICTURE_COLUMNS), torch.arange(PICTURE_COLUMNS)
         rows = [
             (AUTOREGRESSIVE, self.autoregressive(labels, index)),
             (TRANSPORTED, self.transported(labels, index)),
@@ -319,8 +349,15 @@ class Evaluator:
     def protocol(self) -> list[str]:
         """How the figures came about."""
         config, card = self.config, self.metric.card
+        present = sorted({*self.cycle.tolist()})
+        turn = "classes in turn"
+        if len(present) < self.teacher.num_classes:
+            turn = (
+                f"classes {', '.join(map(str, present))} in turn, as the set has them (the "
+                "reference has all ten, so distances are larger; ratios compare like with like)"
+            )
         return [
-            f"{config.count} images of every generator, classes in turn, seed {config.seed}, "
+            f"{config.count} images of every generator, {turn}, seed {config.seed}, "
             f"indices 0 to {config.count - 1}; teacher {self.teacher.name} at guidance "
             f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its logits "
             f"head, weighed with its code head at precision {self.student.code_precision:g}.",
@@ -362,6 +399,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         speed=evaluator.speed(),
         transport=evaluator.transport(),
         pictures=evaluator.pictures(),
+        classes=tuple(evaluator.labels_of(PICTURE_COLUMNS).tolist()),
         protocol=evaluator.protocol(),
         seconds=time.monotonic() - started,
         settings=config.model_dump(mode="json"),

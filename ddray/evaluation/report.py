@@ -15,8 +15,6 @@ from ddray.report.table import Column, Table, write_summary_table
 from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
 
-DIGITS = tuple("0123456789")
-
 _MEANING = (
     "fd_digits says how far images are from real digits that no model has seen (0 = not to be told "
     "apart), ratio how much further the student's are than its teacher's, and class accuracy how "
@@ -79,6 +77,11 @@ def _headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     ]
 
 
+def _columns(evaluation: Evaluation) -> tuple[str, ...]:
+    """What stands above the pictures: their classes."""
+    return tuple(map(str, evaluation.classes))
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes here."""
     found = {"ddray": __version__, "python": platform.python_version()}
@@ -119,7 +122,7 @@ def build_report(
         subtitle=subtitle,
         headline=_headline(evaluation),
         pictures=[
-            Picture(name, "", images.numpy(), len(images), DIGITS[: len(images)])
+            Picture(name, "", images.numpy(), len(images), _columns(evaluation))
             for name, images in evaluation.pictures
         ],
         tables=[
@@ -145,7 +148,7 @@ def write_evaluation(
     """
     storage = open_storage(out)
     rows = [(name, images.numpy()) for name, images in evaluation.pictures]
-    picture = labelled_grid(rows, DIGITS, scale=3, invert=True)
+    picture = labelled_grid(rows, _columns(evaluation), scale=3, invert=True)
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     storage.write("grid.png", stream.getvalue())

@@ -5,7 +5,6 @@ Shapes: N images, D features.
 
 import io
 import json
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +18,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from ddray.errors import ConfigError, one_line
+from ddray.file_kind import explained, kind_of
 from ddray.storage import open_beside
 
 
@@ -72,9 +72,12 @@ class FeatureStatistics:
         data = storage.read(name)
         try:
             with np.load(io.BytesIO(data)) as file:
-                return cls(int(file.get("count", 0)), file["mu"], file["sigma"])
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-            raise ConfigError(f"{uri} is no file of statistics: {one_line(error)}") from error
+                count, mean, covariance = int(file.get("count", 0)), file["mu"], file["sigma"]
+            _check(mean, covariance)
+        except Exception as error:  # one flipped bit makes np.load fail in any way
+            refusal = f"{uri} is no file of statistics"
+            raise ConfigError(explained(refusal, data, error, "(.npz)")) from error
+        return cls(count, mean.astype(np.float64), covariance.astype(np.float64))
 
     def distance(self, other: "FeatureStatistics") -> float:
         """Frechet distance to other features' statistics."""
@@ -156,14 +159,25 @@ class FeatureSums:
             size = int.from_bytes(data[:8], "little")
             found = json.loads(data[8 : 8 + size])["__metadata__"]["extractor"]
             sums = cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"damaged ({one_line(error)})") from error
+            _check(sums.mean, sums.scatter)
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            kind = kind_of(data)
+            told = kind.name if kind and "safetensors" not in kind.name else one_line(error)
+            raise ConfigError(f"damaged ({told})") from error
         if found != extractor:
             raise ConfigError(f"made by another extractor ({found[:12]}, not {extractor[:12]})")
         return sums
 
 
 Array = npt.NDArray[np.float64]
+
+
+def _check(mean: np.ndarray, square: np.ndarray) -> None:
+    """Refuse what are not finite numbers [D] and [D, D]."""
+    if mean.ndim != 1 or square.shape != (len(mean), len(mean)):
+        raise ValueError(f"shapes {mean.shape} and {square.shape} are not [D] and [D, D]")
+    if any(part.dtype.kind not in "fiu" or not np.isfinite(part).all() for part in (mean, square)):
+        raise ValueError("they are not all finite numbers")
 
 
 def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:

@@ -3,21 +3,30 @@
 Shapes: B batch, L tokens, E code width.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
-from ddray.models.zoo import FAMILIES, load_student, load_teacher, resolve
+from ddray.models.zoo import (
+    FAMILIES,
+    empty_network,
+    empty_tokenizer,
+    image_side,
+    load_student,
+    load_teacher,
+    resolve,
+)
 from ddray.storage.checkpoint import (
-    CONFIG_FILE,
     load_folder,
+    read_config,
     read_weights,
     save_folder,
     write_container,
@@ -25,16 +34,18 @@ from ddray.storage.checkpoint import (
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What to download for a published model, where it goes, and how it is meant to be sampled.
+    """What a model is; of a published one what to download, and how it is meant to be sampled.
+
+    Args:
+        name: a name of `ddray models`, or a model folder.
 
     Raises:
-        ConfigError: for an unknown name.
+        ConfigError: for an unknown name, or a folder whose sizes do not fit together.
+        CheckpointError: for a folder whose config is damaged.
     """
-    resolve(name)
-    if name in BUNDLED_MODELS:
-        return {"name": name, "what": BUNDLED_MODELS[name], "files": "inside the package"}
-    if name not in PUBLISHED:
-        raise ConfigError(f"{name} is a model folder; its {CONFIG_FILE} says what it is")
+    where = resolve(name)
+    if not isinstance(where, Mapping):
+        return _described_folder(name, str(where))
     published = PUBLISHED[name]
     files = {"tokenizer": published.tokenizer}
     if published.checkpoint is not None:
@@ -53,6 +64,38 @@ def describe(name: str) -> dict[str, Any]:
         "published": published.figure,
         "license": published.license,
     }
+
+
+# What of a config says how a model is used; and what nobody asks for who looks at one.
+_USE = ("schedule", "code_precision", "default_cfg", "teacher", "step")
+_ASIDE = (*_USE, "ddray_version", "teacher_fingerprint", "tokenizer_fingerprint", "quality")
+
+
+def _described_folder(name: str, folder: str) -> dict[str, Any]:
+    """What the config of a bundled model, or of any folder, says of it."""
+    config = read_config(folder)
+    network, codec = empty_network(config, name), empty_tokenizer(config, name)
+    told: dict[str, Any] = {
+        "name": name,
+        "what": BUNDLED_MODELS.get(name, "a model folder"),
+        "kind": FAMILIES[config["family"]].kind,
+        "parameters": f"{_millions(network)} million",
+    }
+    if codec is not None:
+        side, channels = image_side(config, name), getattr(codec.config, "in_channels", 3)
+        told["tokenizer"] = f"{_millions(codec)} million, codes of width {codec.config.code_width}"
+        told["image size"] = f"{side} x {side}, {'grey' if channels == 1 else 'colour'}"
+    by_class = network.conditioning == "class"
+    told["conditioned on"] = f"{network.config.num_classes} classes" if by_class else "captions"
+    stages = len(network.stages)
+    told["stages"] = f"{stages} of {', '.join(map(str, sorted({*network.stages})))} tokens"
+    told |= {key: config[key] for key in _USE if key in config}
+    sizes = {key: value for key, value in config.items() if key not in _ASIDE}
+    return {**told, "sizes": sizes, "files": folder}
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}"
 
 
 def _where(file: File) -> str:

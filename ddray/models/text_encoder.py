@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddray.errors import CheckpointError, ConfigError, one_line
 from ddray.locations import hub_location
-from ddray.storage.caption_file import clean_caption
+from ddray.storage.caption_file import clean_caption, no_text
 
 FLAN_T5_XL = "google/flan-t5-xl"
 
@@ -109,11 +109,14 @@ class T5TextEncoder:
             int64 [B, T], 1 = valid.
 
         Raises:
-            ConfigError: for a bare string, no caption, or an empty one.
+            ConfigError: for a bare string, no caption, an empty one, or one that is no text.
         """
         if isinstance(captions, str) or not captions:
             raise ConfigError(f"captions must be a list of at least one string, got {captions!r}")
         cleaned = [clean_caption(caption) for caption in captions]
+        for number, reason in enumerate(map(no_text, cleaned)):
+            if reason:
+                raise ConfigError(f"caption {number} {reason}")
         if not all(cleaned):
             raise ConfigError(f"caption {cleaned.index('')} is empty")
         batch = self._tokenizer(

@@ -20,6 +20,7 @@ from ddray.evaluation.evaluate import evaluate
 from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
 from ddray.memory import PeakMemory
 from ddray.runtime.cluster.connection import connect
+from ddray.runtime.cluster.limits import cap_threads
 from ddray.runtime.pools.bulk import generate
 from ddray.runtime.pools.sampling import sample
 from ddray.runtime.training.driver import distill, read_history
@@ -85,6 +86,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             _copy_folder(f"{distilling.out}/{STUDENT_FOLDER}", f"{config.out}/{STUDENT_FOLDER}")
             summary["images"] = _stage("images", lambda: generate(generating))
         # Ray's processes are gone by now: speed is measured on a machine of one's own.
+        cap_threads()
         evaluation = _stage("evaluation", lambda: evaluate(evaluating))
     minutes, gigabytes = (time.monotonic() - started) / 60, memory.peak_bytes / 1e9
     summary |= {

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ddray.errors import ConfigError
+from ddray.file_kind import kind_of
 
 VARIABLE = "DDRAY_API_KEYS"
 _LEAST_CHARACTERS = 16
@@ -32,9 +33,13 @@ def read_keys(file: str | None) -> tuple[str, ...]:
             return ()
     else:
         try:
-            where, keys = file, Path(file).read_text("utf-8").split()
+            where, data = file, Path(file).read_bytes()
+            keys = data.decode("utf-8-sig").split()
         except (OSError, ValueError) as error:
             raise ConfigError(f"api_keys_file={file} cannot be read: {error}") from error
+        kind = kind_of(data)
+        if kind is not None and kind.name.endswith("pointer"):
+            raise ConfigError(f"api_keys_file={file} is {kind.name}; {kind.advice}")
     if not keys:
         raise ConfigError(f"{where} holds no key; write one a line")
     for number, key in enumerate(keys, 1):

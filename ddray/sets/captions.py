@@ -22,12 +22,15 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, ShardError, one_line
+from ddray.file_kind import kind_of
 from ddray.sets.plan import SetPlan
 from ddray.storage.base import NotFoundError, Storage
 from ddray.storage.caption_file import CaptionFile, matrices
 
 _FOLDER = "captions/"
 _HASH_KEY = b"ddray.captions_sha256"
+# What files of other columns than ours come to.
+_FOREIGN = (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,10 @@ def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCa
         written = ShardCaptions(captions, features)
         if written.sha256.encode() != (table.schema.metadata or {}).get(_HASH_KEY):
             raise ValueError("the rows do not fit their sha256")
-    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as exc:
-        raise ShardError(f"{where} is damaged ({one_line(exc)}); delete it and {advice}") from exc
+    except (pa.ArrowException, *_FOREIGN) as exc:
+        kind = kind_of(data)
+        told = kind.name if kind and "Parquet" not in kind.name else one_line(exc)
+        raise ShardError(f"{where} is damaged ({told}); delete it and {advice}") from exc
     if count is not None and len(written) < count:
         raise ShardError(f"{where} has {len(written)} of {count} rows; {advice}")
     return written.first(len(written) if count is None else count)

@@ -16,6 +16,7 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ShardError
+from ddray.file_kind import kind_of
 from ddray.sets.plan import SetPlan
 from ddray.sets.sharded_set import check_stamp
 
@@ -105,7 +106,14 @@ def read_table(plan: SetPlan, k: int, data: bytes, schema: Any) -> tuple[Any, st
         return file.read(use_threads=False), expected
     except _UNREADABLE as exc:
         reason = (str(exc).splitlines() or [type(exc).__name__])[0].rstrip(". ")
-        raise ShardError(f"damaged or truncated ({reason})") from exc
+        raise ShardError(damaged(data, reason, "Parquet")) from exc
+
+
+def damaged(data: bytes, reason: str, format_name: str) -> str:
+    """What is wrong with a shard that cannot be read: what it is instead, or the reason."""
+    kind = kind_of(data)
+    told = kind.name if kind and format_name.lower() not in kind.name.lower() else reason
+    return f"damaged or truncated ({told})"
 
 
 def _names(schema: Iterable[Any]) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import operator
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddray import __version__
-from ddray.errors import ConfigError, ShardError
+from ddray.errors import ConfigError, ShardError, one_line
+from ddray.file_kind import json_value, kind_of
 
 SCHEMA_FORMAT = 1
 
@@ -215,9 +217,10 @@ class SetPlan:
                 are not those of a plan.
         """
         try:
-            values = json.loads(text)
+            values = json_value(text)
         except ValueError as exc:
-            raise ShardError(f"not JSON ({exc}), so no ddray manifest") from exc
+            data = text.encode(errors="replace") if isinstance(text, str) else text
+            raise ShardError(_no_manifest(data, exc)) from exc
         if not isinstance(values, dict) or "format" not in values:
             raise ShardError("not a ddray manifest: it has no field 'format'")
         kind = values.pop("kind", "")
@@ -256,6 +259,13 @@ class SetPlan:
         object.__setattr__(self, name, value)
 
 
+def _no_manifest(data: bytes, error: ValueError) -> str:
+    kind = kind_of(data)
+    if kind is None or not data or "JSON" in kind.name:
+        return f"not JSON ({one_line(error)}), so no ddray manifest"
+    return f"not JSON but {kind.name}, so no ddray manifest; {kind.advice}"
+
+
 def _integer(name: str, value: Any, least: int) -> int:
     try:
         number = operator.index(value)
@@ -273,7 +283,7 @@ def real_number(name: str, value: Any, above: float, most: float) -> float:
         ConfigError: If it is no finite number above one bound and at most the other.
     """
     is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not above < value <= most:
+    if not is_number or not abs(value) <= sys.float_info.max or not above < value <= most:
         rule = "a finite number"
         rule += f" above {above:g}" if math.isfinite(above) else ""
         rule += f" and at most {most:g}" if math.isfinite(most) else ""

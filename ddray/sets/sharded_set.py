@@ -11,13 +11,13 @@ holds the rows of indices [k * shard_rows, (k + 1) * shard_rows), the last one f
 from __future__ import annotations
 
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from ddray.errors import ConfigError, ShardError
+from ddray.file_kind import json_value
 from ddray.sets.plan import SetPlan
 from ddray.storage import open_storage
 from ddray.storage.base import NotFoundError, Storage, read_ahead
@@ -316,7 +316,7 @@ def manifest_kind(uri: str) -> str:
         StorageError: If the URI cannot be read.
     """
     try:
-        values = json.loads(open_storage(uri).read(MANIFEST))
+        values = json_value(open_storage(uri).read(MANIFEST))
     except (NotFoundError, ValueError):
         return ""
     return str(values.get("kind", "")) if isinstance(values, dict) else ""

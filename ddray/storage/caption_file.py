@@ -8,9 +8,9 @@ Shapes: T caption positions (each row its own), D feature width.
 
 from __future__ import annotations
 
+import codecs
 import html
 import io
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, StorageError, one_line
+from ddray.file_kind import explained, json_value
 from ddray.storage import open_storage
 from ddray.storage.arrow import arrow_filesystem
 
@@ -45,6 +46,17 @@ def clean_caption(caption: str) -> str:
     text = html.unescape(html.unescape(caption)).lower()
     text = _TAG.sub(" ", _ADDRESS.sub(" ", text)).translate(_QUOTES)
     return " ".join(text.split())
+
+
+def no_text(caption: str) -> str | None:
+    """What in a caption neither files nor encoders take; None where all is well."""
+    # Half a surrogate pair is legal in JSON and in Python, and has no UTF-8.
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        return (
+            "holds half a surrogate pair, as of an emoji that was cut; cut texts between "
+            "characters, or leave it out"
+        )
+    return "holds a NUL character; leave it out" if "\0" in caption else None
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class CaptionFile:
 
         Raises:
             ConfigError: for an index that is missing, double or out of order, a caption that is
-                empty, features of another shape, or too few rows.
+                empty or no text, features of another shape, or too few rows.
             StorageError: if the file cannot be read to the end.
         """
         number = -1
@@ -139,7 +151,9 @@ class CaptionFile:
                 )
 
     def _unfit(self, row: CaptionRow) -> str | None:
-        """What the teacher or its encoder would refuse in a row."""
+        """What the teacher, its encoder or a shard would refuse in a row."""
+        if reason := no_text(row.caption):
+            return f"the caption of index {row.index} {reason}"
         if row.features_TD is None:
             empty = not self.has_features and not clean_caption(row.caption)
             return f"the caption of index {row.index} is empty" if empty else None
@@ -176,7 +190,8 @@ def _errors(uri: str) -> Iterator[None]:
     except FileNotFoundError as exc:
         raise StorageError(f"cannot read captions {uri}: no such file") from exc
     except (pa.ArrowException, UnicodeDecodeError) as exc:
-        raise ConfigError(f"captions {uri} is damaged or no Parquet ({one_line(exc)})") from exc
+        refusal = f"captions {uri} is damaged or no Parquet"
+        raise ConfigError(explained(refusal, _head(uri), exc, "Parquet")) from exc
     except OSError as exc:
         raise StorageError(f"cannot read captions {uri}: {one_line(exc)}") from exc
 
@@ -185,6 +200,15 @@ def _open(uri: str) -> Any:
     """The file for reading from anywhere in it, by pyarrow: our own storage reads whole files."""
     filesystem, path = arrow_filesystem(uri)
     return filesystem.open_input_file(path)
+
+
+def _head(uri: str) -> bytes:
+    """Its beginning, which names what it is; short of that, anything that says nothing."""
+    try:
+        with _open(uri) as file:
+            return bytes(file.read(_BUFFER_BYTES))
+    except OSError:
+        return b"PAR1"
 
 
 def _parquet(file: Any) -> Any:
@@ -226,12 +250,26 @@ def _parquet_rows(file: Any, count: int, features: bool) -> Iterator[CaptionRow]
             nulls = np.flatnonzero(batch.column(name).is_null())
             if len(nulls):
                 raise ConfigError(f"row {number + nulls[0]} has no {name}")
-        texts = batch.column("caption").to_pylist()
+        texts = _texts(batch.column("caption"), number)
         given = matrices(batch.column("features")) if features else [None] * len(texts)
         yield from map(CaptionRow, batch.column("index").to_pylist(), texts, given)
         number += len(texts)
         if number == count:
             return
+
+
+def _texts(captions: Any, first: int) -> list[str]:
+    """The texts of some rows; `first` is the number of the first of them."""
+    try:
+        texts: list[str] = captions.to_pylist()
+    except UnicodeDecodeError:
+        for number, data in enumerate(captions.cast(pa.large_binary()).to_pylist(), first):
+            try:
+                data.decode()
+            except UnicodeDecodeError as exc:
+                raise ConfigError(f"the caption of row {number} is no UTF-8 ({exc})") from exc
+        raise
+    return texts
 
 
 def matrices(rows: Any) -> list[npt.NDArray[np.float32]]:
@@ -255,15 +293,22 @@ def matrices(rows: Any) -> list[npt.NDArray[np.float32]]:
 
 def _json_lines(file: Any) -> Iterator[dict[str, Any]]:
     """The objects of all lines that are not blank."""
+    is_first = True
     for number, line in enumerate(io.BufferedReader(file, _BUFFER_BYTES), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_value(line.decode())
         except ValueError as exc:
-            raise ConfigError(f"line {number} is not JSON ({one_line(exc)})") from exc
+            refusal = f"line {number} is not JSON"
+            if is_first:
+                raise ConfigError(explained(refusal, line, exc, "JSON")) from exc
+            raise ConfigError(f"{refusal} ({one_line(exc)})") from exc
         if not isinstance(row, dict) or not row.keys() >= {"index", "caption"}:
             raise ConfigError(f"line {number} is no object with index and caption")
+        is_first = False
         yield row
 
 

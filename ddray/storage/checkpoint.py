@@ -1,15 +1,13 @@
 """Weights on disk: folders of safetensors + JSON that ddray writes, and the containers it reads.
 
-Nothing here unpickles code: `.pt` files load with `weights_only`.
+Nothing here unpickles code: `.pt` files load with `weights_only`
+(ddray.storage.weights_only).
 """
 
-import argparse
 import hashlib
 import io
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,10 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from ddray.errors import CheckpointError, one_line
+from ddray.file_kind import explained, is_safetensors, json_value
 from ddray.locations import HUB, local_file
 from ddray.storage import open_beside, open_storage
+from ddray.storage.weights_only import load_weights_only
 
 StateDict = Mapping[str, Tensor]
 
@@ -91,10 +91,12 @@ def read_config(uri: str | Path) -> dict[str, Any]:
     storage = open_storage(str(uri))
     if not storage.exists(CONFIG_FILE):
         raise CheckpointError(f"{uri} is no model folder: it has no {CONFIG_FILE}")
+    data = storage.read(CONFIG_FILE)
     try:
-        config = json.loads(storage.read(CONFIG_FILE))
+        config = json_value(data)
     except ValueError as error:
-        raise CheckpointError(f"{storage.join(CONFIG_FILE)} is not JSON: {error}") from error
+        refusal = f"{storage.join(CONFIG_FILE)} is not JSON"
+        raise CheckpointError(explained(refusal, data, error, "JSON")) from error
     if not isinstance(config, dict) or "family" not in config:
         raise CheckpointError(f"{storage.join(CONFIG_FILE)} names no model family")
     return config
@@ -123,8 +125,9 @@ def _safetensors(load: Callable[[Any], StateDict], source: bytes | Path, name: s
     """What a file holds: parsed from its bytes, or mapped from its path."""
     try:
         return load(source)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{name} is truncated or no safetensors file: {error}") from error
+    except (SafetensorError, ValueError, OSError) as error:
+        refusal = f"{name} is truncated or no safetensors file"
+        raise CheckpointError(explained(refusal, source, error, "safetensors")) from error
 
 
 def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = False) -> StateDict:
@@ -154,22 +157,9 @@ def read_weights(source: str | Path | Mapping[str, Any], *, tokenizer: bool = Fa
         raise CheckpointError(f"checkpoint {path} does not exist or is no file")
     if path.name.endswith(".index.json"):
         return _unwrap(_read_shards(path), str(path), tokenizer)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _begins_as_safetensors(path):
         return _unwrap(_safetensors(map_safetensors, path, str(path)), str(path), tokenizer)
-    try:
-        # Only the zip format of PyTorch >= 1.6 can be mapped.
-        # Training code keeps its Namespace of arguments.
-        mapped = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            container = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is no PyTorch checkpoint of weights alone: it is damaged, or would run code "
-            "of its own when loaded"
-        ) from error
-    except Exception as error:  # one flipped bit makes torch.load fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-        raise CheckpointError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from error
+    container = load_weights_only(path)
     return _unwrap(container, str(path), tokenizer)
 
 
@@ -188,12 +178,21 @@ def write_container(path: str | Path, state: StateDict, keys: Sequence[str]) -> 
     storage.write(name, buffer.getvalue())
 
 
+def _begins_as_safetensors(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return is_safetensors(file.read(16))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def _read_shards(index: Path) -> StateDict:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json_value(index.read_bytes())["weight_map"]
         files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors shards") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        refusal = f"{index} is no index of safetensors shards"
+        raise CheckpointError(explained(refusal, index, "", "JSON")) from error
     state: dict[str, Tensor] = {}
     for name in files:
         if Path(name).name != name:

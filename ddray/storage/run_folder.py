@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ddray.errors import ConfigError, StoppedError, StorageError, one_line
+from ddray.file_kind import explained, json_value
 from ddray.locations import same_place
 from ddray.storage.base import NotFoundError, Storage
 
@@ -80,10 +81,37 @@ def write_json(storage: Storage, name: str, values: Mapping[str, Any]) -> None:
 
 
 def read_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """What a file of lines of JSON holds; nothing where there is none."""
+    """What a file of lines of JSON holds; nothing where there is none.
+
+    Raises:
+        StorageError: if it cannot be read, or a line is something else.
+    """
     if not storage.exists(name):
         return []
-    return [json.loads(line) for line in storage.read(name).splitlines()]
+    lines = []
+    for number, line in enumerate(storage.read(name).splitlines(), 1):
+        try:
+            lines.append(dict(json_value(line)))
+        except (ValueError, TypeError) as error:
+            refusal = f"line {number} of {storage.join(name)} is no object of JSON"
+            told = explained(refusal, line, error, "JSON")
+            raise StorageError(f"{told}; restore the file, or delete it") from error
+    return lines
+
+
+def read_summary(storage: Storage) -> dict[str, Any]:
+    """What `summary.json` holds.
+
+    Raises:
+        StorageError: if it cannot be read, or is no JSON object.
+    """
+    data = storage.read(SUMMARY_FILE)
+    try:
+        return dict(json_value(data))
+    except (ValueError, TypeError) as error:
+        refusal = f"{storage.join(SUMMARY_FILE)} is no summary"
+        told = explained(refusal, data, error, "JSON")
+        raise StorageError(f"{told}; restore it, or rerun with --fresh") from error
 
 
 class LineLog:
@@ -163,7 +191,7 @@ class EventLog:
 
 def _earlier_identity(storage: Storage) -> dict[str, Any]:
     try:
-        identity = json.loads(storage.read(CONFIG_FILE))[_IDENTITY]
+        identity = json_value(storage.read(CONFIG_FILE))[_IDENTITY]
     except (ValueError, KeyError, TypeError):
         return {}
     return identity if isinstance(identity, dict) else {}

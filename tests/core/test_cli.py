@@ -111,6 +111,45 @@ def test_the_help_of_a_job_shows_every_key_with_its_default(
         assert any(flag in line for line in lines)
 
 
+COMPLETE = """
+source "$1"
+shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_shtab_ddray
+echo "${COMPREPLY[@]}"
+"""
+
+
+def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ddray.cli import main; main(['completion', 'bash']); "
+        "assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
+    )
+    script = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    (tmp_path / "ddray.sh").write_bytes(script)
+    for words, completed in (
+        (["ge"], "generate"),
+        (["generate", "--for"], "--format"),
+        (["generate", "--format", ""], "parquet webdataset images"),
+        (["serve", "--no-"], "--no-teacher --no-access-log"),
+        (["distill", "--perceptual.dist"], "--perceptual.distance"),
+        (["quickstart", "--preset", "t"], "tiny"),
+        (["models", ""], "list show verify"),
+    ):
+        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "ddray.sh"), "ddray", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == completed, done
+
+
+def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown, stderr = capsys.readouterr()
+    assert stderr == ""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert shown == capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", ["inspect", "models"])
 def test_the_other_verbs_have_help_too(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -134,6 +173,72 @@ def test_the_cost_of_sampling_is_a_comment_behind_the_config(
     assert main(["sample", "--preset", "tiny", "--dry-run"]) == 0
     comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
     assert comments == ["# shards: 2", "# stages_per_image: 49", "# megabytes: 0.02"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate",), ["shards: 2", "forward_passes_per_image: 1", "megabytes_of_pixels: 0.784"]),
+        (
+            ("generate", "--schedule", "0,20", "--content", "tokens"),
+            ["forward_passes_per_image: 2", "megabytes: 0.098"],
+        ),
+        (("generate", "--student", "runs/later"), ["cost: unknown without the student: no model"]),
+        (
+            ("serve", "--replicas", "0:2", "--num-gpus", "0.5"),
+            ["replicas: 0 to 2, each of 1 CPUs and 0.5 GPUs", "images_admitted_at_a_time: 1024"],
+        ),
+        (("serve", "--no-teacher"), ["gigabytes_a_replica: 0.00956 of weights"]),
+        (("serve", "--teacher"), ["forward_passes_of_the_teacher: 49"]),
+        (
+            ("evaluate", "--count", "100"),
+            ["images_of_every_generator: 100", "forward_passes_of_the_teacher: 2 x 49"],
+        ),
+        (("evaluate", "--data", "runs/x"), ["forward_passes_of_the_teacher: 1 x 49"]),
+        (("quickstart",), ["sample.shards: 20", "distill.exaflops", "evaluate.images: 5000"]),
+        (("doctor",), ["cost: none"]),
+    ],
+)
+def test_every_verb_says_what_it_costs(
+    arguments: tuple[str, ...], told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--dry-run"]) == 0
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    for text in told:
+        assert any(line.startswith(f"# {text}") for line in comments), (text, comments)
+
+
+def test_names_are_printed_as_they_are_where_that_can_be(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    _fill(tmp_path / "häuser 猫")
+    assert main(["inspect", str(tmp_path / "häuser 猫")]) == 0
+    assert 'häuser 猫"' in capsys.readouterr().out
+    assert main(["sample", "--out", "häuser 猫", "--dry-run"]) == 0
+    assert "out: häuser 猫\n" in capsys.readouterr().out
+    command = [sys.executable, "-m", "ddray.cli", "doctor", "--uri", "häuser 猫", "--dry-run"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
+    )
+    assert yaml.safe_load(done.stdout.decode("ascii"))["uri"] == ["häuser 猫"]
+
+
+def test_keys_that_could_be_guessed_are_refused_before_ray_starts(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "keys").write_text("secret\n")
+    code = (
+        "import sys; from ddray.cli import main; "
+        "assert main(['serve', '--api-keys-file', 'keys']) == 2; assert 'ray' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "key 1 in keys must have at least 16 characters" in done.stderr
 
 
 def test_what_a_dry_run_prints_can_be_given_back_as_a_file(
@@ -179,7 +284,6 @@ def test_classes_are_a_list_from_everywhere(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "the following arguments are required: VERB; see ddray --help"),
         (("smple",), "invalid choice: 'smple' (choose from 'quickstart', 'sample'"),
         (("sample", "--cuont", "3"), "unrecognized arguments: --cuont 3; see ddray sample --help"),
         (("sample", "--count"), "argument --count: expected one argument"),
@@ -274,6 +378,18 @@ def test_an_interrupt_ends_with_status_130(tmp_path: Path) -> None:
         _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert stderr == "ddray: interrupted; a rerun goes on from what is written\n"
+
+
+@pytest.mark.parametrize("name", ["digits-llamagen-dd", "digits-var"])
+def test_a_bundled_model_says_what_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "show", name]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["image size"] == "28 x 28, grey"
+    assert shown["conditioned on"] == "10 classes"
+    assert shown["stages"] in ("49 of 1 tokens", "5 of 1, 4, 9, 25, 49 tokens")
+    assert shown.get("schedule") == ([0, 20] if name.endswith("-dd") else None)
+    assert shown["parameters"].endswith(" million")
+    assert shown["kind"] == ("student" if name.endswith("-dd") else "teacher")
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

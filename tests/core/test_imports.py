@@ -27,7 +27,7 @@ FLOORS = [
     ("metrics", "models"),
     ("method",),
     ("config", "storage", "report"),
-    ("locations",),
+    ("file_kind", "locations"),
     ("errors", "progress", "prefetch", "memory"),
 ]
 ROOMS = [room for rooms in FLOORS for room in rooms]

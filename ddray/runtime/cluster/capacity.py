@@ -8,6 +8,8 @@ from ddray.errors import ClusterError
 NODE_POOL_LABEL = "ddray.io/node-pool"
 """Ray label by which the cluster files name their kinds of nodes, and jobs choose one."""
 
+# Ray counts resources in parts of so many and cuts off what is smaller: seven sevenths fit (tried).
+_UNITS = 10_000
 # A spot machine with a fresh disk and an image of several GB to fetch.
 _GROWING_WAIT_S = 1800.0
 _LOOK_EVERY_S = 2.0
@@ -163,12 +165,19 @@ def _room(num_cpus: float, num_gpus: float, labels: dict[str, str]) -> int:
 def _fits(node: dict[str, Any], num_cpus: float, num_gpus: float) -> int:
     """How many workers fit on a node: each lies on one, and a part of a GPU on one GPU."""
     has = node["Resources"]
-    fits = int(has.get("CPU", 0) // num_cpus)
-    if num_gpus:
-        gpus = has.get("GPU", 0)
-        on_gpus = gpus // num_gpus if num_gpus >= 1 else gpus * (1 // num_gpus)
-        fits = min(fits, int(on_gpus))
+    cpus, gpus = _units(has.get("CPU", 0)), _units(has.get("GPU", 0))
+    fits = cpus // max(1, _units(num_cpus))
+    asked = _units(num_gpus)
+    if asked >= _UNITS:
+        return min(fits, gpus // asked)
+    if asked:
+        return min(fits, gpus // _UNITS * (_UNITS // asked) + gpus % _UNITS // asked)
     return fits
+
+
+def _units(amount: float) -> int:
+    """An amount of a resource as Ray counts it; binary fractions would not add up."""
+    return int(amount * _UNITS + 1e-6)
 
 
 def workable(num_cpus: float, num_gpus: float, node_pool: str | None) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ddray import __version__
 from ddray.errors import ClusterError, StoppedError, one_line
+from ddray.runtime.cluster.limits import usable_cpus
 
 # Ray counts logical CPUs. Two above the cores mean that a pool of actors which takes every core
 # still leaves room for Ray's own light tasks; without them its reads would wait for ever.
@@ -236,7 +237,7 @@ def _start(address: str | None, temp: str | None, metrics_port: int | None) -> N
         else:
             ray.init(
                 address="local",
-                num_cpus=(os.cpu_count() or 1) + _SPARE_CPUS,
+                num_cpus=usable_cpus() + _SPARE_CPUS,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=temp,

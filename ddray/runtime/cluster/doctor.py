@@ -153,7 +153,8 @@ def _described(patient: Patient) -> str:
     return (
         f"node {patient.address} ({machine.name}): "
         + ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-        + f"; ddray from {machine.ddray_path}; memory {machine.memory_bytes / _GB:.1f} GB{shm}, "
+        + f"; ddray from {machine.ddray_path}; {machine.cpus} CPUs, "
+        + f"memory {machine.memory_bytes / _GB:.1f} GB{shm}, "
         + f"disk {1 - machine.free_disk:.0%} full, GPUs: {', '.join(gpus) or 'none'}"
     )
 
@@ -200,6 +201,7 @@ def _examine(
         skew_s = machine.clock_s - min(max(machine.clock_s, began), ended)
         errors, warnings = shortcomings(
             machine,
+            cpus=node["Resources"].get("CPU", 0),
             gpus=node["Resources"].get("GPU", 0) if use_gpu else 0,
             object_store_bytes=node["Resources"].get("object_store_memory", 0),
             skew_s=skew_s,

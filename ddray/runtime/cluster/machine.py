@@ -17,10 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import ddray
 from ddray.errors import DDRayError, one_line
+from ddray.runtime.cluster.limits import usable_cpus, usable_memory
 from ddray.storage import open_storage
 
 _PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "numpy")
@@ -28,6 +27,8 @@ _COMMAND_S = 120.0
 # Ray stops writing at 95 % of a disk, which takes spilled objects and logs.
 _LEAST_FREE_DISK = 0.05
 _SKEW_S = 5.0
+# Ray counts logical CPUs, and somewhat more of them than there are is often meant.
+_MOST_CPUS_A_CPU = 3
 _GB = 1e9
 
 
@@ -61,6 +62,7 @@ class Machine:
         clock_s: its time, seconds since 1970.
         gpus: (name, bytes) of each GPU that its driver lists.
         usable_gpus: how many PyTorch can use; None if that was not asked.
+        cpus: processors of the machine, or what the container gets of them.
         troubles: what it cannot reach, for people.
     """
 
@@ -74,6 +76,7 @@ class Machine:
     clock_s: float
     gpus: list[tuple[str, int]]
     usable_gpus: int | None
+    cpus: int
     troubles: list[str] = field(default_factory=list)
 
 
@@ -97,7 +100,8 @@ def examine(
         versions=versions(),
         ddray_path=str(Path(ddray.__file__).parent),
         ddray_code=_code(),
-        memory_bytes=_memory(),
+        memory_bytes=usable_memory(),
+        cpus=usable_cpus(),
         shm_bytes=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
         free_disk=_free(temp_folder),
         clock_s=time.time(),
@@ -144,13 +148,14 @@ def _release(name: str, version: str) -> str:
 
 
 def shortcomings(
-    machine: Machine, *, gpus: float, object_store_bytes: float, skew_s: float
+    machine: Machine, *, cpus: float, gpus: float, object_store_bytes: float, skew_s: float
 ) -> tuple[list[str], list[str]]:
     """What is wrong with a machine.
 
     Args:
         machine: as it said.
-        gpus: that Ray counts on it.
+        cpus: that Ray counts on it.
+        gpus: likewise.
         object_store_bytes: of Ray there.
         skew_s: how much its clock differs from the driver's at least.
 
@@ -167,6 +172,11 @@ def shortcomings(
         errors.append(
             f"PyTorch {machine.versions.get('torch')} can use {machine.usable_gpus} of "
             f"{gpus:g} GPUs; its build and the driver's version must fit"
+        )
+    if cpus > _MOST_CPUS_A_CPU * machine.cpus:
+        warnings.append(
+            f"Ray counts {cpus:g} CPUs and {machine.cpus} can be used, so workers wait for each "
+            "other; give its container more, or start Ray with the right --num-cpus"
         )
     if machine.shm_bytes is not None and machine.shm_bytes < object_store_bytes:
         warnings.append(
@@ -192,16 +202,6 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
-def _memory() -> int:
-    """Of the machine; of the container where that has less."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
 def _free(folder: str) -> float:
     usage = shutil.disk_usage(folder if os.path.isdir(folder) else "/")
     return usage.free / usage.total
@@ -217,7 +217,15 @@ def _gpus() -> list[tuple[str, int]]:
     except (OSError, subprocess.SubprocessError):
         return []
     lines = [line.rpartition(",") for line in listed.stdout.splitlines() if "," in line]
-    return [(name.strip(), int(float(size) * 2**20)) for name, _, size in lines]
+    return [(name.strip(), _mebibytes(size)) for name, _, size in lines]
+
+
+def _mebibytes(size: str) -> int:
+    """In bytes; 0 where the GPU shares the machine's memory and tells none."""
+    try:
+        return int(float(size) * 2**20)
+    except ValueError:
+        return 0
 
 
 def _usable_gpus() -> int:
@@ -252,9 +260,10 @@ def _unreadable(models: Sequence[str], gpus: list[tuple[str, int]]) -> list[str]
             troubles.append(f"cannot read {model}: {one_line(error)}")
             continue
         needed = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-        limits = [("memory", float(_memory()))]
-        if gpus:  # where weights may be half of what they are in the file
-            limits.append(("GPU memory", 2.0 * min(size for _, size in gpus)))
+        limits = [("memory", float(usable_memory()))]
+        told = [size for _, size in gpus if size]
+        if told:  # where weights may be half of what they are in the file
+            limits.append(("GPU memory", 2.0 * min(told)))
         for what, has in limits:
             if needed > has:
                 troubles.append(

@@ -23,6 +23,7 @@ from ddray.storage.run_folder import (
     METRICS_FILE,
     SUMMARY_FILE,
     claim,
+    read_summary,
     written_identity,
 )
 
@@ -142,5 +143,5 @@ def drop_replaced(storage: Storage) -> None:
 def finished_summary(storage: Storage) -> dict[str, Any] | None:
     """What an earlier run has left that has nothing more to do."""
     if storage.exists(SUMMARY_FILE) and storage.exists(f"{STUDENT_FOLDER}/{CONFIG_FILE}"):
-        return dict(json.loads(storage.read(SUMMARY_FILE)))
+        return read_summary(storage)
     return None

@@ -19,8 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ShardError, one_line
+from ddray.file_kind import json_value
 from ddray.sets.images.plan import ImagePlan
 from ddray.sets.parquet import (
+    damaged,
     label_bytes,
     label_field,
     num_rows,
@@ -34,6 +36,8 @@ from ddray.sets.sharded_set import check_stamp, stamp
 from ddray.storage.base import Storage, read_ahead
 
 _FOLDER = "images/"
+# What files of other columns, members or types than ours come to.
+_FOREIGN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,12 @@ class ShardFormat(ABC):
         Raises:
             ShardError: if they are not, or the shard is damaged.
         """
-        rows, expected = self._read(k, data)
-        if rows.sha256(self._plan) != expected:
+        try:
+            rows, expected = self._read(k, data)
+            fits = rows.sha256(self._plan) == expected
+        except _FOREIGN as exc:
+            raise ShardError(damaged(data, one_line(exc), self.SUFFIX)) from exc
+        if not fits:
             raise ShardError("the rows do not fit their sha256")
         index = np.asarray(self._plan.shard_range(k))
         if not np.array_equal(rows.index, index):
@@ -223,8 +231,8 @@ class TarShards(ShardFormat):
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
                 files = [(member.name, _content(archive, member)) for member in archive]
                 return dict(archive.pax_headers), files
-        except (tarfile.TarError, OSError, ValueError, EOFError) as exc:
-            raise ShardError(f"damaged or truncated ({one_line(exc)})") from exc
+        except (tarfile.TarError, OSError, EOFError, MemoryError, *_FOREIGN) as exc:
+            raise ShardError(damaged(data, one_line(exc), self.SUFFIX)) from exc
 
 
 class ListShards(ShardFormat):
@@ -314,9 +322,9 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _listed(data: bytes) -> dict[str, Any]:
     try:
-        listed = json.loads(data)
+        listed = json_value(data)
     except ValueError as exc:
-        raise ShardError(f"damaged or truncated ({one_line(exc)})") from exc
+        raise ShardError(damaged(data, one_line(exc), "JSON")) from exc
     if not isinstance(listed, dict) or not isinstance(listed.get("images"), list):
         raise ShardError("not a shard that ddray wrote: it lists no images")
     return listed

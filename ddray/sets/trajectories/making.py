@@ -6,7 +6,6 @@ in this process.
 Shapes: B rows of a batch, L all tokens.
 """
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ddray.config.sampling import SampleConfig
+from ddray.file_kind import json_value
 from ddray.method.teacher import AskedFor, Teacher
 from ddray.models.zoo import load_teacher
 from ddray.sets.making import planned_fields, require_planned
@@ -86,7 +86,7 @@ def made_on(storage: Storage) -> list[str]:
         StorageError: if the storage cannot be read.
     """
     try:
-        summary: Any = json.loads(storage.read(SUMMARY_FILE))
+        summary: Any = json_value(storage.read(SUMMARY_FILE))
     except (NotFoundError, ValueError):
         return []
     devices = summary.get("devices") if isinstance(summary, dict) else None

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-from ddray.errors import ShardError
+from ddray.errors import ShardError, one_line
 from ddray.sets.parquet import (
     label_bytes,
     label_field,
@@ -114,7 +114,10 @@ def decode(plan: TrajectoryPlan, k: int, data: bytes) -> Rows:
         ShardError: if they are not, or the file is damaged.
     """
     table, expected = read_table(plan, k, data, _schema(plan))
-    rows = _columns(plan, table)
+    try:
+        rows = _columns(plan, table)
+    except ValueError as exc:  # nulls, which we never write
+        raise ShardError(f"damaged or truncated ({one_line(exc)})") from exc
     if _rows_sha256(plan, rows) != expected:
         raise ShardError("the rows do not fit their sha256")
     check_rows(plan, k, *rows)

@@ -4,10 +4,13 @@ import re
 import shlex
 
 import pytest
+from pydantic.fields import FieldInfo
 
 from ddray.cli import _JOBS, _config_class, _job_parser, main
 from ddray.config.base import Job
 from ddray.config.distillation import DistillConfig
+from ddray.config.flags import _leaves, choices_of, given_values
+from ddray.config.generation import GenerateConfig
 
 
 def leaves(kind: type[Job], prefix: str = "") -> list[str]:
@@ -19,6 +22,11 @@ def leaves(kind: type[Job], prefix: str = "") -> list[str]:
         elif not field.default.EXAMPLE:
             found += leaves(type(field.default), f"{prefix}{name}.")
     return found
+
+
+def fields_of(kind: type[Job]) -> list[tuple[str, FieldInfo]]:
+    """Path and field of every key that has a flag."""
+    return [leaf for name, field in kind.model_fields.items() for leaf in _leaves(name, field)]
 
 
 @pytest.mark.parametrize("verb", _JOBS)
@@ -47,6 +55,41 @@ def test_the_example_of_a_verb_is_one_that_runs(verb, capsys):
 def test_every_key_says_what_it_is(verb):
     for name, field in _config_class(verb).model_fields.items():
         assert isinstance(field.default, Job) or field.description, name
+
+
+@pytest.mark.parametrize("verb", _JOBS)
+def test_every_choice_stands_in_the_help(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = _job_parser(verb).format_help()
+    for path, field in fields_of(_config_class(verb)):
+        if choices := choices_of(field):
+            assert f"--{path.replace('_', '-')} {{{','.join(choices)}}}" in text
+            assert len(choices) > 1
+    assert "--preset {default,tiny}" in text
+
+
+def test_the_choices_of_a_key_are_those_that_it_takes():
+    assert choices_of(GenerateConfig.model_fields["format"]) == ["parquet", "webdataset", "images"]
+    distance = dict(fields_of(DistillConfig))["perceptual.distance"]
+    assert choices_of(distance) == ["off", "tokenizer", "lpips"]
+    assert choices_of(GenerateConfig.model_fields["count"]) == []
+
+
+@pytest.mark.parametrize("verb", _JOBS)
+def test_every_switch_can_be_turned_on_and_off(verb, capsys):
+    for path, field in fields_of(_config_class(verb)):
+        if not (isinstance(field.default, bool) or field.annotation == bool | None):
+            continue
+        flag = path.replace("_", "-")
+        for name, value in ((f"--{flag}", True), (f"--no-{flag}", False)):
+            arguments = _job_parser(verb).parse_args([name])
+            assert given_values(arguments) == {path: value}
+        assert f"--{flag}, --no-{flag}" in _job_parser(verb).format_help()
+    capsys.readouterr()
+
+
+def test_a_switch_that_is_not_given_says_nothing():
+    assert given_values(_job_parser("serve").parse_args([])) == {}
 
 
 def test_flags_of_nested_keys_reach_them(capsys):

@@ -314,3 +314,67 @@ def test_an_old_key_is_noticed_also_where_a_later_source_would_hide_it(tmp_path:
         load_config(DistillConfig, file=file, flags={"perceptual": {"weight": 2}})
     with pytest.raises(ConfigError, match="'score' is no key but holds some: score.imitator_lr, "):
         load_config(DistillConfig, settings=["score=3"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"count: 3\nout: h\xc3\xa4\n",
+        b"\xef\xbb\xbfcount: 3\r\nout: h\xc3\xa4\r\n",
+        "count: 3\nout: h\u00e4\n".encode("utf-16"),
+    ],
+)
+def test_a_file_may_have_the_marks_and_line_ends_of_windows(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes(data)
+    config = load_config(SampleConfig, file=tmp_path / "job.yaml")
+    assert (config.count, config.out) == (3, "h\u00e4")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"sample:\n\tcount: 3\n", "is not YAML: .*; indent by spaces, not by tabs"),
+        (b"count: 2026-99-99\n", "is not YAML: .*month must be in 1..12"),
+        (b"a: &a {b: *a}\n", "holds itself, by an alias"),
+        (b"a: &a [*a]\n", "holds itself, by an alias"),
+        (b"[" * 2000, "is not YAML"),
+        (b"out: h\xe4\n", "is not YAML: .*invalid continuation byte"),
+        (b"count: 3\0\n", "is not YAML: .*special characters are not allowed"),
+        (b"<!DOCTYPE html><html></html>", "must hold keys and values, not str: it is an HTML page"),
+    ],
+)
+def test_what_is_no_file_of_keys_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"^--config \S*job.yaml {message}") as refusal:
+        load_config(SampleConfig, file=tmp_path / "job.yaml")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_setting_that_is_no_yaml_is_a_text() -> None:
+    assert load_config(SampleConfig, settings=["out=2026-99-99"]).out == "2026-99-99"
+    with pytest.raises(ConfigError, match="holds itself, by an alias"):
+        load_config(SampleConfig, settings=["out=&a {b: *a}"])
+    with pytest.raises(ConfigError, match=r"^--config 'a.x00': "):
+        load_config(SampleConfig, file="a\0")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", ".nan", "1e999"])
+def test_numbers_must_be_finite(value: str) -> None:
+    for kind, key in ((SampleConfig, "cfg"), (EvaluateConfig, "cfg"), (DistillConfig, "lr")):
+        with pytest.raises(ConfigError, match=f"^{key}="):
+            load_config(kind, flags={key: value})
+
+
+@pytest.mark.parametrize("num_gpus", ["1.5", "0.00001"])
+def test_a_replica_has_a_part_of_one_gpu_or_whole_ones(num_gpus: str) -> None:
+    with pytest.raises(ConfigError, match=f"^num_gpus={float(num_gpus):g} "):
+        load_config(ServeConfig, flags={"num_gpus": num_gpus})
+
+
+def test_what_is_too_little_for_a_distance_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="^count='1': input should be greater than or equal to 2"):
+        load_config(EvaluateConfig, flags={"count": "1"})
+    with pytest.raises(ConfigError, match="^sample.count=1: the evaluation needs at least 2"):
+        load_config(QuickstartConfig, settings=["sample.count=1"])
+    with pytest.raises(ConfigError, match="^statistics needs at least 2 images, not count=1"):
+        load_config(GenerateConfig, flags={"count": "1", "statistics": True})

@@ -1,17 +1,22 @@
 """Facts about the evaluation and the bundled models."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
 import ddray
 from ddray.config.evaluation import EvaluateConfig
+from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError
-from ddray.evaluation.evaluate import evaluate, independent_tokens
+from ddray.evaluation.evaluate import Evaluator, evaluate, independent_tokens
 from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import BUNDLED, METRIC_FOLDER, load_student, load_teacher
+from ddray.sets.trajectories.making import make_plan, sample_rows
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.tiny import chi_square_p_value
 
 BUNDLED_TEACHERS = ("digits-llamagen", "digits-var")
@@ -108,6 +113,63 @@ def test_an_evaluation_measures_every_generator_and_writes_its_page(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["quality"][0]["images"] > 0
     assert "fd_digits says how far" in (tmp_path / "report.html").read_text()
     assert "student, 2 steps" in tables_as_text(evaluation)
+
+
+def set_of(folder, **changes):
+    """A set of one shard, made by few evaluations: what it holds is not looked at."""
+    config = SampleConfig.model_validate(
+        {"teacher": "digits-var", "num_evals": 2, "out": str(folder), **changes}
+    )
+    teacher = load_teacher("digits-var", device="cpu")
+    trajectories = TrajectorySet.create(config.out, make_plan(config, teacher))
+    index = np.arange(config.count)
+    tokens = sample_rows(teacher, trajectories.plan, range(config.count))
+    trajectories.write_shard(0, index, trajectories.plan.label(index), tokens)
+    return config.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "classes"),
+    [
+        ({"classes": "1,5,7", "count": 6}, (1, 5, 7)),
+        ({"classes": "3", "count": 4}, (3,)),
+        ({"classes": "0,0,8", "count": 3}, (0, 0, 8)),
+        ({"count": 4}, (0, 1, 2, 3)),
+    ],
+)
+def test_a_set_is_compared_over_the_classes_that_it_has(changes, classes, tmp_path):
+    uri = set_of(tmp_path / "set", **changes)
+    config = EvaluateConfig(
+        student="digits-var-dd",
+        data=uri,
+        count=4,
+        batch_size=4,
+        speed_batches=(1,),
+        speed_seconds=0.01,
+        transport_count=1,
+    )
+    evaluator = Evaluator(config)
+    assert evaluator.labels_of(7).tolist() == [classes[i % len(classes)] for i in range(7)]
+    rows = {row["generator"]: row for row in evaluator.quality()}
+    assert all(math.isfinite(row["fd_digits"]) for row in rows.values())
+    assert {*evaluator.known[0].tolist()} == {*classes}
+    if len(classes) < 5:
+        told = ", ".join(map(str, sorted({*classes})))
+        assert f"classes {told} in turn, as the set has them" in evaluator.protocol()[0]
+    names = [name for name, images in evaluator.pictures() if images.isfinite().all()]
+    assert len(names) == 5
+
+
+def test_tokens_of_a_class_that_the_set_lacks_are_refused_by_name():
+    known = torch.tensor([1, 5]), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ConfigError, match="no trajectories of class 2 to count tokens in"):
+        independent_tokens(known, torch.tensor([1, 2]), torch.arange(2), seed=0, vocab_size=4)
+
+
+def test_a_set_of_one_row_is_refused_at_once(tmp_path):
+    uri = set_of(tmp_path / "set", count=1)
+    with pytest.raises(ConfigError, match="has one row, and a Frechet distance needs at least 2"):
+        Evaluator(EvaluateConfig(student="digits-var-dd", data=uri))
 
 
 def test_a_student_without_a_known_teacher_is_refused(tmp_path):

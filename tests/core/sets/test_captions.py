@@ -218,6 +218,62 @@ def test_other_lines_of_json_are_refused(line: str, message: str, tmp_path: Path
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("caption", "message"),
+    [
+        ("a dog \ud83d", "holds half a surrogate pair"),
+        ("\udc4d a dog", "holds half a surrogate pair"),
+        ("\udc4d\ud83d", "holds half a surrogate pair"),
+        ("a\0dog", "holds a NUL character"),
+    ],
+)
+@pytest.mark.parametrize("features", [None, [[1.0] * 8]])
+def test_a_caption_that_is_no_text_is_refused_by_its_index(
+    caption: str, message: str, features: Any, tmp_path: Path
+) -> None:
+    rows = [{"index": i, "caption": text} for i, text in enumerate(["a cat", caption])]
+    if features is not None:
+        rows = [{**row, "features": features} for row in rows]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=f"captions {path}: the caption of index 1 {message}"):
+        opened(str(path)).check(2)
+    if features is None:
+        with pytest.raises(ConfigError, match="the caption of index 1"):
+            cut_captions(opened(str(path)), LocalStorage(str(tmp_path / "set")), PLAN)
+
+
+def test_a_caption_of_parquet_that_is_no_utf_8_is_refused_by_its_row(tmp_path: Path) -> None:
+    texts = pa.array([b"a cat", "\U0001f44d".encode(), b"a \xed\xa0\xbd"]).view(pa.string())
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"index": [0, 1, 2], "caption": texts}), path)
+    opened(str(path)).check(2)
+    with pytest.raises(ConfigError, match=f"captions {path}: the caption of row 2 is no UTF-8"):
+        opened(str(path)).check(3)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+def test_marks_and_line_ends_of_windows_change_nothing(mark: bytes, tmp_path: Path) -> None:
+    captions = ["a cat", "zw\u00f6lf \U0001f44d\U0001f3fd", "two\r\nlines"]
+    lines = [
+        json.dumps({"index": i, "caption": text}, ensure_ascii=i != 1).encode()
+        for i, text in enumerate(captions)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(mark + b"\r\n".join(lines) + b"\r\n")
+    assert [row.caption for row in opened(str(path)).rows(3)] == captions
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "latin-1"])
+def test_a_file_in_another_encoding_is_refused(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"index": 0, "caption": "zw\u00f6lf"}\n'.encode(encoding))
+    with pytest.raises(ConfigError, match=f"captions {path}: line 1 is not JSON") as refusal:
+        opened(str(path)).check(1)
+    if encoding in ("utf-16", "utf-32"):  # with a mark
+        assert f"text in {encoding.upper()}; save it as UTF-8" in str(refusal.value)
+
+
 def test_what_is_no_file_of_captions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"captions='a.csv' must end in .parquet or .jsonl"):
         opened("a.csv")

@@ -1,11 +1,19 @@
 """Facts about weights on disk: published containers are read, damage and pickles are refused."""
 
+import argparse
 import contextlib
 import json
 import os
 import pickle
+import shutil
+import subprocess
 import zipfile
+from collections import OrderedDict, defaultdict, deque
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -154,6 +162,98 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path):
     with pytest.raises(CheckpointError, match=r"evil\.pt is no .* would run code of its own"):
         read_weights(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
+
+
+HARMLESS = {
+    "a number": np.float64(0.5),
+    "a small number": np.int8(3),
+    "a truth value": np.bool_(True),
+    "a date": np.datetime64("2026-01-01"),
+    "an array": np.arange(6, dtype=">f4").reshape(2, 3),
+    "arguments": argparse.Namespace(lr=np.float32(1e-3), out=Path("runs/x")),
+    "a size": torch.Size([1, 2]),
+    "an ordered dictionary": OrderedDict(a=1),
+    "a dictionary with a default": defaultdict(list, a=[1]),
+    "a queue": deque([1, 2], maxlen=3),
+    "a namespace": SimpleNamespace(a=1),
+    "times": (datetime(2026, 1, 1), timedelta(1)),
+    "a version": torch.__version__,
+    "random numbers": np.random.RandomState(0).get_state(),
+    "a dtype": (torch.float16, np.dtype("f4")),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_values_beside_the_weights_are_harmless(tmp_path, zipped):
+    path = tmp_path / "weights.pt"
+    for name, value in HARMLESS.items():
+        container = {"model": WEIGHTS, "beside": value}
+        torch.save(container, path, _use_new_zipfile_serialization=zipped)
+        try:
+            assert_same(read_weights(path), WEIGHTS)
+        except CheckpointError as error:
+            pytest.fail(f"{name}: {error}")
+    assert np.dtype("f4").isnative
+
+
+def test_numbers_of_an_older_numpy_are_harmless(tmp_path):
+    path = tmp_path / "weights.pt"
+    container = {"model": WEIGHTS, "x": np.float64(1), "y": np.ones(3)}
+    torch.save(container, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert b"numpy._core.multiarray" in data
+    path.write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert_same(read_weights(path), WEIGHTS)
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (Call(os.system, "true"), "posix.system"),
+        (Call(eval, "1"), "eval"),
+        (Call(__import__, "os"), "__import__"),
+        (Call(shutil.rmtree, "nothing"), "shutil.rmtree"),
+        (Call(getattr, "a", "upper"), "getattr"),
+        (Call(subprocess.check_call, ["true"]), "subprocess.check_call"),
+        (nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+        (np.array([{}], object), "numpy.dtype"),
+    ],
+)
+def test_what_would_run_is_refused_by_its_name(tmp_path, zipped, value, name):
+    path = tmp_path / "weights.pt"
+    container = {"model": WEIGHTS, "beside": value}
+    torch.save(container, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as refusal:
+        read_weights(path)
+    assert f"it names {name}, and would run code of its own" in str(refusal.value)
+    assert "torch.save the state dict alone" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_plain_pickle_and_another_protocol_are_told_what_to_do(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickle.dumps(WEIGHTS))
+    with pytest.raises(CheckpointError, match="it is a pickle of Python; save the weights by"):
+        read_weights(path)
+    torch.save(WEIGHTS, path, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match="save it again by torch.save.*pickle_protocol=2"):
+        read_weights(path)
+
+
+def test_safetensors_under_another_name_are_read(tmp_path):
+    save_file(WEIGHTS, tmp_path / "weights.bin")
+    assert_same(read_weights(tmp_path / "weights.bin"), WEIGHTS)
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """What machines say of themselves, and what of it would spoil a job."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ SOUND = Machine(
     clock_s=1000.0,
     gpus=[("H100", 80 * 10**9), ("H100", 80 * 10**9)],
     usable_gpus=2,
+    cpus=4,
 )
 
 
@@ -32,6 +34,7 @@ def test_this_machine_says_what_it_is() -> None:
     assert here.versions["python"] == "{}.{}.{}".format(*sys.version_info[:3])
     assert here.ddray_path == str(Path(ddray.__file__).parent)
     assert 0 < here.memory_bytes <= psutil.virtual_memory().total
+    assert 1 <= here.cpus <= (os.cpu_count() or 1)
     assert 0 <= here.free_disk <= 1
     assert here.troubles == []
     assert differences(here, examine("/tmp")) == []
@@ -71,6 +74,7 @@ def test_machines_must_agree_on_the_files_of_one_version() -> None:
         ({"gpus": [], "usable_gpus": None}, 1, 0, "Ray counts 1 GPUs and the driver lists 0", None),
         ({"usable_gpus": 0}, 2, 0, "PyTorch 2.13.0 can use 0 of 2 GPUs", None),
         ({"shm_bytes": 10**8}, 2, 0, None, "/dev/shm has 0.1 GB and Ray's objects may take 0.5"),
+        ({"cpus": 2}, 2, 0, None, "Ray counts 12 CPUs and 2 can be used"),
         ({"free_disk": 0.02}, 2, 0, None, "the disk of Ray's folder is 98% full"),
         ({}, 2, -70, None, "its clock differs by -70 s"),
         ({"troubles": ["cannot read x: gone"]}, 2, 0, "cannot read x: gone", None),
@@ -80,7 +84,9 @@ def test_what_is_wrong_is_named_and_told_apart_from_what_is_slow(
     change: dict[str, object], gpus: float, skew_s: float, error: str | None, warning: str | None
 ) -> None:
     machine = dataclasses.replace(SOUND, **change)
-    errors, warnings = shortcomings(machine, gpus=gpus, object_store_bytes=5 * 10**8, skew_s=skew_s)
+    errors, warnings = shortcomings(
+        machine, cpus=12, gpus=gpus, object_store_bytes=5 * 10**8, skew_s=skew_s
+    )
     for found, wanted in ((errors, error), (warnings, warning)):
         assert len(found) == (wanted is not None)
         assert wanted is None or wanted in found[0]
@@ -101,7 +107,7 @@ def test_models_that_cannot_be_read_or_are_too_large_are_troubles(
     missing, sizes_alone = examine("/tmp", [str(tmp_path / "no"), "var-d16"]).troubles
     assert f"cannot read {tmp_path / 'no'}: no model" in missing
     assert "var-d16 is a set of sizes without weights" in sizes_alone
-    monkeypatch.setattr("ddray.runtime.cluster.machine._memory", lambda: 10_000)
+    monkeypatch.setattr("ddray.runtime.cluster.machine.usable_memory", lambda: 10_000)
     (large,) = examine("/tmp", [str(folder)]).troubles
     assert "GB of weights and there are 0.0 GB of memory" in large
 
