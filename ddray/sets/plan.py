@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import operator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -46,6 +47,8 @@ class SetPlan:
             often. Empty is all, each once.
         text_encoder: Name or folder of what turns captions into features; empty where
             the features were given, and for classes.
+        format: Number of the format that the set is written in. It is no part of the hash: a set
+            goes on in the format that it was begun in.
     """
 
     KIND: ClassVar[str]
@@ -70,6 +73,8 @@ class SetPlan:
     """Fields that must be texts, and not empty."""
     NOT_HASHED: ClassVar[frozenset[str]]
     """What may change while the set stays the same set."""
+    FORMATS: ClassVar[tuple[int, ...]] = (SCHEMA_FORMAT,)
+    """Formats that are read; new sets are written in the last one."""
     # At its default such a field stands neither in the manifest nor in the hash, so sets that were
     # made before it open as they did, and keep their hash.
     JOINED_LATER: ClassVar[frozenset[str]] = frozenset()
@@ -89,6 +94,7 @@ class SetPlan:
     earlier_counts: tuple[int, ...] = field(default=(), compare=False)
     classes: tuple[int, ...] = ()
     text_encoder: str = ""
+    format: int = SCHEMA_FORMAT
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, and make equal values hash equally (cfg 4 and 4.0).
@@ -108,6 +114,8 @@ class SetPlan:
             if not isinstance(values, (tuple, list)):
                 raise ConfigError(f"plan: {name}={values!r} must be a tuple of integers")
             self._set(name, tuple(_integer(name, value, least) for value in values))
+        if self.format not in self.FORMATS:
+            raise ConfigError(f"plan: format={self.format!r} must be {_either(self.FORMATS)}")
         self._check_settings()
         if self.conditioning not in ("class", "text"):
             raise ConfigError(f"plan: conditioning={self.conditioning!r} must be class or text")
@@ -195,13 +203,17 @@ class SetPlan:
             return (number % self.num_classes).astype(np.int32)
         return np.array(self.classes, dtype=np.int32)[number % len(self.classes)]
 
+    def in_format(self, number: int) -> Self:
+        """Return the plan as a set of another format has it."""
+        return replace(self, format=number)
+
     def random_choice(self) -> np.random.Generator:
         """Return random numbers for picking examples of the set: two looks at it agree."""
         return np.random.default_rng(int(self.hash[:16], 16))
 
     def to_json(self) -> str:
         """Return the manifest: the fields, the format, the version of ddray, the plan hash."""
-        head = {"format": SCHEMA_FORMAT, "ddray_version": __version__, "plan_hash": self.hash}
+        head = {"format": self.format, "ddray_version": __version__, "plan_hash": self.hash}
         if self.KIND:
             head["kind"] = self.KIND
         return json.dumps({**head, **dict(self._items())}, indent=2) + "\n"
@@ -223,11 +235,11 @@ class SetPlan:
         kind = values.pop("kind", "")
         if kind != cls.KIND:
             raise ShardError(f"it is of a set of {kind or 'trajectories'}, which is no {cls.WHAT}")
-        found = values.pop("format")
-        if found != SCHEMA_FORMAT:
+        found = values["format"]
+        if found not in cls.FORMATS:
             raise ShardError(
-                f"format {found!r} is unknown; ddray {__version__} reads format {SCHEMA_FORMAT}: "
-                "use the ddray that wrote it, or make the set again"
+                f"format {found!r} is unknown; ddray {__version__} reads format "
+                f"{_either(cls.FORMATS)}: use the ddray that wrote it, or make the set again"
             )
         values.pop("ddray_version", None)
         written_hash = values.pop("plan_hash", None)
@@ -249,11 +261,16 @@ class SetPlan:
         return [
             (item.name, value)
             for item, value in named
-            if not (item.name in self.JOINED_LATER and value == item.default)
+            if item.name != "format"
+            and not (item.name in self.JOINED_LATER and value == item.default)
         ]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _integer(name: str, value: Any, least: int) -> int:

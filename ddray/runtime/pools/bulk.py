@@ -53,6 +53,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     metric = extractor(student) if config.statistics else None
     images = create_set(ImageSet, config, plan, student, captions)
     images.with_statistics = config.statistics
+    plan = images.plan
     filled = _fill(images, config)
     summary = {
         "uri": images.uri,

@@ -5,8 +5,8 @@ Pure values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, get_args
 
 from ddray.errors import ConfigError
 from ddray.sets.plan import SetPlan
@@ -28,6 +28,7 @@ class ImagePlan(SetPlan):
         content: Images, or their tokens.
         image_format: Of the images.
         quality: Of lossy WebP, 1 to 100; None is lossless.
+        class_names: A name for each class, or empty; new in format 2.
     """
 
     KIND: ClassVar[str] = "images"
@@ -42,6 +43,8 @@ class ImagePlan(SetPlan):
         "schedule",
     )
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset({"student", "count", "earlier_counts"})
+    JOINED_LATER: ClassVar[frozenset[str]] = frozenset({"class_names"})
+    FORMATS: ClassVar[tuple[int, ...]] = (1, 2)
 
     student: str
     student_fingerprint: str
@@ -50,6 +53,13 @@ class ImagePlan(SetPlan):
     content: Content
     image_format: ImageFormat
     quality: int | None
+    class_names: tuple[str, ...] = ()
+    format: int = 2
+
+    def in_format(self, number: int) -> Self:
+        """Return the plan as a set of another format has it: format 1 knows no class names."""
+        names = () if number == 1 else self.class_names
+        return replace(self, format=number, class_names=names)
 
     def _check_settings(self) -> None:
         for name, choice in (
@@ -62,6 +72,7 @@ class ImagePlan(SetPlan):
                     f"plan: {name}={getattr(self, name)!r} must be one of "
                     f"{', '.join(get_args(choice))}"
                 )
+        self._check_class_names()
         if self.content == "tokens" and self.encoding != "parquet":
             raise ConfigError(f"plan: content='tokens' lies in Parquet, not in {self.encoding!r}")
         if self.quality is None:
@@ -70,3 +81,14 @@ class ImagePlan(SetPlan):
             raise ConfigError(f"plan: quality={self.quality!r} is of lossy WebP images alone")
         if isinstance(self.quality, bool) or self.quality not in range(1, 101):
             raise ConfigError(f"plan: quality={self.quality!r} must be an integer from 1 to 100")
+
+    def _check_class_names(self) -> None:
+        names = self.class_names
+        if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"plan: class_names={names!r} must be a tuple of texts")
+        if names and (self.format == 1 or len(names) != self.num_classes):
+            raise ConfigError(
+                f"plan: there are {len(names)} class_names; a set of format {self.format} and "
+                f"{self.num_classes} classes has {0 if self.format == 1 else self.num_classes}"
+            )
+        self._set("class_names", tuple(names))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ShardError, one_line
+from ddray.sets.images.features import hugging_face_metadata
 from ddray.sets.images.plan import ImagePlan
 from ddray.sets.parquet import (
     label_bytes,
@@ -34,6 +35,7 @@ from ddray.sets.sharded_set import check_stamp, stamp
 from ddray.storage.base import Storage, read_ahead
 
 _FOLDER = "images/"
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,11 @@ class ShardFormat(ABC):
 
 
 class ParquetShards(ShardFormat):
-    """Columns index, label or caption, seed, and image or tokens."""
+    """Columns index, label or caption, seed, and image or tokens.
+
+    Since format 2 as Hugging Face's `datasets` writes them: an image is a struct of its bytes and
+    the name it would have as a file, a label an int64, and metadata say which column is which.
+    """
 
     SUFFIX = "parquet"
 
@@ -134,9 +140,12 @@ class ParquetShards(ShardFormat):
             pa.array(np.full(len(rows.index), self._plan.seed)),
             tokens_column(self._plan, np.asarray(rows.content))
             if is_tokens
-            else pa.array(rows.content, type=pa.binary()),
+            else self._image_column(rows),
         ]
-        table = pa.Table.from_arrays(columns, schema=schema.with_metadata(self._stamp(k, rows)))
+        metadata = self._stamp(k, rows)
+        if self._plan.format > 1:
+            metadata |= hugging_face_metadata(self._plan)
+        table = pa.Table.from_arrays(columns, schema=schema.with_metadata(metadata))
         packed = ["index", "seed"] + ["label"] * (self._plan.conditioning == "class")
         if not is_tokens:
             # Image files are compressed already.
@@ -152,20 +161,32 @@ class ParquetShards(ShardFormat):
         index, label, _, content = (column.combine_chunks() for column in table.columns)
         rows = ImageRows(
             index.to_numpy(zero_copy_only=False),
-            label.to_numpy(zero_copy_only=False),
+            self._labels(label.to_pylist()),
             tokens_matrix(self._plan, content)
             if self._plan.content == "tokens"
-            else content.to_pylist(),
+            else self._files(content),
         )
         return rows, expected
 
     def _schema(self) -> Any:
-        content = ("image", pa.binary())
-        if self._plan.content == "tokens":
-            content = ("tokens", tokens_type(self._plan))
-        return pa.schema(
-            [("index", pa.int64()), label_field(self._plan), ("seed", pa.int64()), content]
-        )
+        plan, label = self._plan, label_field(self._plan)
+        if plan.format > 1 and plan.conditioning == "class":
+            label = ("label", pa.int64())
+        content = ("image", pa.binary() if plan.format == 1 else _IMAGE)
+        if plan.content == "tokens":
+            content = ("tokens", tokens_type(plan))
+        return pa.schema([("index", pa.int64()), label, ("seed", pa.int64()), content])
+
+    def _image_column(self, rows: ImageRows) -> Any:
+        files = pa.array(rows.content, type=pa.binary())
+        if self._plan.format == 1:
+            return files
+        names = [f"{i:09d}.{self._plan.image_format}" for i in rows.index.tolist()]
+        return pa.StructArray.from_arrays([files, pa.array(names)], fields=[*_IMAGE])
+
+    def _files(self, column: Any) -> list[bytes]:
+        files: list[bytes] = (column if self._plan.format == 1 else column.field(0)).to_pylist()
+        return files
 
 
 class TarShards(ShardFormat):

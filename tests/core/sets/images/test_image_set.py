@@ -13,12 +13,14 @@ from PIL import Image
 
 from ddray.errors import ConfigError, ShardError, StorageError
 from ddray.report.image_file import decode_image, encode_png, encode_webp
+from ddray.sets.images.features import label_names
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
 from ddray.sets.inspection import describe, open_set, quarantine, verified, verify
 from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
+from tests.paths import GOLDEN
 
 PLAN = ImagePlan(
     student="tiny",
@@ -89,8 +91,26 @@ def test_a_parquet_shard_holds_index_label_seed_and_image(tmp_path: Path, colour
         (i, i, 4) for i in range(7)
     ]
     for row, expected in zip(rows, pixels, strict=True):
-        np.testing.assert_array_equal(decode_image(row["image"]), expected)
+        np.testing.assert_array_equal(decode_image(row["image"]["bytes"]), expected)
+        assert row["image"]["path"] == f"{row['index']:09d}.png"
     assert tables[0].schema.metadata[b"ddray.plan_hash"].decode() == PLAN.hash
+
+
+def test_the_schema_tells_hugging_face_what_is_an_image_and_what_a_class(tmp_path: Path) -> None:
+    names = ("a crane", "a cat", "a crane", *"defghijkl")
+    _write(tmp_path, _pixels(), class_names=names)
+    schema = pq.read_schema(tmp_path / "shards/shard-00000.parquet")
+    # Types that differ from those that `datasets` would write would have it pass the names over.
+    assert [str(field.type) for field in schema] == [
+        *("int64", "int64", "int64"),
+        "struct<bytes: binary, path: string>",
+    ]
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert list(features) == schema.names
+    assert features["image"] == {"_type": "Image"}
+    assert features["label"]["names"][:4] == ["a crane (0)", "a cat", "a crane (2)", "d"]
+    assert features["index"] == features["seed"] == {"dtype": "int64", "_type": "Value"}
+    assert label_names(PLAN) == [str(i) for i in range(12)]
 
 
 def test_a_shard_of_tokens_holds_small_integers(tmp_path: Path) -> None:
@@ -200,6 +220,53 @@ def test_a_student_that_was_moved_goes_on(tmp_path: Path) -> None:
     assert ImageSet.open(str(tmp_path)).plan.student == "elsewhere"
 
 
+@pytest.fixture(scope="module")
+def format_1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sets of `PLAN`'s images, of tokens and of captions as ddray wrote them before format 2."""
+    folder = tmp_path_factory.mktemp("format-1")
+    with tarfile.open(GOLDEN / "begun" / "images-format-1.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "tokens", "captions"])
+def test_a_set_of_format_1_goes_on_in_it(format_1: Path, name: str) -> None:
+    images = ImageSet.open(str(format_1 / name))
+    assert (images.plan.format, images.missing()) == (1, [])
+    rows = images.read_shard(1)
+    schema = _schema(images)
+    images.storage.delete(images.shard_name(1))
+    # What an order of today has: the format of today, with names for its classes.
+    today = dataclasses.replace(
+        images.plan, format=2, class_names=tuple("abcdefghijkl"[: images.plan.num_classes])
+    )
+    begun = ImageSet.create(images.uri, today)
+    assert (begun.plan, begun.missing()) == (images.plan, [1])
+    begun.write_shard(1, rows.label, rows.content)
+    assert json.loads((format_1 / name / "manifest.json").read_text())["format"] == 1
+    if name != "captions":
+        assert verify(images.uri) == []
+    assert images.read_shard(1).label.tolist() == rows.label.tolist()
+    assert _schema(images) == schema
+    more = ImageSet.create(images.uri, dataclasses.replace(today, count=12))
+    assert (more.missing(), more.plan.format) == ([1, 2], 1)
+
+
+def _schema(images: ImageSet) -> Any:
+    """Of the second shard, where it is Parquet."""
+    if images.suffix != "parquet":
+        return None
+    return pq.read_schema(f"{images.uri}/{images.shard_name(1)}")
+
+
+def test_differing_class_names_are_told_on_a_part_of_a_line(tmp_path: Path) -> None:
+    names = tuple(f"a rather long name of class {i}" for i in range(12))
+    ImageSet.create(str(tmp_path), _plan(class_names=names))
+    with pytest.raises(ConfigError, match=r"class_names is \('a rather long .* \.\.\. there") as told:
+        ImageSet.create(str(tmp_path), _plan())
+    assert len(str(told.value)) < 600
+
+
 @pytest.mark.parametrize("encoding", FORMATS)
 def test_an_extension_keeps_full_shards_and_makes_the_short_one_anew(
     tmp_path: Path, encoding: str
@@ -222,6 +289,11 @@ def test_an_extension_keeps_full_shards_and_makes_the_short_one_anew(
         ({"classes": (12,)}, r"classes=\[12\] holds 12; the student's classes are 0 to 11"),
         ({"text_encoder": "t5"}, "text_encoder='t5' is for captions; the student takes classes"),
         ({"student": ""}, "student='' must be a text"),
+        ({"class_names": ("a",)}, "1 class_names; a set of format 2 and 12 classes has 12"),
+        ({"class_names": "abcdefghijkl"}, "class_names='abcdefghijkl' must be a tuple of texts"),
+        ({"class_names": "abcdefghijkl", "format": 1}, "class_names='abc"),
+        ({"class_names": (*"abcdefghijkl",), "format": 1}, "format 1 and 12 classes has 0"),
+        ({"format": 3}, "format=3 must be 1 or 2"),
     ],
 )
 def test_bad_plans_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -244,7 +316,7 @@ def test_a_shard_takes_exactly_its_images(tmp_path: Path) -> None:
         ("{", "manifest.json: not JSON"),
         ("[]", "not a ddray manifest"),
         ('{"format": 1}', "it is of a set of trajectories, which is no image set"),
-        ('{"format": 2, "kind": "images"}', "format 2 is unknown"),
+        ('{"format": 3, "kind": "images"}', "format 3 is unknown; ddray .* reads format 1 or 2:"),
         ('{"format": 1, "kind": "images"}', "not a plan: unknown fields"),
     ],
 )
