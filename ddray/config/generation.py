@@ -27,8 +27,10 @@ class GenerateConfig(SetConfig):
     out: str = Field("runs/generate", description="URI of the image set")
     count: CountT = Field(1000, description="number of images")
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
-    format: Literal["parquet", "webdataset", "images"] = Field(
-        "parquet", description="of the shards: parquet, webdataset (tar) or images (a folder)"
+    format: Literal["parquet", "webdataset", "images", "flat", "npz"] = Field(
+        "parquet",
+        description="of the set: parquet, webdataset (tar), images (folders by class), flat (one "
+        "folder, for FID tools) or npz (samples.npz for ADM's evaluator, beside Parquet)",
     )
     content: Literal["images", "tokens"] = Field("images", description="tokens: in Parquet alone")
     image_format: Literal["png", "webp"] = Field("png", description="of the images")
@@ -50,6 +52,8 @@ class GenerateConfig(SetConfig):
                 raise ValueError(f"content=tokens is written as parquet, not as {self.format}")
             if self.image_format != "png" or self.statistics:
                 raise ValueError("content=tokens has no images: no image_format, no statistics")
+        if self.format == "npz" and (self.image_format != "png" or self.quality is not None):
+            raise ValueError("format=npz holds pixels, not files: no image_format, no quality")
         if self.quality is not None and self.image_format != "webp":
             raise ValueError(
                 f"quality={self.quality} is of image_format=webp; {self.image_format} has no loss"

@@ -55,6 +55,10 @@ class SetPlan:
     """Stands in the manifest; that of trajectory sets, which came first, has none."""
     WHAT: ClassVar[str]
     """What a set of such a plan is, for people."""
+    ROWS: ClassVar[str]
+    """What its rows are."""
+    SHOWN: ClassVar[tuple[str, ...]]
+    """Settings that say what rows these are."""
     MADE_BY: ClassVar[str]
     """Command that fills it."""
     MODEL: ClassVar[str]
@@ -151,6 +155,16 @@ class SetPlan:
         named = {name: value for name, value in self._items() if name not in self.NOT_HASHED}
         text = json.dumps(named, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def data_files(self) -> str:
+        """Pattern of the files that hold the rows, for a reader that knows no ddray."""
+        return "shards/*.parquet"
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What else Hugging Face's `datasets` must be told to load these files."""
+        return {}
 
     @property
     def num_tokens(self) -> int:

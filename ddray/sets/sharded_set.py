@@ -60,6 +60,7 @@ class VerifyReport:
         rows: Sound rows.
         unexpected: Names below shards/ (and images/) that the plan does not have; a reader
             that takes all of them would count their rows too.
+        lacking: Names of other files that a whole set has.
     """
 
     num_shards: int
@@ -67,11 +68,12 @@ class VerifyReport:
     damaged: dict[int, str]
     rows: int
     unexpected: list[str]
+    lacking: list[str]
 
     @property
     def ok(self) -> bool:
         """Whether every index of the plan is there exactly once."""
-        return not (self.missing or self.damaged or self.unexpected)
+        return not (self.missing or self.damaged or self.unexpected or self.lacking)
 
 
 class ShardedSet(ABC, Generic[PlanT, RowsT]):
@@ -97,6 +99,10 @@ class ShardedSet(ABC, Generic[PlanT, RowsT]):
     def suffix(self) -> str:
         """Ending of the shards' names."""
         return "parquet"
+
+    def lacking(self) -> list[str]:
+        """Return the names, beside those of shards, that a whole set has and this one has not."""
+        return []
 
     def _strays(self) -> list[str]:
         """Names outside of shards/ that the plan does not have."""
@@ -249,7 +255,9 @@ class ShardedSet(ABC, Generic[PlanT, RowsT]):
             if advance is not None:
                 advance(done)
         unexpected = [*found.unexpected, *self._strays()]
-        return VerifyReport(self.plan.num_shards, sorted(missing), damaged, sound_rows, unexpected)
+        return VerifyReport(
+            self.plan.num_shards, sorted(missing), damaged, sound_rows, unexpected, self.lacking()
+        )
 
     def quarantine(self, name: str) -> str:
         """Move a file to quarantine/ and return its new name.

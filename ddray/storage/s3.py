@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from ddray.storage.base import (
 _ATTEMPTS = 6
 # One PUT takes 5 GB at most, and a failure in it costs all of it.
 _PART_BYTES = 64 * 2**20
+# Of an object whose size nobody knows: ten are in memory at once, and 10,000 the most there may be.
+_STREAMED_PART_BYTES = 32 * 2**20
 
 
 class S3Storage(Storage):
@@ -110,6 +112,17 @@ class S3Storage(Storage):
                 raise
         return True
 
+    def write_stream(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write in parts as they come; see `Storage.write_stream`."""
+        from boto3.s3.transfer import (  # type: ignore[import-untyped, unused-ignore]
+            TransferConfig,
+        )
+
+        stream = io.BufferedReader(_Chunks(chunks))
+        config = TransferConfig(multipart_chunksize=_STREAMED_PART_BYTES)
+        with _s3_errors("write", self.join(name)):
+            self._client().upload_fileobj(stream, self.bucket, self._key(name), Config=config)
+
     def list(self, prefix: str = "") -> dict[str, int]:
         """Return name -> size of the keys below the prefix; see `Storage.list`."""
         start = len(self._key(""))
@@ -176,6 +189,26 @@ class S3Storage(Storage):
             # A session of its own: boto3's default session is not safe between threads.
             self._lazy_client = boto3.session.Session().client("s3", config=config)
         return self._lazy_client
+
+
+class _Chunks(io.RawIOBase):
+    """Parts of a content, one after the other, as a file to read from."""
+
+    def __init__(self, chunks: Iterable[bytes]):
+        self._chunks, self._rest = iter(chunks), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
 
 _DENIED = "access denied; these credentials need the rights to get, put, list and delete objects"

@@ -15,6 +15,7 @@ from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
+from ddray.sets.images.samples import write_samples
 from ddray.sets.making import create_set
 from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
@@ -98,13 +99,16 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 
 def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
-    """Make what is missing."""
+    """Make what is missing, and what is made of all shards."""
     missing = images.missing()
     tell_found(images.plan, missing)
-    if not missing:
-        return Filled()
-    with connect(), _crew(images, config) as crew:
-        return fill("images", images, crew, config)
+    filled = Filled()
+    if missing:
+        with connect(), _crew(images, config) as crew:
+            filled = fill("images", images, crew, config, images.begin)
+    if images.lacking():
+        write_samples(images)
+    return filled
 
 
 def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Crew]:

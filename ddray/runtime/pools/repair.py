@@ -32,7 +32,7 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
     if report.ok:
         return ["nothing to mend"]
     opened.storage.check_writable()
-    gaps = bool(report.missing or report.damaged)
+    gaps = bool(report.missing or report.damaged or report.lacking)
     if gaps and isinstance(opened, TrajectorySet):
         planned_teacher(opened.plan, "cpu")
     elif gaps and isinstance(opened, ImageSet):
@@ -41,4 +41,5 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
     if gaps:
         made = (bulk if isinstance(opened, ImageSet) else sampling).refill(uri, pool)
         lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
+    lines += [f"wrote {name}" for name in report.lacking]
     return lines

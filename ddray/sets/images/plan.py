@@ -6,12 +6,12 @@ Pure values.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from ddray.errors import ConfigError
 from ddray.sets.plan import SetPlan
 
-Encoding = Literal["parquet", "webdataset", "images"]
+Encoding = Literal["parquet", "webdataset", "images", "flat", "npz"]
 Content = Literal["images", "tokens"]
 ImageFormat = Literal["png", "webp"]
 
@@ -24,7 +24,8 @@ class ImagePlan(SetPlan):
         student: Zoo name or path; it may change, the weights may not.
         student_fingerprint: sha256 of the student's weights.
         schedule: As given to `Student.generate`.
-        encoding: What a shard is: a Parquet file, a tar, or a list of files.
+        encoding: What a shard is: a Parquet file, a tar, or a list of files in folders by class
+            (images) or in one (flat). Of npz: Parquet, and all pixels in one array beside them.
         content: Images, or their tokens.
         image_format: Of the images.
         quality: Of lossy WebP, 1 to 100; None is lossless.
@@ -33,6 +34,11 @@ class ImagePlan(SetPlan):
 
     KIND: ClassVar[str] = "images"
     WHAT: ClassVar[str] = "image set"
+    ROWS: ClassVar[str] = "images"
+    SHOWN: ClassVar[tuple[str, ...]] = (
+        *("student", "conditioning", "num_classes", "seed", "schedule", "encoding", "content"),
+        *("image_format", "quality", "threads", "batch_size", "shard_rows", "vocab_size"),
+    )
     MADE_BY: ClassVar[str] = "ddray generate"
     MODEL: ClassVar[str] = "student"
     TEXTS: ClassVar[tuple[str, ...]] = (
@@ -56,6 +62,19 @@ class ImagePlan(SetPlan):
     class_names: tuple[str, ...] = ()
     format: int = 2
 
+    @property
+    def data_files(self) -> str:
+        """Pattern of the files that hold the rows; see `SetPlan`."""
+        patterns = {"webdataset": "shards/*.tar", "images": "images/**", "flat": "images/**"}
+        return patterns.get(self.encoding, super().data_files)
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """See `SetPlan`: only folders by class name classes."""
+        folders_are_classes = self.encoding == "images" and self.conditioning == "class"
+        in_files = self.data_files.startswith("images/")
+        return {"drop_labels": True} if in_files and not folders_are_classes else {}
+
     def in_format(self, number: int) -> Self:
         """Return the plan as a set of another format has it: format 1 knows no class names."""
         names = () if number == 1 else self.class_names
@@ -75,6 +94,8 @@ class ImagePlan(SetPlan):
         self._check_class_names()
         if self.content == "tokens" and self.encoding != "parquet":
             raise ConfigError(f"plan: content='tokens' lies in Parquet, not in {self.encoding!r}")
+        if self.encoding == "npz" and (self.image_format, self.quality) != ("png", None):
+            raise ConfigError("plan: encoding='npz' holds pixels, which takes image_format='png'")
         if self.quality is None:
             return
         if self.image_format != "webp" or self.content == "tokens":

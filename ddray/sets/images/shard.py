@@ -249,7 +249,7 @@ class TarShards(ShardFormat):
 
 
 class ListShards(ShardFormat):
-    """Image files in folders, by class; the list of a shard's files makes it whole."""
+    """Image files in folders by class, or in one; the list of a shard's files makes it whole."""
 
     SUFFIX = "json"
 
@@ -301,11 +301,18 @@ FORMATS: dict[str, type[ShardFormat]] = {
     "parquet": ParquetShards,
     "webdataset": TarShards,
     "images": ListShards,
+    "flat": ListShards,
+    "npz": ParquetShards,
 }
 
 
 def image_name(plan: ImagePlan, index: int, label: Any) -> str:
-    """Name of an image file: in a folder for its class, or for captions of its shard's number."""
+    """Name of an image file: in a folder for its class, or for captions of its shard's number.
+
+    Of encoding flat all lie in one folder.
+    """
+    if plan.encoding == "flat":
+        return f"{_FOLDER}{index:06d}.{plan.image_format}"
     if plan.conditioning == "class":
         folder = f"{label:0{len(str(plan.num_classes - 1))}d}"
     else:
