@@ -41,7 +41,7 @@ def bare_loop(config: GenerateConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     student = ddray.load_student(config.student, device="cpu")
     images = ImageSet.create(config.out, make_plan(config, student))
-    plan, ends = images.plan, []
+    plan, ends, ready = images.plan, [], time.perf_counter()
     for k in range(plan.num_shards):
         files: list[bytes] = []
         for rows in plan.batches(k):
@@ -52,7 +52,7 @@ def bare_loop(config: GenerateConfig) -> dict[str, Any]:
             files += [encode_png(image) for image in pixels]
         images.write_shard(k, plan.label(np.asarray(plan.shard_range(k))), files)
         ends.append(time.perf_counter())
-    return frame.shard_rates(ends, start, plan.count - len(plan.shard_range(0)))
+    return frame.shard_rates(ends, start, ready, plan.count)
 
 
 def _digest(out: str) -> str:

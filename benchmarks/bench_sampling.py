@@ -34,11 +34,11 @@ def bare_loop(config: SampleConfig) -> dict[str, float]:
     teacher = ddray.load_teacher(config.teacher, device="cpu")
     shards = TrajectorySet.create(config.out, make_plan(config, teacher))
     worker = TrajectoryWorker(shards.uri, "cpu")
-    ends = []
+    ends, ready = [], time.perf_counter()
     for shard in range(shards.plan.num_shards):
         worker.do(shard)
         ends.append(time.perf_counter())
-    return frame.shard_rates(ends, start, shards.plan.count - len(shards.plan.shard_range(0)))
+    return frame.shard_rates(ends, start, ready, shards.plan.count)
 
 
 def run(

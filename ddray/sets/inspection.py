@@ -195,6 +195,7 @@ def examine(opened: AnySet) -> tuple[VerifyReport, dict[int, str]]:
 def verified(opened: AnySet, look: Callable[[int, Any], None] | None = None) -> VerifyReport:
     """The report of `ShardedSet.verify`, with its progress on stderr."""
     with Progress("verify", opened.plan.num_shards, "shards") as bar:
+        bar.begin()
         return opened.verify(bar.advance_to, look)
 
 

@@ -56,6 +56,7 @@ def npz_chunks(shape: tuple[int, ...], parts: Iterable[npt.NDArray[np.uint8]]) -
 def _pixels(images: ImageSet) -> Iterator[npt.NDArray[np.uint8]]:
     """Pixels [H, W, 3] of each image."""
     with Progress(SAMPLES, images.plan.count, "images") as bar:
+        bar.begin()
         for k in range(images.plan.num_shards):
             for file in images.read_shard(k).content:
                 pixels = decode_image(file)
