@@ -93,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", help="URI of the set")
-    parser.add_argument(
-        "--picture", metavar="FILE.png", help="decode random trajectories into a picture"
-    )
+    parser.add_argument("--picture", metavar="FILE.png", help="draw random rows into a picture")
     parser.add_argument("--verify", action="store_true", help="read every shard and check it")
     parser.add_argument(
         "--recompute",
@@ -263,9 +261,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     flags = {"workers": arguments.workers or "1:1", "num_gpus": arguments.num_gpus or 0}
     pool = load_config(PoolConfig, flags=flags)
     if arguments.picture:
-        from ddray.sets.trajectories.picture import write_picture
-
-        write_picture(arguments.uri, arguments.picture)
+        _draw(arguments.uri, arguments.picture)
     _print_json(describe(arguments.uri))
     if arguments.repair:
         from ddray.runtime.pools.repair import repair
@@ -274,6 +270,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
             lines = repair(arguments.uri, pool)
         print("\n".join(lines), flush=True)
     return _verify(arguments) if arguments.verify else 0
+
+
+def _draw(uri: str, path: str) -> None:
+    """A picture of random rows of a set of either kind."""
+    from ddray.sets.images.plan import ImagePlan
+    from ddray.sets.sharded_set import manifest_kind
+
+    kind = "images" if manifest_kind(uri) == ImagePlan.KIND else "trajectories"
+    import_module(f"ddray.sets.{kind}.picture").write_picture(uri, path)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
