@@ -13,7 +13,7 @@ from ddray.runtime.cluster.connection import connect
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
-from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.image_set import SAMPLES, ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
 from ddray.sets.images.samples import write_samples
 from ddray.sets.making import create_set
@@ -66,6 +66,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "format": plan.encoding,
         "content": plan.content,
         "engine": config.engine,
+        **({"samples": images.storage.join(SAMPLES)} if plan.encoding == "npz" else {}),
         **(_statistics(images, metric) if metric else {}),
         **filled.summary(),
     }
