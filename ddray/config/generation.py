@@ -37,7 +37,11 @@ class GenerateConfig(SetConfig):
     quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None, description="of WebP with loss; absent = without loss"
     )
-    statistics: bool = Field(False, description="features' mean and covariance, for FID and kin")
+    statistics: bool = Field(
+        False,
+        description="mean and covariance of the bundled digit classifier's features: fd_digits, "
+        "no FID",
+    )
     shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
     batch_size: CountT = Field(64, description="images made together; part of the plan")
     engine: Literal["serve", "data"] = Field(
