@@ -6,8 +6,8 @@ All of it makes the same shards, PNG encoding and Parquet writing included, in p
 same settings of the allocator; that they are the same bytes is checked. The bare loop does one
 thing after the other: batch by batch the student, then the PNGs, then the shard. The rates leave
 out what comes before the work (the start of Ray and Serve, loading the model); the time to the
-first shard stands in its own column. What is compared runs in turns, as the speed of a machine drifts; the figures are
-medians.
+first shard stands in its own column. What is compared runs in turns, as the speed of a machine
+drifts; the figures are medians.
 """
 
 import argparse

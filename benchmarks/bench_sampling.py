@@ -4,7 +4,8 @@
 
 All of it samples and writes the same shards with one thread each, in processes with the same
 settings of the allocator. The rates leave out what comes before the work (Ray's start, loading
-the model); the time to the first shard stands in its own column. What is compared runs in turns, as the speed of a machine drifts; the figures are medians.
+the model); the time to the first shard stands in its own column. What is compared runs in turns,
+as the speed of a machine drifts; the figures are medians.
 """
 
 import argparse
