@@ -5,9 +5,9 @@
 All of it makes the same shards, PNG encoding and Parquet writing included, in processes with the
 same settings of the allocator; that they are the same bytes is checked. The bare loop does one
 thing after the other: batch by batch the student, then the PNGs, then the shard. The rates leave
-out what comes before the first shard (the start of Ray and Serve, loading the model), which stands
-in its own column. What is compared runs in turns, as the speed of a machine drifts; the figures are
-medians.
+out what comes before the work (the start of Ray and Serve, loading the model); the time to the
+first shard stands in its own column. What is compared runs in turns, as the speed of a machine
+drifts; the figures are medians.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def bare_loop(config: GenerateConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     student = ddray.load_student(config.student, device="cpu")
     images = ImageSet.create(config.out, make_plan(config, student))
-    plan, ends = images.plan, []
+    plan, ends, ready = images.plan, [], time.perf_counter()
     for k in range(plan.num_shards):
         files: list[bytes] = []
         for rows in plan.batches(k):
@@ -52,7 +52,7 @@ def bare_loop(config: GenerateConfig) -> dict[str, Any]:
             files += [encode_png(image) for image in pixels]
         images.write_shard(k, plan.label(np.asarray(plan.shard_range(k))), files)
         ends.append(time.perf_counter())
-    return frame.shard_rates(ends, start, plan.count - len(plan.shard_range(0)))
+    return frame.shard_rates(ends, start, ready, plan.count)
 
 
 def _digest(out: str) -> str:

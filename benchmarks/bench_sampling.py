@@ -3,9 +3,9 @@
     python benchmarks/bench_sampling.py [--rows 2000] [--repeats 3] [--json FILE]
 
 All of it samples and writes the same shards with one thread each, in processes with the same
-settings of the allocator. The rates leave out what comes before the first shard (Ray's start,
-loading the model), which stands in its own column. What is
-compared runs in turns, as the speed of a machine drifts; the figures are medians.
+settings of the allocator. The rates leave out what comes before the work (Ray's start, loading
+the model); the time to the first shard stands in its own column. What is compared runs in turns,
+as the speed of a machine drifts; the figures are medians.
 """
 
 import argparse
@@ -34,11 +34,11 @@ def bare_loop(config: SampleConfig) -> dict[str, float]:
     teacher = ddray.load_teacher(config.teacher, device="cpu")
     shards = TrajectorySet.create(config.out, make_plan(config, teacher))
     worker = TrajectoryWorker(shards.uri, "cpu")
-    ends = []
+    ends, ready = [], time.perf_counter()
     for shard in range(shards.plan.num_shards):
         worker.do(shard)
         ends.append(time.perf_counter())
-    return frame.shard_rates(ends, start, shards.plan.count - len(shards.plan.shard_range(0)))
+    return frame.shard_rates(ends, start, ready, shards.plan.count)
 
 
 def run(

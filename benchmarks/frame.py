@@ -182,16 +182,17 @@ def add_ratio(rows: list[dict[str, Any]], key: str = "rows_per_s", ratio: str = 
         row[ratio] = row[key] / rows[0][key]
 
 
-def shard_rates(ends: Sequence[float], start: float, rows: int) -> dict[str, float]:
+def shard_rates(ends: Sequence[float], start: float, ready: float, rows: int) -> dict[str, float]:
     """What a bare loop over shards has to say, as a pool does.
 
     Args:
         ends: when each shard was written.
         start: when the process began to load its model.
-        rows: of all shards but the first, before which nothing is measured.
+        ready: when it had it.
+        rows: of all shards.
     """
     return {
-        "rows_per_s": rows / (ends[-1] - ends[0]),
+        "rows_per_s": rows / (ends[-1] - ready),
         "first_shard_s": ends[0] - start,
         "seconds": ends[-1] - start,
     }

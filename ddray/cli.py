@@ -97,9 +97,7 @@ def _parser(whole: bool = False) -> argparse.ArgumentParser:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", help="URI of the set")
-    parser.add_argument(
-        "--picture", metavar="FILE.png", help="decode random trajectories into a picture"
-    )
+    parser.add_argument("--picture", metavar="FILE.png", help="draw random rows into a picture")
     parser.add_argument("--verify", action="store_true", help="read every shard and check it")
     parser.add_argument(
         "--recompute",

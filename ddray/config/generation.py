@@ -27,15 +27,21 @@ class GenerateConfig(SetConfig):
     out: Location = Field("runs/generate", description="URI of the image set")
     count: CountT = Field(1000, description="number of images")
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
-    format: Literal["parquet", "webdataset", "images"] = Field(
-        "parquet", description="of the shards: parquet, webdataset (tar) or images (a folder)"
+    format: Literal["parquet", "webdataset", "images", "flat", "npz"] = Field(
+        "parquet",
+        description="of the set: parquet, webdataset (tar), images (folders by class), flat (one "
+        "folder, for FID tools) or npz (samples.npz for ADM's evaluator, beside Parquet)",
     )
     content: Literal["images", "tokens"] = Field("images", description="tokens: in Parquet alone")
     image_format: Literal["png", "webp"] = Field("png", description="of the images")
     quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None, description="of WebP with loss; absent = without loss"
     )
-    statistics: bool = Field(False, description="features' mean and covariance, for FID and kin")
+    statistics: bool = Field(
+        False,
+        description="mean and covariance of the bundled digit classifier's features: fd_digits, "
+        "no FID",
+    )
     shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
     batch_size: CountT = Field(64, description="images made together; part of the plan")
     engine: Literal["serve", "data"] = Field(
@@ -52,6 +58,8 @@ class GenerateConfig(SetConfig):
                 raise ValueError("content=tokens has no images: no image_format, no statistics")
         if self.statistics and self.count < 2:
             raise ValueError(f"statistics needs at least 2 images, not count={self.count}")
+        if self.format == "npz" and (self.image_format != "png" or self.quality is not None):
+            raise ValueError("format=npz holds pixels, not files: no image_format, no quality")
         if self.quality is not None and self.image_format != "webp":
             raise ValueError(
                 f"quality={self.quality} is of image_format=webp; {self.image_format} has no loss"

@@ -94,6 +94,7 @@ def in_batches(
     """Apply make(labels, index) batch by batch, with progress."""
     parts = []
     with Progress(label, len(labels), "images") as bar:
+        bar.begin()
         for rows in zip(labels.split(batch_size), index.split(batch_size), strict=True):
             parts.append(make(*rows))
             bar.advance_to(bar.done + len(rows[0]))

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from importlib import import_module
 
 from ddray.config.base import PoolConfig
 from ddray.config.loading import load_config
@@ -37,9 +38,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     flags = {"workers": arguments.workers or "1:1", "num_gpus": arguments.num_gpus or 0}
     pool = load_config(PoolConfig, flags=flags)
     if arguments.picture:
-        from ddray.sets.trajectories.picture import write_picture
-
-        write_picture(arguments.uri, arguments.picture)
+        _draw(arguments.uri, arguments.picture)
     print_json(describe(arguments.uri))
     if arguments.repair:
         from ddray.runtime.pools.repair import repair
@@ -48,6 +47,12 @@ def inspect(arguments: argparse.Namespace) -> int:
             lines = repair(arguments.uri, pool)
         print("\n".join(lines), flush=True)
     return _verify(arguments) if arguments.verify else 0
+
+
+def _draw(uri: str, path: str) -> None:
+    """A picture of random rows of a set of either kind."""
+    kind = "images" if manifest_kind(uri) == ImagePlan.KIND else "trajectories"
+    import_module(f"ddray.sets.{kind}.picture").write_picture(uri, path)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

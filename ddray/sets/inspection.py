@@ -17,20 +17,9 @@ from ddray.sets.images.plan import ImagePlan
 from ddray.sets.images.shard import ImageRows
 from ddray.sets.plan import SetPlan
 from ddray.sets.sharded_set import VerifyReport, manifest_kind, shard_name
-from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.shard import Rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
-_SETTINGS = {
-    TrajectoryPlan.KIND: (
-        *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
-        *("solver", "num_evals", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
-    ),
-    ImagePlan.KIND: (
-        *("student", "conditioning", "num_classes", "seed", "schedule", "encoding", "content"),
-        *("image_format", "quality", "threads", "batch_size", "shard_rows", "vocab_size"),
-    ),
-}
 # Missing shards that are named.
 _NAMED = 10
 # Shards are read for statistics until they hold so many rows, or are so many.
@@ -70,7 +59,7 @@ def describe(uri: str) -> dict[str, Any]:
     told = {
         "uri": opened.uri,
         "plan_hash": plan.hash,
-        **{name: getattr(plan, name) for name in _SETTINGS[plan.KIND]},
+        **{name: getattr(plan, name) for name in plan.SHOWN},
         "stages": len(plan.stages),
         "tokens_per_row": plan.num_tokens,
         "rows": rows,
@@ -171,6 +160,7 @@ def verify(uri: str) -> list[str]:
     report, captions = examine(opened)
     return [
         *(f"missing: {opened.shard_name(k)}" for k in report.missing),
+        *(f"missing: {name}" for name in report.lacking),
         *(f"damaged: {opened.shard_name(k)}: {reason}" for k, reason in report.damaged.items()),
         *(f"does not belong: {name}" for name in report.unexpected),
         *(f"captions of shard {k}: {reason}" for k, reason in captions.items()),
@@ -205,6 +195,7 @@ def examine(opened: AnySet) -> tuple[VerifyReport, dict[int, str]]:
 def verified(opened: AnySet, look: Callable[[int, Any], None] | None = None) -> VerifyReport:
     """The report of `ShardedSet.verify`, with its progress on stderr."""
     with Progress("verify", opened.plan.num_shards, "shards") as bar:
+        bar.begin()
         return opened.verify(bar.advance_to, look)
 
 

@@ -10,6 +10,7 @@ from ddray.errors import ShardError
 from ddray.method.model import Model
 from ddray.method.seeding import SCHEME
 from ddray.sets.captions import cut_captions
+from ddray.sets.card import write_card
 from ddray.sets.conditions import check_encoder, encoder_name
 from ddray.sets.plan import SetPlan
 from ddray.sets.sharded_set import ShardedSet
@@ -71,7 +72,7 @@ def create_set(
     model: Model,
     captions: CaptionFile | None,
 ) -> SetT:
-    """Make the set of a job, or find it, with its captions and its config beside it.
+    """Make the set of a job, or find it, with its captions, its config and its card beside it.
 
     Raises:
         ConfigError: another plan at the URI, or captions or an encoder that do not fit.
@@ -85,4 +86,5 @@ def create_set(
         cut_captions(captions, storage, kind.planned(config.out, plan))
     made = kind.create(config.out, plan)
     write_json(storage, CONFIG_FILE, config.model_dump(mode="json"))
+    write_card(storage, made.plan, model.config)
     return made

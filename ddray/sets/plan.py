@@ -11,7 +11,8 @@ import json
 import math
 import operator
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -48,12 +49,18 @@ class SetPlan:
             often. Empty is all, each once.
         text_encoder: Name or folder of what turns captions into features; empty where
             the features were given, and for classes.
+        format: Number of the format that the set is written in. It is no part of the hash: a set
+            goes on in the format that it was begun in.
     """
 
     KIND: ClassVar[str]
     """Stands in the manifest; that of trajectory sets, which came first, has none."""
     WHAT: ClassVar[str]
     """What a set of such a plan is, for people."""
+    ROWS: ClassVar[str]
+    """What its rows are."""
+    SHOWN: ClassVar[tuple[str, ...]]
+    """Settings that say what rows these are."""
     MADE_BY: ClassVar[str]
     """Command that fills it."""
     MODEL: ClassVar[str]
@@ -72,6 +79,8 @@ class SetPlan:
     """Fields that must be texts, and not empty."""
     NOT_HASHED: ClassVar[frozenset[str]]
     """What may change while the set stays the same set."""
+    FORMATS: ClassVar[tuple[int, ...]] = (SCHEMA_FORMAT,)
+    """Formats that are read; new sets are written in the last one."""
     # At its default such a field stands neither in the manifest nor in the hash, so sets that were
     # made before it open as they did, and keep their hash.
     JOINED_LATER: ClassVar[frozenset[str]] = frozenset()
@@ -91,6 +100,7 @@ class SetPlan:
     earlier_counts: tuple[int, ...] = field(default=(), compare=False)
     classes: tuple[int, ...] = ()
     text_encoder: str = ""
+    format: int = SCHEMA_FORMAT
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, and make equal values hash equally (cfg 4 and 4.0).
@@ -110,6 +120,8 @@ class SetPlan:
             if not isinstance(values, (tuple, list)):
                 raise ConfigError(f"plan: {name}={values!r} must be a tuple of integers")
             self._set(name, tuple(_integer(name, value, least) for value in values))
+        if self.format not in self.FORMATS:
+            raise ConfigError(f"plan: format={self.format!r} must be {_either(self.FORMATS)}")
         self._check_settings()
         if self.conditioning not in ("class", "text"):
             raise ConfigError(f"plan: conditioning={self.conditioning!r} must be class or text")
@@ -145,6 +157,16 @@ class SetPlan:
         named = {name: value for name, value in self._items() if name not in self.NOT_HASHED}
         text = json.dumps(named, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def data_files(self) -> str:
+        """Pattern of the files that hold the rows, for a reader that knows no ddray."""
+        return "shards/*.parquet"
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What else Hugging Face's `datasets` must be told to load these files."""
+        return {}
 
     @property
     def num_tokens(self) -> int:
@@ -197,13 +219,17 @@ class SetPlan:
             return (number % self.num_classes).astype(np.int32)
         return np.array(self.classes, dtype=np.int32)[number % len(self.classes)]
 
+    def in_format(self, number: int) -> Self:
+        """Return the plan as a set of another format has it."""
+        return replace(self, format=number)
+
     def random_choice(self) -> np.random.Generator:
         """Return random numbers for picking examples of the set: two looks at it agree."""
         return np.random.default_rng(int(self.hash[:16], 16))
 
     def to_json(self) -> str:
         """Return the manifest: the fields, the format, the version of ddray, the plan hash."""
-        head = {"format": SCHEMA_FORMAT, "ddray_version": __version__, "plan_hash": self.hash}
+        head = {"format": self.format, "ddray_version": __version__, "plan_hash": self.hash}
         if self.KIND:
             head["kind"] = self.KIND
         return json.dumps({**head, **dict(self._items())}, indent=2) + "\n"
@@ -226,11 +252,11 @@ class SetPlan:
         kind = values.pop("kind", "")
         if kind != cls.KIND:
             raise ShardError(f"it is of a set of {kind or 'trajectories'}, which is no {cls.WHAT}")
-        found = values.pop("format")
-        if found != SCHEMA_FORMAT:
+        found = values["format"]
+        if found not in cls.FORMATS:
             raise ShardError(
-                f"format {found!r} is unknown; ddray {__version__} reads format {SCHEMA_FORMAT}: "
-                "use the ddray that wrote it, or make the set again"
+                f"format {found!r} is unknown; ddray {__version__} reads format "
+                f"{_either(cls.FORMATS)}: use the ddray that wrote it, or make the set again"
             )
         values.pop("ddray_version", None)
         written_hash = values.pop("plan_hash", None)
@@ -252,7 +278,8 @@ class SetPlan:
         return [
             (item.name, value)
             for item, value in named
-            if not (item.name in self.JOINED_LATER and value == item.default)
+            if item.name != "format"
+            and not (item.name in self.JOINED_LATER and value == item.default)
         ]
 
     def _set(self, name: str, value: Any) -> None:
@@ -264,6 +291,10 @@ def _no_manifest(data: bytes, error: ValueError) -> str:
     if kind is None or not data or "JSON" in kind.name:
         return f"not JSON ({one_line(error)}), so no ddray manifest"
     return f"not JSON but {kind.name}, so no ddray manifest; {kind.advice}"
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _integer(name: str, value: Any, least: int) -> int:

@@ -28,6 +28,8 @@ SHARDS = "shards/"
 # What the metadata of every shard says, whatever its format.
 _HASH_KEY, _SHARD_KEY, _ROWS_KEY = "ddray.plan_hash", "ddray.shard", "ddray.rows_sha256"
 
+_LETTERS_SHOWN = 200
+
 PlanT = TypeVar("PlanT", bound=SetPlan)
 RowsT = TypeVar("RowsT")
 
@@ -58,6 +60,7 @@ class VerifyReport:
         rows: Sound rows.
         unexpected: Names below shards/ (and images/) that the plan does not have; a reader
             that takes all of them would count their rows too.
+        lacking: Names of other files that a whole set has.
     """
 
     num_shards: int
@@ -65,11 +68,12 @@ class VerifyReport:
     damaged: dict[int, str]
     rows: int
     unexpected: list[str]
+    lacking: list[str]
 
     @property
     def ok(self) -> bool:
         """Whether every index of the plan is there exactly once."""
-        return not (self.missing or self.damaged or self.unexpected)
+        return not (self.missing or self.damaged or self.unexpected or self.lacking)
 
 
 class ShardedSet(ABC, Generic[PlanT, RowsT]):
@@ -95,6 +99,10 @@ class ShardedSet(ABC, Generic[PlanT, RowsT]):
     def suffix(self) -> str:
         """Ending of the shards' names."""
         return "parquet"
+
+    def lacking(self) -> list[str]:
+        """Return the names, beside those of shards, that a whole set has and this one has not."""
+        return []
 
     def _strays(self) -> list[str]:
         """Names outside of shards/ that the plan does not have."""
@@ -247,7 +255,9 @@ class ShardedSet(ABC, Generic[PlanT, RowsT]):
             if advance is not None:
                 advance(done)
         unexpected = [*found.unexpected, *self._strays()]
-        return VerifyReport(self.plan.num_shards, sorted(missing), damaged, sound_rows, unexpected)
+        return VerifyReport(
+            self.plan.num_shards, sorted(missing), damaged, sound_rows, unexpected, self.lacking()
+        )
 
     def quarantine(self, name: str) -> str:
         """Move a file to quarantine/ and return its new name.
@@ -335,7 +345,7 @@ def _planned(storage: Storage, plan: PlanT) -> tuple[PlanT | None, PlanT]:
     """The plan of the set that is there, if any, and the one that it should have."""
     existing = _read_manifest(storage, type(plan))
     if existing is not None:
-        return existing, _merged(existing, plan, storage.uri)
+        return existing, _merged(existing, plan.in_format(existing.format), storage.uri)
     if storage.list(SHARDS):
         raise ShardError(
             f"{storage.join('shards')} holds files, but there is no {MANIFEST}; "
@@ -348,8 +358,8 @@ def _merged(existing: PlanT, plan: PlanT, uri: str) -> PlanT:
     """Return `plan` as what follows `existing`, from which only what is not hashed may differ."""
     if existing.hash != plan.hash:
         differences = [
-            f"{item.name} is {getattr(existing, item.name)!r} there and "
-            f"{getattr(plan, item.name)!r} here"
+            f"{item.name} is {_shown(getattr(existing, item.name))} there and "
+            f"{_shown(getattr(plan, item.name))} here"
             for item in fields(plan)
             if item.name not in plan.NOT_HASHED
             and getattr(existing, item.name) != getattr(plan, item.name)
@@ -368,3 +378,9 @@ def _merged(existing: PlanT, plan: PlanT, uri: str) -> PlanT:
     if plan.count > existing.count:
         earlier = (*earlier, existing.count)
     return replace(plan, earlier_counts=earlier)
+
+
+def _shown(value: Any) -> str:
+    """A value on part of a line: a thousand names of classes would fill pages."""
+    text = repr(value)
+    return text if len(text) <= _LETTERS_SHOWN else f"{text[:_LETTERS_SHOWN]} ..."

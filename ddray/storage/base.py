@@ -70,6 +70,18 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def write_stream(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write `name` atomically and durably from parts, which are never held all at once.
+
+        Args:
+            name: Where to write; what is there is replaced.
+            chunks: The content, in order. What they raise is raised here.
+
+        Raises:
+            StorageError: If it cannot be written; nothing is left behind then.
+        """
+
+    @abstractmethod
     def list(self, prefix: str = "") -> dict[str, int]:
         """Return name -> size in bytes of all names that begin with `prefix`, sorted.
 

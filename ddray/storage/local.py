@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from ddray.errors import StorageError
@@ -27,6 +27,13 @@ class LocalStorage(Storage):
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write by a temporary name, fsync and rename; see `Storage.write`."""
+        return self._write(name, (data,), if_absent)
+
+    def write_stream(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write likewise, part by part; see `Storage.write_stream`."""
+        self._write(name, chunks, if_absent=False)
+
+    def _write(self, name: str, chunks: Iterable[bytes], if_absent: bool) -> bool:
         path = self.join(name)
         folder = os.path.dirname(path)
         temporary = os.path.join(folder, temporary_name())
@@ -35,7 +42,7 @@ class LocalStorage(Storage):
                 return False
             _make_folder(folder)
             try:
-                _write_durably(temporary, data)
+                _write_durably(temporary, chunks)
                 if not if_absent:
                     os.replace(temporary, path)
                 elif not _link(temporary, path):
@@ -115,7 +122,7 @@ class LocalStorage(Storage):
                 folder = os.path.dirname(folder)
             probe = os.path.join(folder, temporary_name())
             try:
-                _write_durably(probe, PROBE)
+                _write_durably(probe, (PROBE,))
             finally:
                 with suppress(FileNotFoundError, NotADirectoryError):
                     os.unlink(probe)
@@ -137,10 +144,10 @@ def _make_folder(folder: str) -> None:
         _sync_folder(parent)
 
 
-def _write_durably(path: str, data: bytes) -> None:
+def _write_durably(path: str, chunks: Iterable[bytes]) -> None:
     # "x" and not tempfile, whose files only their owner may read.
     with open(path, "xb") as file:
-        file.write(data)
+        file.writelines(chunks)
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 from ddray.locations import S3
@@ -21,6 +22,9 @@ from ddray.storage.s3_client import (
     s3_code,
     s3_errors,
 )
+
+# Of an object whose size nobody knows: ten are in memory at once, and 10,000 the most there may be.
+_STREAMED_PART_BYTES = 32 * 2**20
 
 
 class S3Storage(Storage):
@@ -79,6 +83,20 @@ class S3Storage(Storage):
                     return False
                 raise
         return True
+
+    def write_stream(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Write in parts as they come; see `Storage.write_stream`."""
+        from boto3.s3.transfer import (  # type: ignore[import-untyped, unused-ignore]
+            TransferConfig,
+        )
+
+        stream = io.BufferedReader(_Chunks(chunks))
+        config = TransferConfig(multipart_chunksize=_STREAMED_PART_BYTES)
+        kind = {"ContentType": media_type(name)}
+        with s3_errors("write", self.join(name)):
+            self._client().upload_fileobj(
+                stream, self.bucket, self._key(name), ExtraArgs=kind, Config=config
+            )
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Return name -> size of the keys below the prefix; see `Storage.list`."""
@@ -140,3 +158,23 @@ class S3Storage(Storage):
         if self._lazy_client is None:
             self._lazy_client = new_client()
         return self._lazy_client
+
+
+class _Chunks(io.RawIOBase):
+    """Parts of a content, one after the other, as a file to read from."""
+
+    def __init__(self, chunks: Iterable[bytes]):
+        self._chunks, self._rest = iter(chunks), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size

@@ -13,8 +13,9 @@ from ddray.runtime.cluster.connection import connect
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
-from ddray.sets.images.image_set import ImageSet
+from ddray.sets.images.image_set import SAMPLES, ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
+from ddray.sets.images.samples import write_samples
 from ddray.sets.making import create_set
 from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
@@ -53,6 +54,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     metric = extractor(student) if config.statistics else None
     images = create_set(ImageSet, config, plan, student, captions)
     images.with_statistics = config.statistics
+    plan = images.plan
     filled = _fill(images, config)
     summary = {
         "uri": images.uri,
@@ -64,6 +66,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "format": plan.encoding,
         "content": plan.content,
         "engine": config.engine,
+        **({"samples": images.storage.join(SAMPLES)} if plan.encoding == "npz" else {}),
         **(_statistics(images, metric) if metric else {}),
         **filled.summary(),
     }
@@ -97,13 +100,16 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
 
 
 def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
-    """Make what is missing."""
+    """Make what is missing, and what is made of all shards."""
     missing = images.missing()
     tell_found(images.plan, missing)
-    if not missing:
-        return Filled()
-    with connect(), _crew(images, config) as crew:
-        return fill("images", images, crew, config)
+    filled = Filled()
+    if missing:
+        with connect(), _crew(images, config) as crew:
+            filled = fill("images", images, crew, config, images.begin)
+    if images.lacking():
+        write_samples(images)
+    return filled
 
 
 def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Crew]:

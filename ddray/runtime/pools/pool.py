@@ -113,7 +113,7 @@ class Filled:
         rows: their rows.
         seconds: from before Ray was there to the proof that nothing is missing.
         first_shard_s: to the first shard.
-        rows_per_s: once running: rows behind the first shard by the time from it to the last.
+        rows_per_s: rows by the time from the first actor's readiness to the last shard.
         actor_s: actor-seconds spent on shards.
         busy_share: part of the actors' lives that was.
         gpu_s: GPU-seconds spent on shards.
@@ -187,8 +187,7 @@ def fill(
     storage = shards.storage
     started, tally, metrics = time.monotonic(), Tally(), LineLog(storage, METRICS_FILE)
     noted_at = started
-    # (when, rows) of each shard that this run made
-    made: list[tuple[float, int]] = []
+    first_shard_s: float | None = None
     beginning = {
         "found": found,
         "missing": len(missing),
@@ -207,14 +206,17 @@ def fill(
         if ready is not None:
             ready()
         for done in _persist(config, label, crew, shards, events):
-            if not tally.add(done):
+            now = time.monotonic()
+            if not tally.add(done, now):
                 events.add("retry", **dataclasses.asdict(done))
                 continue
-            made.append((time.monotonic(), done.rows))
+            if first_shard_s is None:
+                first_shard_s = now - started
             events.add("shard", **dataclasses.asdict(done))
+            bar.begin(tally.began)
             bar.advance_to(bar.done + done.rows, tally.note(crew.num_gpus))
-            if time.monotonic() - noted_at > _METRICS_EVERY_S or bar.done == plan.count:
-                noted_at = time.monotonic()
+            if now - noted_at > _METRICS_EVERY_S or bar.done == plan.count:
+                noted_at = now
                 metrics.add(rows=bar.done, seconds=round(noted_at - started, 3), **tally.figures())
         metrics.flush()
         still = shards.missing()
@@ -223,13 +225,12 @@ def fill(
                 f"{len(still)} shards are missing in {storage.uri} although every actor finished; "
                 "rerun to fill them"
             )
-    running = made[-1][0] - made[0][0] if made else 0.0
     return Filled(
         shards=len(missing),
         rows=plan.count - there,
         seconds=time.monotonic() - started,
-        first_shard_s=made[0][0] - started if made else None,
-        rows_per_s=sum(rows for _, rows in made[1:]) / running if running else None,
+        first_shard_s=first_shard_s,
+        rows_per_s=tally.rows_per_s,
         actor_s=tally.busy_s,
         busy_share=tally.busy_share,
         gpu_s=tally.busy_s * crew.num_gpus,

@@ -38,7 +38,7 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
     if report.ok:
         return ["nothing to mend"]
     opened.storage.check_writable()
-    if not report.missing and not report.damaged:
+    if not report.missing and not report.damaged and not report.lacking:
         return quarantine(opened, report)
     if isinstance(opened, ImageSet):
         planned_student(opened.plan, "cpu")
@@ -48,11 +48,12 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
         planned_teacher(opened.plan, "cpu")
         model, fill = opened.plan.teacher, sampling.refill
     threads, gaps = opened.plan.threads, len(report.missing) + len(report.damaged)
-    least = min(pool.workers[0], gaps)
+    least = min(pool.workers[0], max(gaps, 1))
     with connect():
         require("repair", least, threads, pool.num_gpus, pool.wait_s, pool.node_pool)
         probes = [Probe(opened.storage.uri, MANIFEST)]
         preflight(threads, pool.num_gpus, pool.node_pool, [model], probes)
         lines = quarantine(opened, report)
         made = fill(uri, pool)
-    return [*lines, f"refilled {made['shards_made']} shards ({made['rows_made']} rows)"]
+    lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
+    return lines + [f"wrote {name}" for name in report.lacking]

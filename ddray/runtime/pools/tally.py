@@ -1,5 +1,6 @@
 """Who in a pool has done how much, from what its actors say with every shard."""
 
+import math
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
@@ -41,14 +42,27 @@ class Tally:
 
     Attributes:
         retries: shards that came twice, and processes that took the place of lost ones.
+        rows: of all shards.
+        began: when the first actor had its model and could work; of the clock of `add`.
+        ended: when the last shard came.
     """
 
     retries: int = 0
+    rows: int = 0
+    began: float = math.inf
+    ended: float = -math.inf
     _seen: set[int] = field(default_factory=set)
     _latest: dict[tuple[str, str, int], Done] = field(default_factory=dict)
 
-    def add(self, done: Done) -> bool:
-        """Count a shard; False if it had come before."""
+    def add(self, done: Done, at: float = 0.0) -> bool:
+        """Count a shard; False if it had come before.
+
+        Args:
+            done: what its actor says.
+            at: when that came, seconds of any steady clock.
+        """
+        # Word of a shard may take a while to come, so no single one tells when its actor was ready.
+        self.began = min(self.began, at - done.alive_s)
         process = (done.node, done.actor, done.pid)
         if process not in self._latest and done.actor in {actor for _, actor, _ in self._latest}:
             self.retries += 1
@@ -58,7 +72,16 @@ class Tally:
             self.retries += 1
             return False
         self._seen.add(done.shard)
+        self.rows, self.ended = self.rows + done.rows, max(self.ended, at)
         return True
+
+    @property
+    def rows_per_s(self) -> float | None:
+        """Rows by the time from the first actor's readiness to the last shard; None without any.
+
+        Not from the first shard: two that are made at once come together, after all of their time.
+        """
+        return self.rows / (self.ended - self.began) if self.rows else None
 
     @property
     def actors(self) -> int:

@@ -1,4 +1,4 @@
-"""Image sets, format 1: a plan and its shards of generated images, or of their tokens.
+"""Image sets, formats 1 and 2: a plan and its shards of generated images, or of their tokens.
 
 Legend: N rows of a shard, L tokens each.
 """
@@ -17,6 +17,8 @@ from ddray.sets.images.plan import ImagePlan
 from ddray.sets.images.shard import FORMATS, ImageRows, ShardFormat, stray_images
 from ddray.sets.sharded_set import Listing, ShardedSet
 
+# All pixels of a set of encoding npz, written once its shards are there.
+SAMPLES = "samples.npz"
 _STATISTICS = "statistics/"
 
 
@@ -88,8 +90,27 @@ class ImageSet(ShardedSet[ImagePlan, ImageRows]):
     def _format(self) -> ShardFormat:
         return FORMATS[self.plan.encoding](self.plan, self.storage)
 
+    def lacking(self) -> list[str]:
+        """Return `samples.npz` where a set has it and it is not there; see `ShardedSet`.
+
+        Raises:
+            StorageError: If the storage cannot be looked at.
+        """
+        lacks = self.plan.encoding == "npz" and not self.storage.exists(SAMPLES)
+        return [SAMPLES] if lacks else []
+
+    def begin(self) -> None:
+        """Make ready for shards to be written: `samples.npz` of fewer rows goes.
+
+        Raises:
+            StorageError: If it cannot be deleted.
+        """
+        if self.plan.encoding == "npz":
+            self.storage.delete(SAMPLES)
+
     def _strays(self) -> list[str]:
-        return stray_images(self.plan, self.storage) if self.plan.encoding == "images" else []
+        in_files = self.plan.encoding in ("images", "flat")
+        return stray_images(self.plan, self.storage) if in_files else []
 
     def _num_rows(self, k: int, data: bytes) -> int | None:
         return self._format.num_rows(data)

@@ -46,8 +46,15 @@ def make_plan(
         content=config.content,
         image_format=config.image_format,
         quality=config.quality,
+        class_names=_class_names(student),
         **planned_fields(config, student, captions),
     )
+
+
+def _class_names(student: Student) -> tuple[str, ...]:
+    """The names of a student's classes, if it has one for each."""
+    names = tuple(map(str, student.config.get("class_names", ())))
+    return names if len(names) == student.num_classes else ()
 
 
 def planned_student(plan: ImagePlan, device: str | torch.device = "auto") -> Student:

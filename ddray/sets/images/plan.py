@@ -5,13 +5,13 @@ Pure values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from ddray.errors import ConfigError
 from ddray.sets.plan import SetPlan
 
-Encoding = Literal["parquet", "webdataset", "images"]
+Encoding = Literal["parquet", "webdataset", "images", "flat", "npz"]
 Content = Literal["images", "tokens"]
 ImageFormat = Literal["png", "webp"]
 
@@ -24,14 +24,21 @@ class ImagePlan(SetPlan):
         student: Zoo name or path; it may change, the weights may not.
         student_fingerprint: sha256 of the student's weights.
         schedule: As given to `Student.generate`.
-        encoding: What a shard is: a Parquet file, a tar, or a list of files.
+        encoding: What a shard is: a Parquet file, a tar, or a list of files in folders by class
+            (images) or in one (flat). Of npz: Parquet, and all pixels in one array beside them.
         content: Images, or their tokens.
         image_format: Of the images.
         quality: Of lossy WebP, 1 to 100; None is lossless.
+        class_names: A name for each class, or empty; new in format 2.
     """
 
     KIND: ClassVar[str] = "images"
     WHAT: ClassVar[str] = "image set"
+    ROWS: ClassVar[str] = "images"
+    SHOWN: ClassVar[tuple[str, ...]] = (
+        *("student", "conditioning", "num_classes", "seed", "schedule", "encoding", "content"),
+        *("image_format", "quality", "threads", "batch_size", "shard_rows", "vocab_size"),
+    )
     MADE_BY: ClassVar[str] = "ddray generate"
     MODEL: ClassVar[str] = "student"
     TEXTS: ClassVar[tuple[str, ...]] = (
@@ -42,6 +49,8 @@ class ImagePlan(SetPlan):
         "schedule",
     )
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset({"student", "count", "earlier_counts"})
+    JOINED_LATER: ClassVar[frozenset[str]] = frozenset({"class_names"})
+    FORMATS: ClassVar[tuple[int, ...]] = (1, 2)
 
     student: str
     student_fingerprint: str
@@ -50,6 +59,26 @@ class ImagePlan(SetPlan):
     content: Content
     image_format: ImageFormat
     quality: int | None
+    class_names: tuple[str, ...] = ()
+    format: int = 2
+
+    @property
+    def data_files(self) -> str:
+        """Pattern of the files that hold the rows; see `SetPlan`."""
+        patterns = {"webdataset": "shards/*.tar", "images": "images/**", "flat": "images/**"}
+        return patterns.get(self.encoding, super().data_files)
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """See `SetPlan`: only folders by class name classes."""
+        folders_are_classes = self.encoding == "images" and self.conditioning == "class"
+        in_files = self.data_files.startswith("images/")
+        return {"drop_labels": True} if in_files and not folders_are_classes else {}
+
+    def in_format(self, number: int) -> Self:
+        """Return the plan as a set of another format has it: format 1 knows no class names."""
+        names = () if number == 1 else self.class_names
+        return replace(self, format=number, class_names=names)
 
     def _check_settings(self) -> None:
         for name, choice in (
@@ -62,11 +91,25 @@ class ImagePlan(SetPlan):
                     f"plan: {name}={getattr(self, name)!r} must be one of "
                     f"{', '.join(get_args(choice))}"
                 )
+        self._check_class_names()
         if self.content == "tokens" and self.encoding != "parquet":
             raise ConfigError(f"plan: content='tokens' lies in Parquet, not in {self.encoding!r}")
+        if self.encoding == "npz" and (self.image_format, self.quality) != ("png", None):
+            raise ConfigError("plan: encoding='npz' holds pixels, which takes image_format='png'")
         if self.quality is None:
             return
         if self.image_format != "webp" or self.content == "tokens":
             raise ConfigError(f"plan: quality={self.quality!r} is of lossy WebP images alone")
         if isinstance(self.quality, bool) or self.quality not in range(1, 101):
             raise ConfigError(f"plan: quality={self.quality!r} must be an integer from 1 to 100")
+
+    def _check_class_names(self) -> None:
+        names = self.class_names
+        if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"plan: class_names={names!r} must be a tuple of texts")
+        if names and (self.format == 1 or len(names) != self.num_classes):
+            raise ConfigError(
+                f"plan: there are {len(names)} class_names; a set of format {self.format} and "
+                f"{self.num_classes} classes has {0 if self.format == 1 else self.num_classes}"
+            )
+        self._set("class_names", tuple(names))

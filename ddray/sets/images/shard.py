@@ -20,6 +20,7 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ShardError, one_line
 from ddray.file_kind import json_value
+from ddray.sets.images.features import hugging_face_metadata
 from ddray.sets.images.plan import ImagePlan
 from ddray.sets.parquet import (
     damaged,
@@ -38,6 +39,7 @@ from ddray.storage.base import Storage, read_ahead
 _FOLDER = "images/"
 # What files of other columns, members or types than ours come to.
 _FOREIGN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,11 @@ class ShardFormat(ABC):
 
 
 class ParquetShards(ShardFormat):
-    """Columns index, label or caption, seed, and image or tokens."""
+    """Columns index, label or caption, seed, and image or tokens.
+
+    Since format 2 as Hugging Face's `datasets` writes them: an image is a struct of its bytes and
+    the name it would have as a file, a label an int64, and metadata say which column is which.
+    """
 
     SUFFIX = "parquet"
 
@@ -142,9 +148,12 @@ class ParquetShards(ShardFormat):
             pa.array(np.full(len(rows.index), self._plan.seed)),
             tokens_column(self._plan, np.asarray(rows.content))
             if is_tokens
-            else pa.array(rows.content, type=pa.binary()),
+            else self._image_column(rows),
         ]
-        table = pa.Table.from_arrays(columns, schema=schema.with_metadata(self._stamp(k, rows)))
+        metadata = self._stamp(k, rows)
+        if self._plan.format > 1:
+            metadata |= hugging_face_metadata(self._plan)
+        table = pa.Table.from_arrays(columns, schema=schema.with_metadata(metadata))
         packed = ["index", "seed"] + ["label"] * (self._plan.conditioning == "class")
         if not is_tokens:
             # Image files are compressed already.
@@ -160,20 +169,32 @@ class ParquetShards(ShardFormat):
         index, label, _, content = (column.combine_chunks() for column in table.columns)
         rows = ImageRows(
             index.to_numpy(zero_copy_only=False),
-            label.to_numpy(zero_copy_only=False),
+            self._labels(label.to_pylist()),
             tokens_matrix(self._plan, content)
             if self._plan.content == "tokens"
-            else content.to_pylist(),
+            else self._files(content),
         )
         return rows, expected
 
     def _schema(self) -> Any:
-        content = ("image", pa.binary())
-        if self._plan.content == "tokens":
-            content = ("tokens", tokens_type(self._plan))
-        return pa.schema(
-            [("index", pa.int64()), label_field(self._plan), ("seed", pa.int64()), content]
-        )
+        plan, label = self._plan, label_field(self._plan)
+        if plan.format > 1 and plan.conditioning == "class":
+            label = ("label", pa.int64())
+        content = ("image", pa.binary() if plan.format == 1 else _IMAGE)
+        if plan.content == "tokens":
+            content = ("tokens", tokens_type(plan))
+        return pa.schema([("index", pa.int64()), label, ("seed", pa.int64()), content])
+
+    def _image_column(self, rows: ImageRows) -> Any:
+        files = pa.array(rows.content, type=pa.binary())
+        if self._plan.format == 1:
+            return files
+        names = [f"{i:09d}.{self._plan.image_format}" for i in rows.index.tolist()]
+        return pa.StructArray.from_arrays([files, pa.array(names)], fields=[*_IMAGE])
+
+    def _files(self, column: Any) -> list[bytes]:
+        files: list[bytes] = (column if self._plan.format == 1 else column.field(0)).to_pylist()
+        return files
 
 
 class TarShards(ShardFormat):
@@ -236,7 +257,7 @@ class TarShards(ShardFormat):
 
 
 class ListShards(ShardFormat):
-    """Image files in folders, by class; the list of a shard's files makes it whole."""
+    """Image files in folders by class, or in one; the list of a shard's files makes it whole."""
 
     SUFFIX = "json"
 
@@ -288,11 +309,18 @@ FORMATS: dict[str, type[ShardFormat]] = {
     "parquet": ParquetShards,
     "webdataset": TarShards,
     "images": ListShards,
+    "flat": ListShards,
+    "npz": ParquetShards,
 }
 
 
 def image_name(plan: ImagePlan, index: int, label: Any) -> str:
-    """Name of an image file: in a folder for its class, or for captions of its shard's number."""
+    """Name of an image file: in a folder for its class, or for captions of its shard's number.
+
+    Of encoding flat all lie in one folder.
+    """
+    if plan.encoding == "flat":
+        return f"{_FOLDER}{index:06d}.{plan.image_format}"
     if plan.conditioning == "class":
         folder = f"{label:0{len(str(plan.num_classes - 1))}d}"
     else:

@@ -30,6 +30,11 @@ class TrajectoryPlan(SetPlan):
 
     KIND: ClassVar[str] = ""
     WHAT: ClassVar[str] = "trajectory set"
+    ROWS: ClassVar[str] = "trajectories"
+    SHOWN: ClassVar[tuple[str, ...]] = (
+        *("teacher", "conditioning", "num_classes", "seed", "cfg", "top_k", "top_p", "temperature"),
+        *("solver", "num_evals", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
+    )
     MADE_BY: ClassVar[str] = "ddray sample"
     MODEL: ClassVar[str] = "teacher"
     LEAST: ClassVar[dict[str, int]] = {**SetPlan.LEAST, "top_k": 0, "num_evals": 1}

@@ -99,6 +99,7 @@ def recompute(uri: str, num_rows: int) -> Recomputation:
     torch.set_num_threads(plan.threads)
     try:
         with Progress("recompute", min(num_rows, plan.count), "rows") as bar:
+            bar.begin()
             for batch in _batches_in_random_order(trajectories):
                 if outcome.rows >= num_rows:
                     break

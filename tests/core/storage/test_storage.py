@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ddray.sets.inspection import describe, verify
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from ddray.storage import open_storage
+from ddray.storage import open_storage, s3
 from ddray.storage.base import NotFoundError, Storage, read_ahead
 from ddray.storage.local import LocalStorage, _local_errors
 from ddray.storage.s3 import S3Storage
@@ -88,6 +89,31 @@ def test_a_write_replaces_and_a_conditional_write_does_not(storage: Storage) -> 
     assert storage.write("x", b"three")
     assert storage.read("x") == b"three"
     assert storage.list() == {"x": 5}
+
+
+def test_a_stream_is_written_whole_or_not_at_all(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "_STREAMED_PART_BYTES", 5 * 2**20)
+    part, taken = bytes(range(256)) * 2**12, []
+
+    def parts(count: int) -> Iterator[bytes]:
+        for i in range(count):
+            taken.append(i)
+            yield part
+        yield b""
+        if count == 9:
+            raise ShardError("what it is made of is damaged")
+
+    storage.write("array", b"earlier")
+    # More than a part, a multiple of none.
+    storage.write_stream("array", parts(11))
+    assert (storage.read("array"), taken) == (part * 11, list(range(11)))
+    with pytest.raises(ShardError, match="what it is made of is damaged"):
+        storage.write_stream("array", parts(9))
+    assert storage.read("array") == part * 11
+    storage.write_stream("empty", iter(()))
+    assert storage.list() == {"array": 11 * 2**20, "empty": 0}
 
 
 def test_of_many_conditional_writers_one_wins(storage: Storage) -> None:

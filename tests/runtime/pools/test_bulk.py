@@ -138,6 +138,28 @@ def test_a_rerun_brings_a_deleted_shard_back_byte_for_byte(
     assert first.stat().st_mtime_ns == time
 
 
+def test_samples_are_written_where_they_are_missing(
+    ray_local: None, student: str, tmp_path: Path
+) -> None:
+    order = generating(student, tmp_path, format="npz", seed=4, count=20)
+    made = generate(order)
+    samples = Path(made["samples"])
+    first, time = samples.read_bytes(), samples.stat().st_mtime_ns
+    assert np.load(samples)["arr_0"].shape == (20, 8, 8, 3)
+    # Two shards of one actor, which may come at once: the rate is that of all of its time.
+    assert made["rows_per_s"] <= 20 / (made["actor_seconds"] - 0.01)
+    assert generate(order)["rows_made"] == 0
+    assert samples.stat().st_mtime_ns == time
+    samples.unlink()
+    assert verify(str(tmp_path)) == ["missing: samples.npz"]
+    assert repair(str(tmp_path), PoolConfig(workers=(1, 1))) == [
+        "refilled 0 shards (0 rows)",
+        "wrote samples.npz",
+    ]
+    assert samples.read_bytes() == first
+    assert (tmp_path / "README.md").read_text().startswith("---\ntags:")
+
+
 def test_a_finished_set_is_not_made_again(sets: dict[str, Path], student: str) -> None:
     for engine in ("data", "serve"):
         summary = generate(generating(student, sets["parquet"], seed=4, engine=engine))

@@ -52,3 +52,29 @@ def test_a_row_of_numpy_values_reads_as_plain_ones() -> None:
     read = Done.from_row(row)
     assert read == done(3)
     assert {type(value) for value in dataclasses.astuple(read)} == {int, float, str}
+
+
+def test_shards_that_come_together_were_not_made_in_the_time_between() -> None:
+    tally = Tally()
+    # One actor, ready at 100, made both at once; word of both came at its end.
+    tally.add(done(1, alive_s=4.0, seconds=4.0), 104.0)
+    tally.add(done(0, alive_s=4.0, seconds=4.0), 104.02)
+    assert tally.rows_per_s == pytest.approx(20 / 4.02)
+
+
+def test_a_single_shard_has_a_rate_and_none_has_none() -> None:
+    tally = Tally()
+    assert tally.rows_per_s is None
+    tally.add(done(0, alive_s=2.5), 50.0)
+    assert tally.rows_per_s == pytest.approx(10 / 2.5)
+
+
+def test_a_rate_counts_from_the_first_actor_however_late_its_word_comes() -> None:
+    tally = Tally()
+    # Ready at 10 and 13; word of the first shard took 3 s, of the second nothing.
+    tally.add(done(0, alive_s=2.0), 15.0)
+    tally.add(done(1, actor="b", pid=2, alive_s=4.0), 17.0)
+    tally.add(done(2, alive_s=8.0), 18.0)
+    # What came twice counts once.
+    assert not tally.add(done(2, alive_s=9.0), 19.0)
+    assert tally.rows_per_s == pytest.approx(30 / 8)

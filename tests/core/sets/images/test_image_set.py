@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tarfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ddray.errors import ConfigError, ShardError, StorageError
 from ddray.report.image_file import decode_image, encode_png, encode_webp
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
+from ddray.sets.images.samples import write_samples
 from ddray.sets.inspection import describe, open_set, quarantine, verified, verify
 from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
@@ -41,32 +43,40 @@ PLAN = ImagePlan(
     vocab_size=256,
 )
 FORMATS = ("parquet", "webdataset", "images")
-SUFFIX = {"parquet": "parquet", "webdataset": "tar", "images": "json"}
+ALL_FORMATS = (*FORMATS, "flat", "npz")
+SUFFIX = {
+    **{"parquet": "parquet", "webdataset": "tar", "images": "json"},
+    **{"flat": "json", "npz": "parquet"},
+}
 
 
-def _plan(**changes: Any) -> ImagePlan:
+def images_like(**changes: Any) -> ImagePlan:
     return dataclasses.replace(PLAN, **changes)
 
 
-def _pixels(count: int = 7, *, colour: bool = False) -> np.ndarray:
+def pixels_of(count: int = 7, *, colour: bool = False) -> np.ndarray:
     shape = (count, 4, 6, 3) if colour else (count, 4, 6)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _fill(images: ImageSet, pixels: np.ndarray) -> list[int]:
+def fill(images: ImageSet, pixels: np.ndarray) -> list[int]:
     """Write what is missing, as a run does; row i has pixels i mod their number."""
     plan, missing = images.plan, images.missing()
+    if missing:
+        images.begin()
     for k in missing:
         index = np.asarray(plan.shard_range(k))
         encode = encode_png if plan.image_format == "png" else encode_webp
         files = [encode(pixels[i % len(pixels)]) for i in index]
         images.write_shard(k, plan.label(index), files)
+    if images.lacking():
+        write_samples(images)
     return missing
 
 
-def _write(folder: Path, pixels: np.ndarray, **changes: Any) -> ImageSet:
-    images = ImageSet.create(str(folder), _plan(**changes))
-    _fill(images, pixels)
+def write(folder: Path, pixels: np.ndarray, **changes: Any) -> ImageSet:
+    images = ImageSet.create(str(folder), images_like(**changes))
+    fill(images, pixels)
     return images
 
 
@@ -79,8 +89,8 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("colour", [False, True])
 def test_a_parquet_shard_holds_index_label_seed_and_image(tmp_path: Path, colour: bool) -> None:
-    pixels = _pixels(colour=colour)
-    _write(tmp_path, pixels)
+    pixels = pixels_of(colour=colour)
+    write(tmp_path, pixels)
     tables = [pq.read_table(file) for file in sorted((tmp_path / "shards").iterdir())]
     assert [len(table) for table in tables] == [5, 2]
     rows = [row for table in tables for row in table.to_pylist()]
@@ -89,12 +99,13 @@ def test_a_parquet_shard_holds_index_label_seed_and_image(tmp_path: Path, colour
         (i, i, 4) for i in range(7)
     ]
     for row, expected in zip(rows, pixels, strict=True):
-        np.testing.assert_array_equal(decode_image(row["image"]), expected)
+        np.testing.assert_array_equal(decode_image(row["image"]["bytes"]), expected)
+        assert row["image"]["path"] == f"{row['index']:09d}.png"
     assert tables[0].schema.metadata[b"ddray.plan_hash"].decode() == PLAN.hash
 
 
 def test_a_shard_of_tokens_holds_small_integers(tmp_path: Path) -> None:
-    images = ImageSet.create(str(tmp_path), _plan(content="tokens"))
+    images = ImageSet.create(str(tmp_path), images_like(content="tokens"))
     tokens = np.arange(35).reshape(7, 5)
     for k, rows in ((0, slice(0, 5)), (1, slice(5, 7))):
         images.write_shard(k, np.arange(7)[rows], tokens[rows])
@@ -106,8 +117,8 @@ def test_a_shard_of_tokens_holds_small_integers(tmp_path: Path) -> None:
 
 
 def test_a_webdataset_shard_is_a_tar_of_image_and_class(tmp_path: Path) -> None:
-    pixels = _pixels()
-    _write(tmp_path, pixels, encoding="webdataset")
+    pixels = pixels_of()
+    write(tmp_path, pixels, encoding="webdataset")
     found = {}
     for file in sorted((tmp_path / "shards").iterdir()):
         assert file.suffix == ".tar"
@@ -127,8 +138,8 @@ def test_a_webdataset_shard_is_a_tar_of_image_and_class(tmp_path: Path) -> None:
 
 
 def test_an_image_folder_has_a_folder_for_each_class(tmp_path: Path) -> None:
-    pixels = _pixels()
-    images = _write(tmp_path, pixels, encoding="images", classes=(0, 11))
+    pixels = pixels_of()
+    images = write(tmp_path, pixels, encoding="images", classes=(0, 11))
     listed = [
         image
         for file in sorted((tmp_path / "shards").iterdir())
@@ -147,24 +158,26 @@ def test_an_image_folder_has_a_folder_for_each_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", FORMATS)
 def test_captions_stand_in_place_of_labels(tmp_path: Path, encoding: str) -> None:
-    plan = _plan(encoding=encoding, conditioning="text", num_classes=0, text_encoder="t5")
+    plan = images_like(encoding=encoding, conditioning="text", num_classes=0, text_encoder="t5")
     images = ImageSet.create(str(tmp_path), plan)
     captions = np.array([f'"{i}": ein Kätzchen\n' for i in range(7)], dtype=object)
     for k in range(2):
         rows = plan.shard_range(k)
-        files = [encode_png(p) for p in _pixels()[rows.start : rows.stop]]
+        files = [encode_png(p) for p in pixels_of()[rows.start : rows.stop]]
         images.write_shard(k, captions[rows.start : rows.stop], files)
         assert images.read_shard(k).label.tolist() == captions[rows.start : rows.stop].tolist()
     assert images.verify().ok
 
 
-@pytest.mark.parametrize("image_format", ["png", "webp"])
-@pytest.mark.parametrize("encoding", FORMATS)
+@pytest.mark.parametrize(
+    ("encoding", "image_format"),
+    [*product((*FORMATS, "flat"), ("png", "webp")), ("npz", "png")],
+)
 def test_the_same_images_give_the_same_bytes(
     tmp_path: Path, encoding: str, image_format: str
 ) -> None:
     for name in ("a", "b"):
-        _write(tmp_path / name, _pixels(), encoding=encoding, image_format=image_format)
+        write(tmp_path / name, pixels_of(), encoding=encoding, image_format=image_format)
     assert len(_files(tmp_path / "a")) > 2
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
 
@@ -185,28 +198,28 @@ def test_files_are_functions_of_the_pixels() -> None:
 
 
 def test_another_plan_at_the_uri_is_refused_with_what_differs(tmp_path: Path) -> None:
-    _write(tmp_path, _pixels())
+    write(tmp_path, pixels_of())
     told = "holds an image set of another plan: seed is 4 there and 5 here; schedule is '0' there"
     with pytest.raises(ConfigError, match=told):
-        ImageSet.create(str(tmp_path), _plan(seed=5, schedule="0,2"))
+        ImageSet.create(str(tmp_path), images_like(seed=5, schedule="0,2"))
     with pytest.raises(ConfigError, match="count=6 is below the 7 rows of the set at"):
-        ImageSet.create(str(tmp_path), _plan(count=6))
+        ImageSet.create(str(tmp_path), images_like(count=6))
     assert ImageSet.open(str(tmp_path)).plan == PLAN
 
 
 def test_a_student_that_was_moved_goes_on(tmp_path: Path) -> None:
-    _write(tmp_path, _pixels())
-    assert ImageSet.create(str(tmp_path), _plan(student="elsewhere")).missing() == []
+    write(tmp_path, pixels_of())
+    assert ImageSet.create(str(tmp_path), images_like(student="elsewhere")).missing() == []
     assert ImageSet.open(str(tmp_path)).plan.student == "elsewhere"
 
 
-@pytest.mark.parametrize("encoding", FORMATS)
+@pytest.mark.parametrize("encoding", ALL_FORMATS)
 def test_an_extension_keeps_full_shards_and_makes_the_short_one_anew(
     tmp_path: Path, encoding: str
 ) -> None:
-    _write(tmp_path, _pixels(), encoding=encoding)
-    more = ImageSet.create(str(tmp_path), _plan(count=12, encoding=encoding))
-    assert _fill(more, _pixels()) == [1, 2]
+    write(tmp_path, pixels_of(), encoding=encoding)
+    more = ImageSet.create(str(tmp_path), images_like(count=12, encoding=encoding))
+    assert fill(more, pixels_of()) == [1, 2]
     # Whoever reads all of shards/ must find every image once.
     assert len(list((tmp_path / "shards").iterdir())) == 3
     assert verify(str(tmp_path)) == []
@@ -215,18 +228,24 @@ def test_an_extension_keeps_full_shards_and_makes_the_short_one_anew(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoding": "zip"}, "encoding='zip' must be one of parquet, webdataset, images"),
+        ({"encoding": "zip"}, "encoding='zip' must be one of parquet, webdataset, images, flat"),
+        ({"encoding": "npz", "image_format": "webp"}, "encoding='npz' holds pixels, which takes"),
         ({"encoding": "images", "content": "tokens"}, "content='tokens' lies in Parquet, not in"),
         ({"quality": 80}, "quality=80 is of lossy WebP images alone"),
         ({"quality": 101, "image_format": "webp"}, "quality=101 must be an integer from 1 to 100"),
         ({"classes": (12,)}, r"classes=\[12\] holds 12; the student's classes are 0 to 11"),
         ({"text_encoder": "t5"}, "text_encoder='t5' is for captions; the student takes classes"),
         ({"student": ""}, "student='' must be a text"),
+        ({"class_names": ("a",)}, "1 class_names; a set of format 2 and 12 classes has 12"),
+        ({"class_names": "abcdefghijkl"}, "class_names='abcdefghijkl' must be a tuple of texts"),
+        ({"class_names": "abcdefghijkl", "format": 1}, "class_names='abc"),
+        ({"class_names": (*"abcdefghijkl",), "format": 1}, "format 1 and 12 classes has 0"),
+        ({"format": 3}, "format=3 must be 1 or 2"),
     ],
 )
 def test_bad_plans_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _plan(**changes)
+        images_like(**changes)
 
 
 def test_a_shard_takes_exactly_its_images(tmp_path: Path) -> None:
@@ -244,7 +263,7 @@ def test_a_shard_takes_exactly_its_images(tmp_path: Path) -> None:
         ("{", "manifest.json: not JSON"),
         ("[]", "not a ddray manifest"),
         ('{"format": 1}', "it is of a set of trajectories, which is no image set"),
-        ('{"format": 2, "kind": "images"}', "format 2 is unknown"),
+        ('{"format": 3, "kind": "images"}', "format 3 is unknown; ddray .* reads format 1 or 2:"),
         ('{"format": 1, "kind": "images"}', "not a plan: unknown fields"),
     ],
 )
@@ -273,7 +292,7 @@ def test_a_missing_set_and_an_unwritable_uri_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", FORMATS)
 def test_a_flipped_byte_never_changes_what_is_read(tmp_path: Path, encoding: str) -> None:
-    images = _write(tmp_path, _pixels(), encoding=encoding)
+    images = write(tmp_path, pixels_of(), encoding=encoding)
     path = tmp_path / images.shard_name(0)
     whole, rows, num_refused = path.read_bytes(), images.read_shard(0), 0
     # A tar is mostly zeros.
@@ -291,9 +310,9 @@ def test_a_flipped_byte_never_changes_what_is_read(tmp_path: Path, encoding: str
     assert num_refused > len(whole) / step / 8
 
 
-@pytest.mark.parametrize("encoding", FORMATS)
+@pytest.mark.parametrize("encoding", ALL_FORMATS)
 def test_damage_is_found_moved_aside_and_refilled(tmp_path: Path, encoding: str) -> None:
-    images = _write(tmp_path, _pixels(), encoding=encoding)
+    images = write(tmp_path, pixels_of(), encoding=encoding)
     before = _files(tmp_path)
     name = images.shard_name(0)
     path = tmp_path / name
@@ -304,14 +323,14 @@ def test_damage_is_found_moved_aside_and_refilled(tmp_path: Path, encoding: str)
     assert problems[1:] == ["does not belong: shards/copy"]
     lines = quarantine(images, verified(images))
     assert lines[0] == f"{name} moved to quarantine/shard-00000.{SUFFIX[encoding]}.bad"
-    assert _fill(images, _pixels()) == [0]
+    assert fill(images, pixels_of()) == [0]
     assert {n: d for n, d in _files(tmp_path).items() if not n.startswith("quarantine")} == before
     assert verify(str(tmp_path)) == []
 
 
 def test_a_changed_missing_or_foreign_image_is_found_in_a_folder(tmp_path: Path) -> None:
-    images = _write(tmp_path, _pixels(), encoding="images")
-    (tmp_path / "images/00/000000000.png").write_bytes(encode_png(_pixels()[1]))
+    images = write(tmp_path, pixels_of(), encoding="images")
+    (tmp_path / "images/00/000000000.png").write_bytes(encode_png(pixels_of()[1]))
     (tmp_path / "images/06/000000006.png").unlink()
     (tmp_path / "images/06/000000099.png").write_bytes(b"")
     assert verify(str(tmp_path)) == [
@@ -320,14 +339,14 @@ def test_a_changed_missing_or_foreign_image_is_found_in_a_folder(tmp_path: Path)
         "does not belong: images/06/000000099.png",
     ]
     quarantine(images, verified(images))
-    _fill(images, _pixels())
+    fill(images, pixels_of())
     assert verify(str(tmp_path)) == []
 
 
 def test_foreign_shards_are_refused(tmp_path: Path) -> None:
     for encoding in FORMATS:
-        images = _write(tmp_path / encoding, _pixels(), encoding=encoding, count=10)
-        other = _write(tmp_path / "other" / encoding, _pixels(), encoding=encoding, seed=9)
+        images = write(tmp_path / encoding, pixels_of(), encoding=encoding, count=10)
+        other = write(tmp_path / "other" / encoding, pixels_of(), encoding=encoding, seed=9)
         path = tmp_path / encoding / images.shard_name(1)
         path.write_bytes((tmp_path / encoding / images.shard_name(0)).read_bytes())
         with pytest.raises(ShardError, match="it is shard 0, renamed; delete it and rerun"):
@@ -338,7 +357,7 @@ def test_foreign_shards_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_set_is_described(tmp_path: Path) -> None:
-    images = _write(tmp_path, _pixels(), encoding="webdataset", classes=(3, 3, 5))
+    images = write(tmp_path, pixels_of(), encoding="webdataset", classes=(3, 3, 5))
     (tmp_path / images.shard_name(1)).unlink()
     told = describe(str(tmp_path))
     assert (told["student"], told["encoding"], told["quality"]) == ("tiny", "webdataset", None)
@@ -349,17 +368,17 @@ def test_a_set_is_described(tmp_path: Path) -> None:
 
 
 def test_with_statistics_a_shard_without_them_is_missing(tmp_path: Path) -> None:
-    images = _write(tmp_path, _pixels())
+    images = write(tmp_path, pixels_of())
     images.with_statistics = True
     assert images.missing() == [0, 1]
     index = np.arange(5)
-    files = [encode_png(p) for p in _pixels()[:5]]
+    files = [encode_png(p) for p in pixels_of()[:5]]
     images.write_shard(0, PLAN.label(index), files, statistics=b"sums")
     assert images.missing() == [1]
     # Statistics of a short last shard are not those of the longer one that takes its place.
     images.write_shard(1, PLAN.label([5, 6]), files[:2], statistics=b"sums")
     assert images.missing() == []
-    more = ImageSet.create(str(tmp_path), _plan(count=10))
-    assert _fill(more, _pixels()) == [1]
+    more = ImageSet.create(str(tmp_path), images_like(count=10))
+    assert fill(more, pixels_of()) == [1]
     more.with_statistics = True
     assert more.missing() == [1]
