@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import socket
@@ -371,6 +372,27 @@ def test_other_content_types_are_refused(client: httpx.Client) -> None:
         _expect(answer, 415, "unsupported_media_type", "send application/json")
 
 
+def test_a_packed_body_is_refused_with_what_is_wrong(client: httpx.Client) -> None:
+    packed = gzip.compress(b'{"prompt": 1}')
+    answer = _post(client, 1, headers={"content-encoding": "GZIP"}, path=RAW)
+    _expect(answer, 415, "unsupported_media_type", "content-encoding 'gzip' is not supported")
+    kind = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = client.post(FULL, content=packed, headers=kind)
+    _expect(answer, 415, "unsupported_media_type", "send the JSON as it is")
+    kind["content-encoding"] = "identity"
+    assert client.post(RAW, content=b'{"prompt": 1}', headers=kind).status_code == 200
+
+
+def test_images_and_errors_are_kept_by_no_cache(client: httpx.Client) -> None:
+    for answer in (
+        client.post(RAW, json={"prompt": 1}),
+        client.post(FULL, json={"prompt": 1}),
+        client.post(FULL, json={"prompt": 10}),
+        client.get("/nowhere"),
+    ):
+        assert answer.headers["cache-control"] == "no-store"
+
+
 def test_a_large_body_is_read_and_refused_and_the_connection_goes_on(client: httpx.Client) -> None:
     headers = {"content-type": "application/json"}
     announced = client.post(FULL, content=b" " * 3_000_000, headers=headers)
@@ -457,9 +479,8 @@ def _images_made(model: str, schedule: str) -> int:
 
 
 def test_who_leaves_costs_no_run_and_is_no_fault_of_the_service(client: httpx.Client) -> None:
-    for number in range(20):  # whether its read or its request ends first is chance
-        with _send(client, "half a body", 100, f"left-1-{number}"):
-            time.sleep(0.1)  # who leaves sooner may never have reached the front
+    with _send(client, "half a body", 100, "left-1"):
+        time.sleep(0.1)
     # The teacher takes one seed at a time, and seconds for all of these.
     asked = {"model": "second", "prompt": 1, "n": 16}
     bodies = [json.dumps({**asked, "steps": "teacher", "seed": seed}) for seed in range(9)]
@@ -474,12 +495,10 @@ def test_who_leaves_costs_no_run_and_is_no_fault_of_the_service(client: httpx.Cl
     _post(client, {"model": "second", "prompt": 1, "steps": "0,4"})
     wait_until(lambda: _images_made("second", "0,4") > 0, "image of the metrics")
     assert _images_made("second", "0,4") == 1
-    wait_until(lambda: _logged("left-1-19"), "line of the log")
-    # On a busy machine the last one may have left before it reached the front.
-    names = [*(f"left-1-{number}" for number in range(20)), "left-2"]
-    left = [line for name in names for line in _logged(name)]
-    assert len(left) >= 20
-    assert {line["status"] for line in left} == {499}
+    # On a busy machine it may have left before it reached the front.
+    assert [line["status"] for line in _logged("left-2")] in ([], [499])
+    # Whose body had not come is nobody's to answer.
+    assert not _logged("left-1")
 
 
 # What can be changed while it runs.
@@ -668,14 +687,25 @@ def test_images_that_cannot_be_stored_are_no_fault_of_the_request(
 
 def test_only_pages_that_are_named_may_call(locked: httpx.Client) -> None:
     asked = {"access-control-request-method": "POST"}
-    asked["access-control-request-headers"] = "authorization,content-type"
+    sent = "authorization,content-type,x-stainless-os,x-stainless-any,openai-organization"
+    asked["access-control-request-headers"] = sent
+    asked["access-control-request-private-network"] = "true"
     # A browser asks without the key.
     leave = locked.options(FULL, headers={"origin": PAGE, "authorization": "", **asked})
     assert leave.status_code == 200
     assert leave.headers["access-control-allow-origin"] == PAGE
-    assert "authorization" in leave.headers["access-control-allow-headers"].lower()
-    other = locked.options(FULL, headers={"origin": "https://other.example.org", **asked})
-    assert "access-control-allow-origin" not in other.headers
+    assert set(sent.split(",")) <= set(leave.headers["access-control-allow-headers"].split(","))
+    other = "https://other.example.org"
+    put = {**asked, "access-control-request-method": "PUT"}
+    for given, message in (
+        ({"origin": other, **asked}, f"origin {other!r} is not allowed; --cors-origins names"),
+        ({"origin": other, **put}, f"origin {other!r} is not allowed"),
+        ({"origin": PAGE, **put}, "method 'PUT' is not allowed; use GET or POST"),
+    ):
+        refused = locked.options(FULL, headers=given)
+        _expect(refused, 400, "cors_refused", message)
+        assert refused.headers.get("access-control-allow-origin") in (None, given["origin"])
+        assert ("access-control-allow-origin" in refused.headers) == (given["origin"] == PAGE)
     answer = locked.get("/v1/models", headers={"origin": PAGE})
     assert answer.headers["access-control-allow-origin"] == PAGE
     refused = locked.get("/v1/models", headers={"origin": PAGE, "authorization": "Bearer x"})
