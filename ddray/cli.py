@@ -234,11 +234,17 @@ def _evaluate(config: Any) -> None:
 def _serve(config: Any) -> None:
     from ddray.runtime.cluster.connection import connect
 
-    with connect(config.metrics_port):
-        # Ray Serve reads its environment when it is imported, so Ray comes first.
-        from ddray.runtime.serving.app import serve_students
+    try:
+        with connect(config.metrics_port):
+            # Ray Serve reads its environment when it is imported, so Ray comes first.
+            from ddray.runtime.serving.app import serve_students
 
-        serve_students(config)
+            serve_students(config)
+    except SystemExit as end:  # by a signal
+        # All is written, and to take torch apart needs seconds where others compute.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
 
 
 def _doctor(config: Any) -> int:

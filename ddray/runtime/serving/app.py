@@ -3,6 +3,7 @@
 Requests of all clients share batches, and yet an image depends on its own request alone.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -51,6 +52,10 @@ _START_TRIES = 3
 # The ingress keeps the access log.
 _QUIET = {"enable_access_log": False}
 _START_WAIT_S = 30.0
+_LISTEN_ADVICE: dict[int | None, str] = {
+    errno.EADDRINUSE: "stop what uses it, or choose another with --port",
+    errno.EACCES: "ports below 1024 are for root; choose another with --port",
+}
 _STOP_WAIT_S = 20.0
 # A replica that ends looks after so long whether it has something in hand, and looks again.
 _STOP_LOOK_S = 0.5
@@ -322,11 +327,13 @@ def _check_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise ClusterError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; "
-                "stop what uses it, or choose another with --port"
-            ) from error
+        except (OSError, UnicodeError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            advice = _LISTEN_ADVICE.get(
+                number, "--host takes an address of this machine, or 0.0.0.0 for all of them"
+            )
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise ClusterError(f"cannot listen on {host}:{port}: {reason}; {advice}") from error
 
 
 def _url(host: str, port: int) -> str:

@@ -755,6 +755,12 @@ def test_a_taken_port_is_named(ray_local: None, config: ServeConfig) -> None:
             run(config.model_copy(update={"port": port}))
 
 
+@pytest.mark.parametrize("host", ["300.1.1.1", "192.0.2.1", "no-such-host.invalid", "a" * 70])
+def test_an_address_that_is_not_here_is_no_matter_of_the_port(host: str) -> None:
+    with pytest.raises(ClusterError, match=rf"cannot listen on {host}:8000: .*; --host takes an"):
+        app._check_port(host, 8000)
+
+
 def test_what_cannot_be_served_is_refused_before_serve_starts(
     ray_local: None, config: ServeConfig, students: dict[str, str], tmp_path: Path
 ) -> None:
