@@ -467,9 +467,10 @@ def _stop(service: Service, number: signal.Signals, status: int) -> None:
     wait_until(lambda: not any(map(is_alive, tree)), "end of all processes")
 
 
-def _check_end(job: Job, status: int) -> None:
+def _check_end(job: Job, status: int, told: str = "") -> None:
     """It ended in silence but for a line, and its log is still there."""
     stdout, stderr = job.process.communicate()
+    stdout = told + stdout
     assert job.process.returncode == status, stderr
     assert stderr == "stopping; what was begun is still answered\n"
     log, served, advice = stdout.splitlines()
@@ -483,11 +484,14 @@ def _check_end(job: Job, status: int) -> None:
 def test_an_idle_service_ends_at_once_and_in_silence(serve: Callable[..., Service]) -> None:
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         service = serve()
+        # The command looks whether it answers, as the test does, and may be later.
+        assert service.job.process.stdout is not None
+        told = [service.job.process.stdout.readline() for _ in range(3)]
         tree, began = service.job.tree(), time.monotonic()
         os.killpg(service.job.process.pid, number)
         service.job.process.wait(PATIENCE_S)
         print(f"ended in {time.monotonic() - began:.1f} s")
-        _check_end(service.job, status)
+        _check_end(service.job, status, "".join(told))
         wait_until(lambda: not any(map(is_alive, tree)), "end of all processes")  # noqa: B023
 
 

@@ -17,7 +17,7 @@ import urllib.request
 import webbrowser
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -382,7 +382,12 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
         signal.signal(signal.SIGTERM, _terminate)
     served, log_folder = ", ".join(config.student), keep_log(config.log_dir, config.port)
     print(f"Serve's log: {log_folder}", flush=True)
-    url = run(config)
+    try:
+        url = run(config)
+    except (KeyboardInterrupt, SystemExit) as signalled:  # when it may answer already
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        _end(config, signalled)
     print(f"{served}: served at {url}, a page to try it, the API under /v1", flush=True)
     if not block:
         return url
@@ -393,8 +398,11 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
     try:
         while True:
             time.sleep(3600)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        print("stopping; what was begun is still answered", file=sys.stderr, flush=True)
-        end_service(APP_NAME, _FRONT, min(config.request_timeout_s, _STOP_WAIT_S))
+    except (KeyboardInterrupt, SystemExit) as signalled:
+        _end(config, signalled)
+
+
+def _end(config: ServeConfig, signalled: KeyboardInterrupt | SystemExit) -> NoReturn:
+    print("stopping; what was begun is still answered", file=sys.stderr, flush=True)
+    end_service(APP_NAME, _FRONT, min(config.request_timeout_s, _STOP_WAIT_S))
+    sys.exit(signalled.code if isinstance(signalled, SystemExit) else 130)

@@ -43,10 +43,11 @@ def keep_log(log_dir: str | None, port: int) -> Path:
                 f"log lies in {inside} on each node"
             )
         return inside
+    if inside.exists():  # Serve has begun one
+        return inside
     folder = _default(port) if log_dir is None else _made(Path(log_dir).expanduser())
-    if not inside.exists():
-        inside.parent.mkdir(parents=True, exist_ok=True)
-        inside.symlink_to(folder)
+    inside.parent.mkdir(parents=True, exist_ok=True)
+    inside.symlink_to(folder)
     return folder
 
 

@@ -204,8 +204,8 @@ async def _read(receive: Receive) -> bytes | None:
                     break
     except TimeoutError:
         if len(body) <= MAX_BODY_BYTES:
-            message = f"the body did not come within {_BODY_S:g} s; send it at once"
-            raise RequestError(408, message, "request_timeout") from None
+            late = f"the body did not come within {_BODY_S:g} s; send it at once"
+            raise RequestError(408, late, "request_timeout") from None
     if len(body) > MAX_BODY_BYTES:
         raise too_large()
     return bytes(body)

@@ -9,6 +9,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 log = logging.getLogger("ray.serve")
 
@@ -26,6 +27,9 @@ def drain(application: str, front: str, wait_s: float) -> None:
         wait_s: for how long at most, in seconds.
     """
     try:
+        found = serve.status().applications.get(application)
+        if found is None or found.status != ApplicationStatus.RUNNING:
+            return
         handle = serve.get_deployment_handle(front, application)
         handle.broadcast("drain", wait_s).results(timeout_s=wait_s + _SLACK_S)
     except (RayServeException, RayError, LateError, ValueError):

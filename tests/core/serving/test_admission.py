@@ -94,7 +94,8 @@ def test_under_load_nothing_is_forgotten() -> None:
 
 def _overloaded(images: int, room: int) -> Window:
     """After ten seconds of requests of so many images, three times what an ingress has room for."""
-    window, now, passed = Window(), 0.0, []
+    window, now = Window(), 0.0
+    passed: list[float] = []
     while now < 10.0:
         while len(passed) < 3 * room // images and window.enter(images, now):
             if images * (len(passed) + 1) > room:

@@ -341,7 +341,7 @@ def test_the_body_reaches_the_front_whole() -> None:
 def test_who_leaves_before_the_body_is_there_is_passed_to_nobody() -> None:
     async def scenario() -> list[Message]:
         sent: list[Message] = []
-        messages = [
+        messages: list[Message] = [
             {"type": "http.request", "body": b"{", "more_body": True},
             {"type": "http.disconnect"},
         ]
