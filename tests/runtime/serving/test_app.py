@@ -479,8 +479,9 @@ def _images_made(model: str, schedule: str) -> int:
 
 
 def test_who_leaves_costs_no_run_and_is_no_fault_of_the_service(client: httpx.Client) -> None:
-    with _send(client, "half a body", 100, "left-1"):
-        time.sleep(0.1)
+    for number in range(20):  # whether its read or its request ends first is chance
+        with _send(client, "half a body", 100, f"left-1-{number}"):
+            time.sleep(0.1)  # who leaves sooner may never have reached the front
     # The teacher takes one seed at a time, and seconds for all of these.
     asked = {"model": "second", "prompt": 1, "n": 16}
     bodies = [json.dumps({**asked, "steps": "teacher", "seed": seed}) for seed in range(9)]
@@ -495,10 +496,12 @@ def test_who_leaves_costs_no_run_and_is_no_fault_of_the_service(client: httpx.Cl
     _post(client, {"model": "second", "prompt": 1, "steps": "0,4"})
     wait_until(lambda: _images_made("second", "0,4") > 0, "image of the metrics")
     assert _images_made("second", "0,4") == 1
-    # On a busy machine it may have left before it reached the front.
-    assert [line["status"] for line in _logged("left-2")] in ([], [499])
-    # Whose body had not come is nobody's to answer.
-    assert not _logged("left-1")
+    wait_until(lambda: _logged("left-1-19"), "line of the log")
+    # On a busy machine the last one may have left before it reached the front.
+    names = [*(f"left-1-{number}" for number in range(20)), "left-2"]
+    left = [line for name in names for line in _logged(name)]
+    assert len(left) >= 20
+    assert {line["status"] for line in left} == {499}
 
 
 # What can be changed while it runs.
@@ -755,7 +758,7 @@ def test_a_taken_port_is_named(ray_local: None, config: ServeConfig) -> None:
             run(config.model_copy(update={"port": port}))
 
 
-@pytest.mark.parametrize("host", ["300.1.1.1", "192.0.2.1", "no-such-host.invalid", "a" * 70])
+@pytest.mark.parametrize("host", ["300.1.1.1", "203.0.113.7", "a" * 70])
 def test_an_address_that_is_not_here_is_no_matter_of_the_port(host: str) -> None:
     with pytest.raises(ClusterError, match=rf"cannot listen on {host}:8000: .*; --host takes an"):
         app._check_port(host, 8000)
