@@ -253,11 +253,17 @@ def _serve(config: Any) -> None:
     from ddray.serving.api_keys import read_keys
 
     read_keys(config.api_keys_file)  # what is refused of them is refused before Ray starts
-    with connect(config.metrics_port):
-        # Ray Serve reads its environment when it is imported, so Ray comes first.
-        from ddray.runtime.serving.app import serve_students
+    try:
+        with connect(config.metrics_port):
+            # Ray Serve reads its environment when it is imported, so Ray comes first.
+            from ddray.runtime.serving.app import serve_students
 
-        serve_students(config)
+            serve_students(config)
+    except SystemExit as end:  # by a signal
+        # All is written, and to take torch apart needs seconds where others compute.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))
 
 
 def _doctor(config: Any) -> int:

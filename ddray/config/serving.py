@@ -62,7 +62,11 @@ class ServeConfig(Job):
     cors_origins: Texts = Field((), description="of pages elsewhere that may call; with commas")
     images_uri: Location | None = Field(None, description="s3:// prefix for response_format=url")
     url_expires_s: CountT = Field(3600, description="for how long a link is good; at most a week")
-    access_log: bool = Field(True, description="one JSON line a request, in Serve's log")
+    access_log: bool = Field(True, description="one JSON line a request, beside Serve's log")
+    log_dir: str | None = Field(
+        None,
+        description="for Serve's log, of a Ray that this command starts; absent = ~/.local/state",
+    )
     max_batch_size: CountT = Field(64, description="images of a batch")
     batch_wait_s: Annotated[float, Field(ge=0)] = Field(
         0.0, description="how long an idle replica waits for a fuller batch"

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -34,7 +35,8 @@ class Service:
         self.port, self.metrics_port = _free_port(), _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         ports = ("--port", str(self.port), "--metrics-port", str(self.metrics_port))
-        self.job = Job("serve", *ports, *arguments)
+        self._state = tempfile.TemporaryDirectory(prefix="ddray-state-")  # where its log stays
+        self.job = Job("serve", *ports, *arguments, XDG_STATE_HOME=self._state.name)
 
     def until_ready(self) -> None:
         """Wait for the first answer of a warm student."""
@@ -55,9 +57,13 @@ class Service:
         """The process that checks requests."""
         return self._processes("ray::ServeReplica:ddray:ingress")[0]
 
+    def proxies(self) -> list[psutil.Process]:
+        """The processes that take connections."""
+        return self._processes("ray::ProxyActor")
+
     def processes(self) -> list[psutil.Process]:
         """All through which requests go."""
-        return [*self._processes("ray::ProxyActor"), self.ingress(), *self.replicas()]
+        return [*self.proxies(), self.ingress(), *self.replicas()]
 
     def _processes(self, title: str) -> list[psutil.Process]:
         return sorted(self.job.workers(title), key=lambda process: process.create_time())

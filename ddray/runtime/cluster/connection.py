@@ -77,6 +77,8 @@ def connect(metrics_port: int | None = None) -> Iterator[None]:
     # By default a task is tried again at once: all its retries are gone before a lost node is known
     # to be lost.
     os.environ.setdefault("RAY_task_retry_delay_ms", "3000")
+    # A thread of Serve's that asks something after the end would start another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         for name, value in (KEEP_FREED_MEMORY | SERVE_ENVIRONMENT | _LOOPBACK).items():

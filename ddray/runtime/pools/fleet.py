@@ -19,8 +19,9 @@ from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.doctor import preflight
 from ddray.runtime.pools.image_workers import HandleWorker
 from ddray.runtime.pools.pool import Crew
-from ddray.runtime.serving.app import APP_NAME, STUDENTS, described, failure_reason, remove
+from ddray.runtime.serving.app import APP_NAME, STUDENTS, described, failure_reason
 from ddray.runtime.serving.replica import Stock, StudentReplica
+from ddray.runtime.serving.stopping import remove
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
 

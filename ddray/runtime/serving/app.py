@@ -3,6 +3,7 @@
 Requests of all clients share batches, and yet an image depends on its own request alone.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -16,7 +17,7 @@ import urllib.request
 import webbrowser
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from ray import serve
 from ray.serve.exceptions import RayServeException
@@ -31,7 +32,9 @@ from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
 from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.doctor import preflight
 from ddray.runtime.serving.ingress import Doors, Ingress
+from ddray.runtime.serving.logs import keep_log
 from ddray.runtime.serving.replica import Stock, StudentReplica
+from ddray.runtime.serving.stopping import end_service, remove
 from ddray.serving.api import ModelCard
 from ddray.serving.api_keys import read_keys
 from ddray.storage import open_storage
@@ -40,8 +43,8 @@ from ddray.storage.checkpoint import read_config
 log = logging.getLogger("ray.serve")
 
 APP_NAME = "ddray"
-STUDENTS = "students"
-"""The deployment of the replicas."""
+STUDENTS, _FRONT = "students", "ingress"
+"""The deployments of the replicas, and of what takes requests."""
 
 # Serve gives up, in plain text, only after the front has answered 504 in the service's own shape.
 _GRACE_S = 10.0
@@ -49,7 +52,13 @@ _START_TRIES = 3
 # The ingress keeps the access log.
 _QUIET = {"enable_access_log": False}
 _START_WAIT_S = 30.0
+_LISTEN_ADVICE: dict[int | None, str] = {
+    errno.EADDRINUSE: "stop what uses it, or choose another with --port",
+    errno.EACCES: "ports below 1024 are for root; choose another with --port",
+}
 _STOP_WAIT_S = 20.0
+# A replica that ends looks after so long whether it has something in hand, and looks again.
+_STOP_LOOK_S = 0.5
 
 
 def build_app(config: ServeConfig) -> serve.Application:
@@ -152,6 +161,7 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         health_check_timeout_s=max(1.0, min(10.0, config.request_timeout_s / 6)),
         # What is under way may finish; what takes longer is begun again elsewhere.
         graceful_shutdown_timeout_s=min(config.request_timeout_s, _STOP_WAIT_S),
+        graceful_shutdown_wait_loop_s=_STOP_LOOK_S,
         ray_actor_options={
             "num_cpus": config.threads,
             "num_gpus": config.num_gpus,
@@ -168,7 +178,7 @@ def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     busy = 2 * config.max_batch_size * max(1, config.replicas[0])
     return serve.deployment(
         Ingress,
-        name="ingress",
+        name=_FRONT,
         num_replicas=config.ingress_replicas,
         user_config={
             "max_images": share,
@@ -177,6 +187,7 @@ def ingress_deployment(config: ServeConfig) -> serve.Deployment:
         },
         # Far above what it admits: it must get to refuse in its own words.
         max_ongoing_requests=4 * share + 100,
+        graceful_shutdown_wait_loop_s=_STOP_LOOK_S,
         # It only waits; a whole CPU would not be there on the smallest machines.
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
@@ -301,21 +312,6 @@ def failure_reason(error: Exception, name: str) -> str:
     return raised[-1] if raised else " ".join(str(error).split())[-600:]
 
 
-def remove(application: str, keep_serve: bool = False) -> None:
-    """End an application, and Serve with it unless others use it.
-
-    Args:
-        application: its name; it need not be there.
-        keep_serve: whether Serve stays in any case.
-    """
-    # First the application, so that what was begun can still be answered: a shutdown takes the
-    # proxy away at once.
-    if application in serve.status().applications:
-        serve.delete(application)
-    if not keep_serve and not serve.status().applications:
-        serve.shutdown()
-
-
 def _check_port(host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -323,11 +319,13 @@ def _check_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise ClusterError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; "
-                "stop what uses it, or choose another with --port"
-            ) from error
+        except (OSError, UnicodeError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            advice = _LISTEN_ADVICE.get(
+                number, "--host takes an address of this machine, or 0.0.0.0 for all of them"
+            )
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise ClusterError(f"cannot listen on {host}:{port}: {reason}; {advice}") from error
 
 
 def _url(host: str, port: int) -> str:
@@ -374,8 +372,14 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
     # Ray's own handler ends the process on the spot, with a stack dump and nothing cleaned up.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    url = run(config)
-    served = ", ".join(config.student)
+    served, log_folder = ", ".join(config.student), keep_log(config.log_dir, config.port)
+    print(f"Serve's log: {log_folder}", flush=True)
+    try:
+        url = run(config)
+    except (KeyboardInterrupt, SystemExit) as signalled:  # when it may answer already
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        _end(config, signalled)
     print(f"{served}: served at {url}, a page to try it, the API under /v1", flush=True)
     if not block:
         return url
@@ -386,5 +390,11 @@ def serve_students(config: ServeConfig, block: bool = True) -> str:
     try:
         while True:
             time.sleep(3600)
-    finally:
-        remove(APP_NAME)
+    except (KeyboardInterrupt, SystemExit) as signalled:
+        _end(config, signalled)
+
+
+def _end(config: ServeConfig, signalled: KeyboardInterrupt | SystemExit) -> NoReturn:
+    print("stopping; what was begun is still answered", file=sys.stderr, flush=True)
+    end_service(APP_NAME, _FRONT, min(config.request_timeout_s, _STOP_WAIT_S))
+    sys.exit(signalled.code if isinstance(signalled, SystemExit) else 130)

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp
 
 from ddray import __version__
 from ddray.errors import StorageError
-from ddray.runtime.serving.access import Access, answer
+from ddray.runtime.serving.access import NEXT_TO_NOTHING, NO_STORE, Access, answer, too_large
 from ddray.serving.admission import Admission
 from ddray.serving.api import (
     MAX_BODY_BYTES,
@@ -54,13 +54,15 @@ _FRESH_S = 5.0
 # What is admitted should be made in so long; more would only wait.
 _QUEUE_S = 3.0
 _RETRY_AFTER_LOSS_S = 0.1
+# At the end: for how long what was on its way is taken, and how long nothing must have come.
+_LATECOMERS_S, _QUIET_S = 1.0, 0.3
 # A body that is too large is read to its end before it is refused, since a client that is still
 # sending may never read the answer; but not without end.
 _MAX_DRAINED_BYTES = 64_000_000
 
 
-def _json(value: object) -> Response:
-    return Response(to_json(value), media_type="application/json")
+def _json(value: object, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(value), headers=headers, media_type="application/json")
 
 
 async def _refused(request: Request, error: RequestError) -> Response:
@@ -92,7 +94,11 @@ async def _left(request: Request, error: ClientDisconnect | TaskCancelledError) 
 
 async def _failed(request: Request, error: Exception) -> Response:
     # Starlette raises it again after this answer, so Serve logs the traceback.
-    return answer(RequestError(500, "the service failed; its log says why", "internal_error"))
+    message = (
+        "the service failed; its log says why, under this x-request-id, in the folder that "
+        "`ddray serve` named when it started"
+    )
+    return answer(RequestError(500, message, "internal_error"))
 
 
 def _page() -> tuple[bytes, dict[str, str]]:
@@ -149,8 +155,11 @@ async def _read_body(request: Request) -> bytes:
         elif received > _MAX_DRAINED_BYTES:
             break
     if received > MAX_BODY_BYTES:
-        message = f"the body has more than {MAX_BODY_BYTES} bytes, the most that is allowed"
-        raise RequestError(413, message, "request_too_large")
+        raise too_large()
+    packed = request.headers.get("content-encoding", "").strip().lower()
+    if packed not in ("", "identity"):
+        message = f"content-encoding {packed[:80]!r} is not supported; send the JSON as it is"
+        raise RequestError(415, message, "unsupported_media_type")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = f"content-type {kind[:80]!r} is not supported; send application/json"
@@ -200,6 +209,7 @@ class Ingress:
         self._answered_at = -math.inf
         self._admitted_gauge = metrics.Gauge("ddray_admitted_images", "Images being made.")
         self._retries = metrics.Counter("ddray_retries_total", "Requests begun again.")
+        self._retries.inc(NEXT_TO_NOTHING)
         self._page, self._page_headers = _page()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -245,7 +255,22 @@ class Ingress:
             routes.head(path, include_in_schema=False)(getattr(self, name))
         self._schema = routes.openapi()
         doors = self._doors
-        return Access(routes, doors.key_digests, doors.cors_origins, doors.access_log)
+        self._access = Access(routes, doors.key_digests, doors.cors_origins, doors.access_log)
+        return self._access
+
+    async def drain(self, wait_s: float) -> None:
+        """Return when nothing is in hand, or after so long; before the service ends.
+
+        What the proxy had passed on by now is still taken; what comes later is refused, so that
+        there is an end.
+        """
+        clock = asyncio.get_running_loop().time
+        began = quiet_since = clock()
+        while clock() < began + wait_s and clock() < quiet_since + _QUIET_S:
+            self._access.is_closed = clock() > began + _LATECOMERS_S
+            await asyncio.sleep(0.02)
+            if self._access.in_hand:
+                quiet_since = clock()
 
     async def generations(self, request: Request) -> Response:
         """Images as base64 or as links, in JSON."""
@@ -263,9 +288,8 @@ class Ingress:
         facts = {"model": order.model, "seed": order.seed, "steps": order.steps}
         size, kind = self._doors.cards[order.model].size, order.output_format
         created = int(time.time())
-        return _json(
-            {"created": created, "data": data, **facts, "size": size, "output_format": kind}
-        )
+        answered = {"created": created, "data": data, **facts, "size": size, "output_format": kind}
+        return _json(answered, NO_STORE)
 
     async def raw(self, request: Request) -> Response:
         """One image as the bytes of a file."""
@@ -277,7 +301,7 @@ class Ingress:
             message = 'response_format="url" is not allowed: /v1/images/raw gives the bytes'
             raise RequestError(400, message, "invalid_value", "response_format")
         (file,) = await self._make(order, self._deadline())
-        headers = {"x-ddray-seed": str(order.seed)}
+        headers = {"x-ddray-seed": str(order.seed), **NO_STORE}
         return Response(file, media_type=MEDIA_TYPES[order.output_format], headers=headers)
 
     async def models(self) -> Response:

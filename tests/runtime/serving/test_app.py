@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import io
 import json
 import socket
@@ -371,6 +372,27 @@ def test_other_content_types_are_refused(client: httpx.Client) -> None:
         _expect(answer, 415, "unsupported_media_type", "send application/json")
 
 
+def test_a_packed_body_is_refused_with_what_is_wrong(client: httpx.Client) -> None:
+    packed = gzip.compress(b'{"prompt": 1}')
+    answer = _post(client, 1, headers={"content-encoding": "GZIP"}, path=RAW)
+    _expect(answer, 415, "unsupported_media_type", "content-encoding 'gzip' is not supported")
+    kind = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = client.post(FULL, content=packed, headers=kind)
+    _expect(answer, 415, "unsupported_media_type", "send the JSON as it is")
+    kind["content-encoding"] = "identity"
+    assert client.post(RAW, content=b'{"prompt": 1}', headers=kind).status_code == 200
+
+
+def test_images_and_errors_are_kept_by_no_cache(client: httpx.Client) -> None:
+    for answer in (
+        client.post(RAW, json={"prompt": 1}),
+        client.post(FULL, json={"prompt": 1}),
+        client.post(FULL, json={"prompt": 10}),
+        client.get("/nowhere"),
+    ):
+        assert answer.headers["cache-control"] == "no-store"
+
+
 def test_a_large_body_is_read_and_refused_and_the_connection_goes_on(client: httpx.Client) -> None:
     headers = {"content-type": "application/json"}
     announced = client.post(FULL, content=b" " * 3_000_000, headers=headers)
@@ -668,14 +690,25 @@ def test_images_that_cannot_be_stored_are_no_fault_of_the_request(
 
 def test_only_pages_that_are_named_may_call(locked: httpx.Client) -> None:
     asked = {"access-control-request-method": "POST"}
-    asked["access-control-request-headers"] = "authorization,content-type"
+    sent = "authorization,content-type,x-stainless-os,x-stainless-any,openai-organization"
+    asked["access-control-request-headers"] = sent
+    asked["access-control-request-private-network"] = "true"
     # A browser asks without the key.
     leave = locked.options(FULL, headers={"origin": PAGE, "authorization": "", **asked})
     assert leave.status_code == 200
     assert leave.headers["access-control-allow-origin"] == PAGE
-    assert "authorization" in leave.headers["access-control-allow-headers"].lower()
-    other = locked.options(FULL, headers={"origin": "https://other.example.org", **asked})
-    assert "access-control-allow-origin" not in other.headers
+    assert set(sent.split(",")) <= set(leave.headers["access-control-allow-headers"].split(","))
+    other = "https://other.example.org"
+    put = {**asked, "access-control-request-method": "PUT"}
+    for given, message in (
+        ({"origin": other, **asked}, f"origin {other!r} is not allowed; --cors-origins names"),
+        ({"origin": other, **put}, f"origin {other!r} is not allowed"),
+        ({"origin": PAGE, **put}, "method 'PUT' is not allowed; use GET or POST"),
+    ):
+        refused = locked.options(FULL, headers=given)
+        _expect(refused, 400, "cors_refused", message)
+        assert refused.headers.get("access-control-allow-origin") in (None, given["origin"])
+        assert ("access-control-allow-origin" in refused.headers) == (given["origin"] == PAGE)
     answer = locked.get("/v1/models", headers={"origin": PAGE})
     assert answer.headers["access-control-allow-origin"] == PAGE
     refused = locked.get("/v1/models", headers={"origin": PAGE, "authorization": "Bearer x"})
@@ -723,6 +756,12 @@ def test_a_taken_port_is_named(ray_local: None, config: ServeConfig) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterError, match=rf"cannot listen on 127.0.0.1:{port}: .*--port"):
             run(config.model_copy(update={"port": port}))
+
+
+@pytest.mark.parametrize("host", ["300.1.1.1", "203.0.113.7", "a" * 70])
+def test_an_address_that_is_not_here_is_no_matter_of_the_port(host: str) -> None:
+    with pytest.raises(ClusterError, match=rf"cannot listen on {host}:8000: .*; --host takes an"):
+        app._check_port(host, 8000)
 
 
 def test_what_cannot_be_served_is_refused_before_serve_starts(
