@@ -27,7 +27,7 @@ from ddray.errors import CheckpointError, ClusterError, ConfigError
 from ddray.models.zoo import load_teacher, new_student
 from ddray.runtime.serving import app
 from ddray.runtime.serving.app import build_app, run
-from ddray.serving.api import image_bytes
+from ddray.serving.image_file import image_bytes
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.storage.checkpoint import save_folder
 from tests.patience import PATIENCE_S, wait_until
