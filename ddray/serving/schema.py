@@ -240,7 +240,7 @@ def _request(card: ModelCard, is_default: bool, most: int, kinds: Sequence[str])
     }
     needed = {"prompt"} if is_default else {"model", "prompt"}
     schema = _object(properties, [name for name in properties if name not in needed])
-    return {**schema, "allOf": [_one_spelling(card), _exact_png(), *_own_guidance(card)]}
+    return {**schema, "anyOf": _one_spelling(card), **_exact_png(), **_own_guidance(card)}
 
 
 def _number(least: int, most: int) -> Schema:
@@ -322,30 +322,34 @@ def _begun_by_teacher(card: ModelCard) -> list[str]:
     return [*begun, f"teacher:0-{card.stages}"]
 
 
-def _given(name: str, value: Schema) -> Schema:
-    return {"required": [name], "properties": {name: value}}
-
-
-def _one_spelling(card: ModelCard) -> Schema:
+def _one_spelling(card: ModelCard) -> list[Schema]:
     """Of `steps` and its other name one, or the same in both, as far as can be listed."""
     both = ("steps", "num_inference_steps")
     left_out = [{"properties": {name: _NULL}} for name in both]
     schedules = {"0", ",".join(map(str, card.schedule)), TEACHER_ALONE}
     values = [*([k, str(k)] for k in _counts(card)), *([text] for text in sorted(schedules))]
     alike = [{"properties": dict.fromkeys(both, {"enum": same})} for same in values]
-    return {"anyOf": [*left_out, *alike]}
+    return [*left_out, *alike]
 
 
 def _exact_png() -> Schema:
-    lossy = _given("output_format", {"enum": ["webp", "jpeg"]})
-    exact = {"properties": {"output_compression": {"enum": [100, "100", None]}}}
-    return {"if": lossy, "then": True, "else": exact}
+    lossy = {"output_format": {"enum": ["webp", "jpeg"]}}
+    exact = {"output_compression": {"enum": [100, "100", None]}}
+    return {
+        "if": {"properties": lossy, "required": [*lossy]},
+        "then": True,
+        "else": {"properties": exact},
+    }
 
 
-def _own_guidance(card: ModelCard) -> list[Schema]:
+def _own_guidance(card: ModelCard) -> Schema:
     """The teacher takes none that is sent."""
     if not card.teacher:
-        return []
-    taught = {"type": "string", "pattern": "teacher"}
-    asked = [_given(name, taught) for name in ("steps", "num_inference_steps")]
-    return [{"if": {"anyOf": asked}, "then": {"properties": {"guidance_scale": _NULL}}}]
+        return {}
+    untaught = {"not": {"type": "string", "pattern": "teacher"}}
+    alone = {"properties": {"steps": untaught, "num_inference_steps": untaught}}
+    return {
+        "dependentSchemas": {
+            "guidance_scale": {"anyOf": [{"properties": {"guidance_scale": _NULL}}, alone]}
+        }
+    }

@@ -38,7 +38,6 @@ from ddray.serving.api import (
     ModelCard,
     RequestError,
     parse_request,
-    show,
     to_json,
 )
 from ddray.serving.image_file import MEDIA_TYPES
@@ -127,8 +126,7 @@ async def _read_body(request: Request) -> bytes:
     """The body of a JSON request.
 
     Raises:
-        RequestError: 415 for another content type, or a compressed one, 413 for a body that is too
-            large.
+        RequestError: 415 for another content type, 413 for a body that is too large.
     """
     body, received = bytearray(), 0
     async for part in request.stream():
@@ -143,10 +141,6 @@ async def _read_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         message = f"content-type {kind[:80]!r} is not supported; send application/json"
-        raise RequestError(415, message, "unsupported_media_type")
-    coding = request.headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        message = f"content-encoding {show(coding)} is not supported; send the body as it is"
         raise RequestError(415, message, "unsupported_media_type")
     return bytes(body)
 
