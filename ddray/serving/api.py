@@ -103,7 +103,7 @@ Steps = Annotated[
 
 
 class ImageRequest(BaseModel):
-    """Body of an image request; null means absent, and digits in a string are a number.
+    """Body of an image request; null means absent, of whatever name, and digits are a number.
 
     What OpenAI's clients and those of diffusers send by themselves is taken where it asks for
     nothing.
@@ -122,6 +122,7 @@ class ImageRequest(BaseModel):
         num_inference_steps: the same as `steps`.
         guidance_scale: 0 or 1, which are off: a student has its guidance from its training.
         user: without effect, as all that follow.
+        safety_identifier: its new name.
         quality: "auto" or "standard".
         style: null.
         background: "auto" or "opaque".
@@ -144,6 +145,7 @@ class ImageRequest(BaseModel):
     num_inference_steps: Steps | None = None
     guidance_scale: Annotated[StrictInt, Field(ge=0, le=1), Digits] | None = None
     user: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
     quality: Literal["auto", "standard"] = "auto"
     style: None = None
     background: Literal["auto", "opaque"] = "auto"
@@ -173,6 +175,7 @@ _ALLOWED = {
     "num_inference_steps": _STEPS,
     "guidance_scale": "0 or 1, which are off: a student has its guidance from its training",
     "user": "a string",
+    "safety_identifier": "a string",
     "quality": '"auto" or "standard": steps decide about quality',
     "style": "null, or left out: a student has one style",
     "background": '"auto" or "opaque": images have no transparency',

@@ -231,6 +231,7 @@ def _request(card: ModelCard, is_default: bool, most: int, kinds: Sequence[str])
         "num_inference_steps": {**steps, "description": "The same as steps; send one of them"},
         "guidance_scale": _number(0, 1),
         "user": {"type": ["string", "null"]},
+        "safety_identifier": {"type": ["string", "null"]},
         "quality": {"enum": ["auto", "standard", None]},
         "style": _NULL,
         "background": {"enum": ["auto", "opaque", None]},
@@ -240,7 +241,9 @@ def _request(card: ModelCard, is_default: bool, most: int, kinds: Sequence[str])
     }
     needed = {"prompt"} if is_default else {"model", "prompt"}
     schema = _object(properties, [name for name in properties if name not in needed])
-    return {**schema, "anyOf": _one_spelling(card), **_exact_png(), **_own_guidance(card)}
+    rules = {"anyOf": _one_spelling(card), **_exact_png(), **_own_guidance(card)}
+    # What a client has a name for and leaves alone.
+    return {**schema, "additionalProperties": _NULL, **rules}
 
 
 def _number(least: int, most: int) -> Schema:

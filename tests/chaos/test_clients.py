@@ -97,12 +97,13 @@ def test_openai_python_with_every_parameter_at_its_neutral_value(
 ) -> None:
     of_http = {"prompt", "extra_headers", "extra_query", "extra_body", "timeout"}
     known = set(inspect.signature(client.images.generate).parameters) - of_http
-    assert known == set(NEUTRAL), "this version of the client has other parameters"
+    assert len(known) >= 13
     generate = functools.partial(client.images.generate, prompt="7", extra_body={"seed": 5})
-    assert _image(generate(**NEUTRAL)) == expected
-    for name, value in NEUTRAL.items():
-        assert _image(generate(**{name: value})) == expected, name
-        assert _image(generate(**{name: None})) == expected, name
+    assert _image(generate(**{name: NEUTRAL[name] for name in known & set(NEUTRAL)})) == expected
+    assert _image(generate(**dict.fromkeys(known))) == expected
+    for name in known:
+        # What a later version adds is left alone as null.
+        assert _image(generate(**{name: NEUTRAL.get(name)})) == expected, name
 
 
 def test_openai_python_learns_of_models_and_of_mistakes(client: openai.OpenAI) -> None:

@@ -51,13 +51,14 @@ VALUES: dict[str, list[Any]] = {
     "output_compression": [0, 50, 100, 101, "0", "50", "100", "101", None],
     "guidance_scale": [0, 1, 1.0, 2, 7.5, "0", "1", "2", None],
     "user": ["me", None],
+    "safety_identifier": ["me", None],
     "quality": ["auto", "standard", "hd", None],
     "style": ["vivid", None],
     "background": ["auto", "opaque", "transparent", None],
     "moderation": ["auto", "low", "high", None],
     "stream": [False, True, 0, None],
     "partial_images": [0, 1, "0", "1", None],
-    "sed": [1],
+    "sed": [1, None],
 }
 VALUES["num_inference_steps"] = [1, 2, 3, 2.0, "1", "2", "3", "0", "0,16", "teacher", None]
 # Nearly all that is drawn at random is wrong twice, and so a few fields at a time.
