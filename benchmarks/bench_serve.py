@@ -40,7 +40,7 @@ from ddray.config.serving import ServeConfig
 from ddray.report.table import Column, markdown_table
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.serving.app import run
-from ddray.serving.api import image_bytes
+from ddray.serving.image_file import image_bytes
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.images.orders import RowsOrder
 

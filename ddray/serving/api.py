@@ -1,24 +1,24 @@
-"""What the image service accepts and answers: requests, their checks, errors, image files.
+"""What the image service accepts and answers: bodies of requests, their checks, errors.
 
 Knows neither Ray nor torch, so that every refusal can be tested without a server.
 """
 
 import difflib
-import io
 import json
 import re
-import secrets
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     StrictStr,
     ValidationError,
@@ -26,25 +26,13 @@ from pydantic import (
 )
 
 from ddray.config.serving import MAX_IMAGES
-from ddray.errors import ConfigError
-from ddray.method.schedule import TEACHER_ALONE, TeacherStages, parse_schedule
-from ddray.storage.caption_file import clean_caption
+from ddray.method.schedule import TEACHER_ALONE
+from ddray.serving.image_file import ImageFormat
 
 MAX_BODY_BYTES = 64_000
 MAX_SEED = 2**63 - 1
-MAX_CAPTION = 2000
-"""Characters of a caption; an encoder reads fewer."""
 
-ImageFormat = Literal["png", "webp", "jpeg"]
-MEDIA_TYPES: dict[ImageFormat, str] = {
-    "png": "image/png",
-    "webp": "image/webp",
-    "jpeg": "image/jpeg",
-}
-
-# Seeds that the service draws stay below 2^53: every reader of JSON holds them exactly.
-_DRAWN_SEEDS = 2**32
-_NAMES_SHOWN = 20
+_MAX_STEPS_TEXT = 200
 
 
 class RequestError(Exception):
@@ -90,42 +78,80 @@ def to_json(value: object) -> bytes:
     return json.dumps(value).encode("ascii")
 
 
+def _from_digits(value: Any) -> Any:
+    """A number that came as a string, as JavaScript must send one beyond 2^53."""
+    plain = isinstance(value, str) and re.fullmatch("0|[1-9][0-9]{0,18}", value)
+    return int(value) if plain else value
+
+
+def _count_or_schedule(value: Any) -> Any:
+    """Digits are a number of steps, except the schedule that jumps once, at stage 0."""
+    return value if value == "0" else _from_digits(value)
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("on")
+    return value
+
+
+Digits = BeforeValidator(_from_digits)
+Steps = Annotated[
+    Annotated[StrictInt, Field(ge=1)] | Annotated[StrictStr, Field(max_length=_MAX_STEPS_TEXT)],
+    BeforeValidator(_count_or_schedule),
+]
+
+
 class ImageRequest(BaseModel):
-    """Body of an image request; null means absent.
+    """Body of an image request; null means absent, of whatever name, and digits are a number.
+
+    What OpenAI's clients and those of diffusers send by themselves is taken where it asks for
+    nothing.
 
     Attributes:
         model: one of the served students; absent = the first.
         prompt: class id or class name, or a caption where the student takes captions.
         n: number of images.
-        size: must be the student's, such as "28x28".
+        size: the student's, such as "28x28", or "auto".
         seed: decides, with an image's place in the answer, its noise; absent = drawn, and returned.
         steps: jumps of the student: one, or its full schedule. Where the teacher is deployed, also
             a schedule in which it takes part, such as "0,teacher:8-16,16", or "teacher" alone.
         response_format: how images come: as base64, or as links where storage is configured.
         output_format: file format of an image.
-        user: accepted for OpenAI's clients, without effect.
+        output_compression: quality of WebP and JPEG; of PNG, which is exact, only 100.
+        num_inference_steps: the same as `steps`.
+        guidance_scale: 0 or 1, which are off: a student has its guidance from its training.
+        user: without effect, as all that follow.
+        safety_identifier: its new name.
+        quality: "auto" or "standard".
+        style: null.
+        background: "auto" or "opaque".
+        moderation: "auto" or "low".
+        stream: false.
+        partial_images: 0.
     """
 
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        json_schema_extra={
-            "examples": [
-                {"prompt": 3},
-                {"prompt": "three", "n": 4, "seed": 7, "steps": 2, "output_format": "webp"},
-            ]
-        },
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: StrictStr | None = None
     prompt: StrictInt | StrictStr
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] = 1
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES), Digits] = 1
     size: StrictStr | None = None
-    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = None
-    steps: Annotated[StrictInt, Field(ge=1)] | Annotated[StrictStr, Field(max_length=200)] = 1
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED), Digits] | None = None
+    steps: Steps = 1
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: ImageFormat = "png"
+    output_compression: Annotated[StrictInt, Field(ge=0, le=100), Digits] | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Annotated[StrictInt, Field(ge=0, le=1), Digits] | None = None
     user: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
+    quality: Literal["auto", "standard"] = "auto"
+    style: None = None
+    background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["auto", "low"] = "auto"
+    stream: Annotated[StrictBool, AfterValidator(_off)] = False
+    partial_images: Annotated[StrictInt, Field(ge=0, le=0), Digits] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -135,16 +161,27 @@ class ImageRequest(BaseModel):
         return body
 
 
+_STEPS = "a positive integer or a schedule; GET /v1/models lists what each model can do"
 _ALLOWED = {
     "model": "a string; GET /v1/models lists the names",
     "prompt": "a class id (an integer), or a class name or caption (a string)",
     "n": f"an integer from 1 to {MAX_IMAGES}",
-    "size": 'a string such as "28x28"',
+    "size": 'a string such as "28x28", or "auto"',
     "seed": f"an integer from 0 to {MAX_SEED}",
-    "steps": "a positive integer or a schedule; GET /v1/models lists what each model can do",
+    "steps": _STEPS,
     "response_format": '"b64_json" or "url"',
     "output_format": '"png", "webp" or "jpeg"',
+    "output_compression": "an integer from 0 to 100, the quality of a webp or jpeg",
+    "num_inference_steps": _STEPS,
+    "guidance_scale": "0 or 1, which are off: a student has its guidance from its training",
     "user": "a string",
+    "safety_identifier": "a string",
+    "quality": '"auto" or "standard": steps decide about quality',
+    "style": "null, or left out: a student has one style",
+    "background": '"auto" or "opaque": images have no transparency',
+    "moderation": '"auto" or "low": nothing is moderated',
+    "stream": "false: images come all at once",
+    "partial_images": "0: images come all at once",
 }
 
 
@@ -186,31 +223,6 @@ class ModelCard:
         return {**head, **asdict(self), "steps": self.steps, "max_n": MAX_IMAGES}
 
 
-@dataclass(frozen=True)
-class Order:
-    """A request that was checked against the students. All images of a seed share their noise.
-
-    Attributes:
-        model: name of the student.
-        prompt: class id or caption of all its images.
-        n: number of images; the noise of image k is that of sample index k under the seed.
-        seed: given or drawn.
-        steps: as asked for.
-        schedule: what that means, such as "0,16".
-        output_format: file format of the images.
-        as_url: whether links are wanted.
-    """
-
-    model: str
-    prompt: int | str
-    n: int
-    seed: int
-    steps: int | str
-    schedule: str
-    output_format: ImageFormat = "png"
-    as_url: bool = False
-
-
 def parse_request(body: bytes) -> ImageRequest:
     """Read and check the body of a request.
 
@@ -218,21 +230,72 @@ def parse_request(body: bytes) -> ImageRequest:
         body: JSON.
 
     Returns:
-        The request; what depends on the student is not checked yet.
+        The request, with its steps under `steps`; what depends on the student is not checked yet.
 
     Raises:
         RequestError: with status 400, for the first thing that is wrong.
     """
+    value = _read_json(body)
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(
-            400, f"the body is not valid JSON: {_clip(str(error))}", "invalid_json"
-        ) from error
-    try:
-        return ImageRequest.model_validate(value)
+        return _with_one_spelling(ImageRequest.model_validate(value))
     except ValidationError as error:
         raise _rewritten(error) from error
+
+
+def _with_one_spelling(request: ImageRequest) -> ImageRequest:
+    steps, alias = request.steps, request.num_inference_steps
+    if alias is None:
+        return request
+    if "steps" in request.model_fields_set and steps != alias:
+        message = (
+            f"num_inference_steps={show(alias)} is not allowed beside steps={show(steps)}: "
+            "they mean the same; send one of them"
+        )
+        raise RequestError(400, message, "invalid_value", "num_inference_steps")
+    return request.model_copy(update={"steps": alias})
+
+
+def _read_json(body: bytes) -> Any:
+    """The value of a JSON text, in which 7.0 is the integer 7.
+
+    Raises:
+        RequestError: with status 400, also where readers of JSON differ in what they make of it.
+    """
+    try:
+        return json.loads(
+            _decoded(body), parse_float=_number, object_pairs_hook=_with_distinct_keys
+        )
+    except (ValueError, RecursionError) as error:
+        message = f"the body is not valid JSON: {clip(str(error), 150)}"
+        raise RequestError(400, message, "invalid_json") from error
+
+
+def _decoded(body: bytes) -> str:
+    """The text of a body; else a ValueError says what it is."""
+    if body.startswith(b"\xef\xbb\xbf"):
+        raise ValueError("it begins with a byte order mark; send UTF-8 without one")
+    # Every JSON text begins with an ASCII character, whose other bytes are 0.
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in body[:4]:
+        raise ValueError("it looks like UTF-16 or UTF-32; send UTF-8")
+    return body.decode("utf-8")
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    if not value.is_integer() or abs(value) > 2 * MAX_SEED:
+        return value
+    if abs(value) < 2**53:
+        return int(value)
+    exact = Decimal(text)  # which a float of that size may not be
+    return int(exact) if exact == int(exact) else value
+
+
+def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {show(key)} stands twice in one object")
+    return found
 
 
 def _rewritten(error: ValidationError) -> RequestError:
@@ -248,188 +311,23 @@ def _rewritten(error: ValidationError) -> RequestError:
         near = difflib.get_close_matches(param, _ALLOWED, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         known = ", ".join(_ALLOWED)
-        message = f"unknown parameter {_show(param)}; {hint}known are {known}"
-        return RequestError(400, message, "unknown_parameter", _clip(param))
+        message = f"unknown parameter {show(param)}; {hint}known are {known}"
+        return RequestError(400, message, "unknown_parameter", clip(param))
     if first["type"] == "missing":
         message = f"{param} is missing: it must be {_ALLOWED[param]}"
         return RequestError(400, message, "missing_required_parameter", param)
-    message = f"{param}={_show(first['input'])} is not allowed: it must be {_ALLOWED[param]}"
+    message = f"{param}={show(first['input'])} is not allowed: it must be {_ALLOWED[param]}"
     return RequestError(400, message, "invalid_value", param)
 
 
-def check_request(
-    request: ImageRequest, cards: Mapping[str, ModelCard], urls: bool = False
-) -> Order:
-    """Check a request against the served students and draw its seed if it has none.
-
-    Args:
-        request: as parsed.
-        cards: of the students, by name; the first is the default.
-        urls: whether images can be had as links.
-
-    Returns:
-        The order.
-
-    Raises:
-        RequestError: status 404 for another model, else 400, with what is allowed.
-    """
-    card = next(iter(cards.values())) if request.model is None else cards.get(request.model)
-    if card is None:
-        raise RequestError(
-            404,
-            f"model {_show(request.model)} is not served here; served is "
-            f"{' or '.join(map(repr, cards))}",
-            "model_not_found",
-            "model",
-        )
-    if request.response_format == "url" and not urls:
-        raise RequestError(
-            400,
-            'response_format="url" is not configured here: images cannot be fetched by link; '
-            'use "b64_json", or POST /v1/images/raw for the bytes of one image',
-            "url_not_configured",
-            "response_format",
-        )
-    if request.size not in (None, card.size):
-        message = f"size={_show(request.size)} is not allowed: {card.id} makes {card.size} images"
-        raise RequestError(400, message, "invalid_value", "size")
-    return Order(
-        model=card.id,
-        prompt=find_prompt(request.prompt, card),
-        n=request.n,
-        seed=secrets.randbelow(_DRAWN_SEEDS) if request.seed is None else request.seed,
-        steps=request.steps,
-        schedule=find_schedule(request.steps, card),
-        output_format=request.output_format,
-        as_url=request.response_format == "url",
-    )
+def clip(text: str, most: int = 80) -> str:
+    """A text for a message: not longer than so many characters, and what was cut off is seen."""
+    return text if len(text) <= most else text[:most] + "..."
 
 
-def find_schedule(steps: int | str, card: ModelCard) -> str:
-    """Schedule that a number of steps, or a schedule of the client's own, means.
-
-    Raises:
-        RequestError: with status 400, for what the student has not learnt or nobody is there for.
-    """
-    allowed = ", ".join(map(repr, card.steps))
-    if isinstance(steps, int):
-        if steps not in card.steps:
-            message = f"steps={_show(steps)} is not allowed: {card.id} was trained for {allowed}"
-            raise RequestError(400, message, "invalid_value", "steps")
-        jumps = card.schedule if steps == len(card.schedule) else card.schedule[:1]
-        return ",".join(map(str, jumps))
-    if "teacher" in steps and not card.teacher:
-        message = (
-            f"steps={_show(steps)} needs the teacher, which is not deployed here; use {allowed}"
-        )
-        raise RequestError(400, message, "teacher_not_deployed", "steps")
-    if steps == TEACHER_ALONE:
-        return TEACHER_ALONE
-    try:
-        schedule = parse_schedule(steps, card.stages)
-    except (ConfigError, ValueError) as error:  # int() refuses thousands of digits
-        message = f"steps={_show(steps)} is not allowed: {_clip(str(error))}; use {allowed}"
-        raise RequestError(400, message, "invalid_value", "steps") from error
-    unknown = [
-        step
-        for step in schedule
-        if not isinstance(step, TeacherStages) and step not in card.schedule
-    ]
-    if unknown:
-        known = ", ".join(map(str, card.schedule))
-        message = (
-            f"steps={_show(steps)} is not allowed: {card.id} was not trained to jump at "
-            f"{unknown[0]}, only at {known}"
-        )
-        raise RequestError(400, message, "invalid_value", "steps")
-    # One spelling: requests share a batch, and a series of a metric, by it.
-    return ",".join(
-        f"teacher:{step.first}-{step.last}" if isinstance(step, TeacherStages) else str(step)
-        for step in schedule
-    )
-
-
-def find_prompt(prompt: int | str, card: ModelCard) -> int | str:
-    """Class id, or caption, that a prompt means to a student.
-
-    Raises:
-        RequestError: with status 400, and the valid classes or what a caption must be.
-    """
-    if card.conditioning == "class":
-        return find_class(prompt, card.num_classes, card.class_names)
-    # Lone surrogates have no UTF-8, and an encoder takes none.
-    text = prompt.strip() if isinstance(prompt, str) else ""
-    if not 0 < len(text) <= MAX_CAPTION or not text.isprintable():
-        message = (
-            f"prompt={_show(prompt)} is not allowed: {card.id} takes a caption of 1 to "
-            f"{MAX_CAPTION} characters on one line"
-        )
-        raise RequestError(400, message, "invalid_value", "prompt")
-    if not clean_caption(text):  # an encoder refuses it, and the whole batch with it
-        message = f"prompt={_show(prompt)} is not allowed: behind markup and addresses it is empty"
-        raise RequestError(400, message, "invalid_value", "prompt")
-    return text
-
-
-def find_class(prompt: int | str, num_classes: int, class_names: Sequence[str]) -> int:
-    """Class id that a prompt means.
-
-    Args:
-        prompt: an id, or a name in any case; digits that are no name count as an id.
-        num_classes: ids are 0 to num_classes - 1.
-        class_names: a name for each class, or none.
-
-    Returns:
-        The class id.
-
-    Raises:
-        RequestError: with status 400 and the valid classes.
-    """
-    if isinstance(prompt, str):
-        wanted = prompt.strip().casefold()
-        for class_id, name in enumerate(class_names):
-            if name.casefold() == wanted:
-                return class_id
-        # At most 18 digits: enough for any class, and int() refuses thousands of them.
-        if re.fullmatch(r"[0-9]{1,18}", wanted):
-            prompt = int(wanted)
-    if isinstance(prompt, int) and 0 <= prompt < num_classes:
-        return prompt
-    valid = f"class ids 0 to {num_classes - 1}"
-    if class_names:
-        near = difflib.get_close_matches(str(prompt)[:100], class_names, 1)
-        more = ", ... (GET /v1/models lists all)" if len(class_names) > _NAMES_SHOWN else ""
-        valid += f", or names {', '.join(class_names[:_NAMES_SHOWN])}{more}"
-        valid = f"did you mean {near[0]!r}? Valid are {valid}" if near else f"valid are {valid}"
-    else:
-        valid = f"valid are {valid}"
-    raise RequestError(400, f"unknown class {_show(prompt)}; {valid}", "unknown_class", "prompt")
-
-
-def image_bytes(pixels: npt.NDArray[np.uint8], output_format: ImageFormat = "png") -> bytes:
-    """An image file, the same bytes for the same pixels.
-
-    Args:
-        pixels: uint8 [H, W] or [H, W, 3].
-        output_format: PNG is exact, WebP and JPEG are of quality 90.
-    """
-    buffer = io.BytesIO()
-    image = Image.fromarray(pixels)
-    if output_format == "png":
-        # Level 1 instead of 6: files hardly grow, and the time until the image is there counts.
-        image.save(buffer, "PNG", compress_level=1)
-    else:
-        image.save(buffer, output_format.upper(), quality=90)
-    return buffer.getvalue()
-
-
-def _clip(text: str) -> str:
-    return text if len(text) <= 80 else text[:80] + "..."
-
-
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """A client's value for a message: escaped, on one line, short."""
     try:
-        return _clip(repr(value))
+        return clip(repr(value))
     except ValueError:  # Python prints no integer beyond 4300 digits
         return "a number of thousands of digits"

@@ -12,9 +12,9 @@ from ddray.serving.api import (
     MAX_SEED,
     ModelCard,
     RequestError,
-    check_request,
     parse_request,
 )
+from ddray.serving.order import check_request
 from tests.chaos.service import FULL, RAW
 
 _JSON = "application/json"

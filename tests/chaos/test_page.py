@@ -1,10 +1,12 @@
 """The page at / in a real Chromium, of the real `ddray serve` with two students and teachers."""
 
 import base64
+import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,8 +180,142 @@ def test_images_are_those_of_the_api(visit: Callable[..., Visit], api: httpx.Cli
     command = page.locator("#curl").inner_text()
     assert KEY not in command
     assert '-H "authorization: Bearer $DDRAY_API_KEY"' in command
-    assert '{"model":"digits-llamagen-dd","prompt":7,"n":3,"seed":9007199254740991,' in command
+    assert '{"model":"digits-llamagen-dd","prompt":7,"seed":9007199254740991,"steps":2}' in command
+    assert command.endswith("-o class-7-2-steps.png")
+    assert page.locator("meta[name=description]").get_attribute("content")
     assert tab.complaints == []
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_commands_for_a_terminal_give_pictures(
+    visit: Callable[..., Visit], tmp_path: Path
+) -> None:
+    page = visit().open()
+    page.get_by_label("Images", exact=True).fill("2")
+    page.get_by_label("Seed", exact=True).fill("9223372036854775807")  # as large as it can be
+    _generate(page)
+    images = _sources(page.locator("#rows"))
+    page.get_by_text("The same from a terminal").click()
+    command = page.locator("#curl").inner_text()
+    shell = {**os.environ, "DDRAY_API_KEY": KEY, "no_proxy": "*"}
+    subprocess.run(["sh", "-ec", command], cwd=tmp_path, env=shell, check=True, capture_output=True)
+    names = ["class-0-1-step.png", "class-0-2-steps.png", "class-0-teacher.png"]
+    assert [(tmp_path / name).read_bytes() for name in names] == images[::2]
+    expect(page.locator("#curl-hint")).to_contain_text("writes the first image of its row")
+
+
+def test_a_seed_beyond_what_javascript_counts_to_is_kept(
+    visit: Callable[..., Visit], api: httpx.Client
+) -> None:
+    tab = visit()
+    page = tab.open()
+    _radio(page, "1 step").check()
+    page.get_by_label("Images", exact=True).fill("1")
+    seed, field = 2**53 + 1, page.get_by_label("Seed", exact=True)
+    field.fill(str(seed))
+    _generate(page)
+    assert tab.orders()[-1]["seed"] == str(seed)
+    assert _sources(page.locator("#rows")) == _made(api, prompt=0, seed=seed)
+    expect(page.locator("#title")).to_have_text(f"1 × class 0, seed {seed}")
+    field.fill("")
+    page.get_by_role("button", name="Keep this seed").click()
+    expect(field).to_have_value(str(seed))
+    for wrong in (str(2**63), "-1", "1.5", "x"):
+        field.fill(wrong)
+        page.locator("#go").click()
+        assert not field.evaluate("node => node.validity.valid"), wrong
+    assert len(tab.orders()) == 1
+
+
+def test_an_image_is_saved_as_png(visit: Callable[..., Visit]) -> None:
+    page = visit().open()
+    _radio(page, "2 steps").check()
+    page.get_by_label("Images", exact=True).fill("3")
+    page.get_by_label("Seed", exact=True).fill("5")
+    _generate(page)
+    third = page.get_by_role("link").nth(2)
+    expect(third).to_have_attribute("title", "Save as PNG")
+    shown = "node => [getComputedStyle(node, '::after')].map((s) => [s.content, s.opacity])[0]"
+    assert third.evaluate(shown) == ['"Save as PNG"', "0"]
+    third.hover()
+    assert third.evaluate(shown) == ['"Save as PNG"', "1"]
+    with page.expect_download() as download:
+        third.click()
+    assert download.value.suggested_filename == "digits-llamagen-dd-0-seed5-2-2.png"
+    assert Path(download.value.path()).read_bytes() == _sources(page.locator("#rows"))[2]
+    expect(page.locator("#save-hint")).to_contain_text("saved as PNG by a click on it, or by Enter")
+
+
+def test_a_list_is_one_stop_of_the_tab_key(visit: Callable[..., Visit]) -> None:
+    page = visit().open()
+    page.get_by_label("Images", exact=True).fill("4")
+    for _ in range(3):
+        _generate(page)
+    stops = "nodes => nodes.filter((node) => node.tabIndex === 0).length"
+    assert page.locator("#rows a").evaluate_all(stops) == 1
+    assert page.locator("#recent button").evaluate_all(stops) == 1
+    links = page.locator("#rows a")
+    links.first.focus()
+    for key, place in (
+        ("ArrowRight", 1),
+        ("ArrowDown", 5),  # the same noise, the other way
+        ("ArrowDown", 9),
+        ("ArrowDown", 9),
+        ("ArrowUp", 5),
+        ("ArrowLeft", 4),
+        ("End", 11),
+        ("ArrowRight", 11),
+        ("Home", 0),
+    ):
+        page.keyboard.press(key)
+        expect(links.nth(place)).to_be_focused()
+        assert links.evaluate_all(stops) == 1
+    past = page.get_by_role("list", name="Recent").get_by_role("button")
+    past.first.focus()
+    page.keyboard.press("End")
+    expect(past.nth(2)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(past.nth(2)).to_have_attribute("aria-current", "true")
+
+
+def test_what_was_made_before_says_what_it_is(visit: Callable[..., Visit]) -> None:
+    page = visit().open()
+    page.get_by_label("Images", exact=True).fill("1")
+    _radio(page, "4").check()
+    _generate(page)
+    _radio(page, "2 steps").check()
+    _generate(page)
+    single, compared = page.locator("#recent button").all()
+    expect(single).to_have_text(re.compile(r"^class 42 steps: [\d.]+ m?s$"))
+    expect(compared).to_have_text(re.compile(r"^class 4([\d.]+× faster|1 step: [\d.]+ m?s)$"))
+
+
+def test_windows_high_contrast_leaves_every_shape(visit: Callable[..., Visit]) -> None:
+    tab = visit(forced_colors="active")
+    page = tab.open()
+    _generate(page)
+    edge = """node => {
+      const style = getComputedStyle(node);
+      const opaque = (colour) => !/^rgba\\(.*, 0\\)$/.test(colour);
+      return [parseFloat(style.borderTopWidth) >= 1 && opaque(style.borderTopColor),
+        style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2];
+    }"""
+    for shape in ("#go", "#rows .bar", ".chips span"):
+        assert page.locator(shape).first.evaluate(edge)[0], shape
+    chosen = page.locator("#classes input:checked + span")
+    assert chosen.evaluate(edge)[1]
+    assert not page.locator("#classes input:not(:checked) + span").first.evaluate(edge)[1]
+    ground = "node => getComputedStyle(node).backgroundColor"
+    for row in page.locator("#rows .bar").all():
+        assert row.locator("i").evaluate(ground) != row.evaluate(ground)
+    assert tab.complaints == []
+
+
+def test_without_javascript_it_says_so(visit: Callable[..., Visit]) -> None:
+    page = visit(key=None, java_script_enabled=False).open()
+    expect(page.locator("noscript")).to_contain_text("This page needs JavaScript")
+    expect(page.locator("noscript")).to_be_visible()
+    expect(page.locator("body")).not_to_contain_text("Looking for", use_inner_text=True)
 
 
 def test_side_by_side_on_the_same_noise(visit: Callable[..., Visit], api: httpx.Client) -> None:
@@ -214,6 +350,10 @@ def test_side_by_side_on_the_same_noise(visit: Callable[..., Visit], api: httpx.
         if shown[2] > 1.1 * shown[row]:
             ratio = float(gain.inner_text().removesuffix("× faster"))
             assert ratio == pytest.approx(shown[2] / shown[row], rel=0.06)
+    reasons = page.locator("#rows .why:visible")
+    if shown[2] < 3 * shown[0] and shown[2] > 1.1 * shown[0]:
+        expect(reasons).to_have_count(1)
+        expect(reasons).to_contain_text("Why not 5×?")
     expect(rows.nth(2).locator(".gain")).to_be_hidden()
     expect(page.locator("#said")).to_have_text(
         re.compile(r"Done\. 1 step: [\d.]+ times as fast as the 5 steps of the teacher\.")
@@ -338,7 +478,7 @@ def test_it_can_be_used_by_keyboard_alone(visit: Callable[..., Visit]) -> None:
     _finish(page)
     (order,) = tab.orders()
     assert order == {"model": "digits-llamagen-dd", "prompt": 4, "n": 2, "seed": 5, "steps": 1}
-    assert tabs(6) == ["go", "keep", "a", "a", "button", "summary"]
+    assert tabs(5) == ["go", "keep", "a", "button", "summary"]
     page.keyboard.press("Enter")
     expect(page.locator("#curl")).to_be_visible()
     assert tabs(2) == ["pre", "copy"]

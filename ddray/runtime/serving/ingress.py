@@ -35,15 +35,14 @@ from ddray.runtime.serving.access import NEXT_TO_NOTHING, NO_STORE, Access, answ
 from ddray.serving.admission import Admission
 from ddray.serving.api import (
     MAX_BODY_BYTES,
-    MEDIA_TYPES,
-    ImageRequest,
     ModelCard,
-    Order,
     RequestError,
-    check_request,
     parse_request,
     to_json,
 )
+from ddray.serving.image_file import MEDIA_TYPES
+from ddray.serving.order import Order, check_request, find_card
+from ddray.serving.schema import GENERATIONS, MODEL, MODELS, RAW, openapi
 from ddray.storage.s3 import S3Storage
 
 log = logging.getLogger("ray.serve")
@@ -76,11 +75,22 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
         known = "POST /v1/images/generations, POST /v1/images/raw, GET /v1/models"
         message, code = f"{path} does not exist; there are {known}", "not_found"
     elif error.status_code == 405:
-        message = f"{path} is not allowed; use {headers.get('Allow', 'another method')}"
-        code = "method_not_allowed"
+        message = f"{path} is not allowed; use {_methods(request)[0]}"
+        headers["Allow"], code = ", ".join(_methods(request)), "method_not_allowed"
     else:
         message, code = f"{path}: {error.detail}", "bad_request"
     return answer(RequestError(error.status_code, message, code), headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What may be asked of a path, the method that it is there for first."""
+    path = request.scope["route"].path
+    routes = [route for route in request.app.routes if getattr(route, "path", None) == path]
+    return [method for route in routes for method in sorted(route.methods)]
+
+
+async def _options(request: Request) -> Response:
+    return Response(status_code=204, headers={"Allow": ", ".join(_methods(request))})
 
 
 async def _left(request: Request, error: ClientDisconnect | TaskCancelledError) -> Response:
@@ -116,29 +126,6 @@ def _page() -> tuple[bytes, dict[str, str]]:
     )
     headers = {"Content-Security-Policy": policy}
     return text.encode(), headers
-
-
-class _Files(Response):
-    """For the schema: what /v1/images/raw gives."""
-
-    media_type = "image/png"
-
-
-_ERROR: dict[str, Any] = {
-    "description": "An error",
-    "content": {
-        "application/json": {
-            "example": {
-                "error": {
-                    "message": "steps=3 is not allowed: digits-llamagen-dd was trained for 1, 2",
-                    "type": "invalid_request_error",
-                    "code": "invalid_value",
-                    "param": "steps",
-                }
-            }
-        }
-    },
-}
 
 
 async def _read_body(request: Request) -> bytes:
@@ -221,10 +208,8 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # noqa: N807  Serve calls it so
         """The routes, behind what every request passes."""
-        # FastAPI's own pages load scripts from elsewhere, hence off; the schema is ours to serve.
+        # FastAPI's own pages load scripts from elsewhere, and its schema holds numbers as floats.
         routes = FastAPI(
-            title="ddray",
-            version=__version__,
             docs_url=None,
             redoc_url=None,
             openapi_url=None,
@@ -236,24 +221,20 @@ class Ingress:
         for left in (ClientDisconnect, TaskCancelledError):
             routes.add_exception_handler(left, _left)  # type: ignore[arg-type]
         routes.add_exception_handler(Exception, _failed)
-        described: dict[str, Any] = {
-            "openapi_extra": {
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": ImageRequest.model_json_schema()}},
-                }
-            },
-            "responses": {status: _ERROR for status in (400, 401, 404, 413, 415, 503, 504)},
+        posts = {GENERATIONS: self.generations, RAW: self.raw}
+        gets = {
+            MODELS: self.models,
+            MODEL.replace("}", ":path}"): self.model,  # a name may hold slashes
+            "/healthz": self.healthz,
+            "/readyz": self.readyz,
+            "/openapi.json": self.openapi,
+            "/": self.page,
         }
-        routes.post("/v1/images/generations", **described)(self.generations)
-        routes.post("/v1/images/raw", response_class=_Files, **described)(self.raw)
-        routes.get("/v1/models")(self.models)
-        for path in ("/healthz", "/readyz", "/openapi.json", "/"):
-            name = path.strip("/").partition(".")[0] or "page"
-            routes.get(path, include_in_schema=path.endswith("z"))(getattr(self, name))
-            # What load balancers and link checkers ask.
-            routes.head(path, include_in_schema=False)(getattr(self, name))
-        self._schema = routes.openapi()
+        for path, endpoint in {**posts, **gets}.items():
+            # HEAD is what load balancers and link checkers ask.
+            methods = ["GET", "HEAD"] if path in gets else ["POST"]
+            routes.add_api_route(path, endpoint, methods=methods)
+            routes.add_api_route(path, _options, methods=["OPTIONS"])
         doors = self._doors
         self._access = Access(routes, doors.key_digests, doors.cors_origins, doors.access_log)
         return self._access
@@ -285,11 +266,16 @@ class Ingress:
                 {"b64_json": base64.b64encode(file).decode("ascii"), "index": k}
                 for k, file in enumerate(files)
             ]
-        facts = {"model": order.model, "seed": order.seed, "steps": order.steps}
-        size, kind = self._doors.cards[order.model].size, order.output_format
-        created = int(time.time())
-        answered = {"created": created, "data": data, **facts, "size": size, "output_format": kind}
-        return _json(answered, NO_STORE)
+        facts = {
+            "model": order.model,
+            "seed": order.seed,
+            "seed_str": str(order.seed),  # JavaScript rounds numbers beyond 2^53
+            "steps": order.steps,
+            "size": self._doors.cards[order.model].size,
+            "output_format": order.output_format,
+        }
+        made = {"created": int(time.time()), "data": data, **facts}
+        return _json(made, {**NO_STORE, "x-ddray-seed": str(order.seed)})
 
     async def raw(self, request: Request) -> Response:
         """One image as the bytes of a file."""
@@ -309,6 +295,10 @@ class Ingress:
         entries = [card.entry() for card in self._doors.cards.values()]
         return _json({"object": "list", "data": entries})
 
+    async def model(self, model: str) -> Response:
+        """One of them."""
+        return _json(find_card(model, self._doors.cards).entry())
+
     async def healthz(self) -> Response:
         """Whether this process answers."""
         return _json({"status": "ok"})
@@ -324,8 +314,9 @@ class Ingress:
 
     async def openapi(self, request: Request) -> Response:
         """The interface as an OpenAPI schema."""
-        prefix = request.scope.get("root_path", "")
-        return _json({**self._schema, "servers": [{"url": prefix}]} if prefix else self._schema)
+        doors, prefix = self._doors, request.scope.get("root_path", "")
+        schema = openapi(doors.cards, __version__, bool(doors.key_digests), bool(doors.images_uri))
+        return _json({**schema, "servers": [{"url": prefix}]} if prefix else schema)
 
     async def page(self) -> Response:
         """A page to try it."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve import metrics
 
-from ddray.serving.api import Order, image_bytes
 from ddray.serving.batching import Batcher
+from ddray.serving.image_file import image_bytes
+from ddray.serving.order import Order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -243,4 +244,4 @@ class StudentReplica:
 
 
 def _encode(pixels: "npt.NDArray[np.uint8]", order: Order) -> list[bytes]:
-    return [image_bytes(image, order.output_format) for image in pixels]
+    return [image_bytes(image, order.output_format, order.quality) for image in pixels]

@@ -28,7 +28,7 @@ from ddray.errors import CheckpointError, ClusterError, ConfigError
 from ddray.models.zoo import load_teacher, new_student
 from ddray.runtime.serving import app
 from ddray.runtime.serving.app import build_app, run
-from ddray.serving.api import image_bytes
+from ddray.serving.image_file import image_bytes
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.storage.checkpoint import save_folder
 from tests.patience import PATIENCE_S, wait_until
@@ -40,6 +40,7 @@ pytestmark = pytest.mark.ray
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FULL, RAW = "/v1/images/generations", "/v1/images/raw"
 KEY = "a-key-that-no-log-may-hold"
+GETS = ("/", "/healthz", "/readyz", "/openapi.json", "/v1/models", "/v1/models/second")
 PAGE = "https://page.example.org"
 LIMITS = {"max_batch_size": 64, "max_images": 160, "request_timeout_s": 60.0}
 
@@ -148,6 +149,7 @@ def test_generations_answer_as_openai_does(client: httpx.Client) -> None:
     images = _images(answer)
     assert {key: body[key] for key in body if key not in ("created", "data")} == {
         "seed": 5,
+        "seed_str": "5",
         "model": "first",
         "steps": 1,
         "size": "8x8",
@@ -221,6 +223,24 @@ def test_an_absent_seed_is_drawn_and_returned(client: httpx.Client) -> None:
     assert again.content == answers[0].content
 
 
+def test_a_seed_that_javascript_would_round_is_told_in_a_string_too(client: httpx.Client) -> None:
+    seed = 2**63 - 1
+    answers = [client.post(FULL, json={"prompt": 1, "seed": given}) for given in (seed, str(seed))]
+    assert _images(answers[0]) == _images(answers[1])
+    for answer in answers:
+        assert (answer.json()["seed"], answer.json()["seed_str"]) == (seed, str(seed))
+        assert answer.headers["x-ddray-seed"] == str(seed)
+
+
+def test_the_compression_that_is_asked_for_is_that_of_the_file(client: httpx.Client) -> None:
+    asked = {"prompt": 7, "seed": 1, "output_format": "webp"}
+    sizes = [
+        len(client.post(RAW, json={**asked, "output_compression": percent}).content)
+        for percent in (0, 50, 100)
+    ]
+    assert sizes == sorted(set(sizes))
+
+
 def test_the_client_of_openai_generates_an_image(client: httpx.Client, url: str) -> None:
     with httpx.Client(trust_env=False) as transport:
         service = openai.OpenAI(base_url=f"{url}/v1", api_key="x" * 20, http_client=transport)
@@ -260,12 +280,34 @@ def test_models_list_what_may_be_asked(client: httpx.Client, students: dict[str,
         "max_n": 16,
     }
     assert (second["id"], second["steps"]) == ("second", [1, 3, "teacher"])
+    assert client.get("/v1/models/second").json() == second
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("dall-e-3", "dall-e-3"),
+        ("a%2Fb", "a/b"),
+        ("a/b", "a/b"),
+        ("100%25", "100%"),
+        ("%2525", "%25"),
+        ("First", "First"),
+        ("", ""),
+    ],
+)
+def test_a_model_that_is_not_there_is_not_found_by_its_name(
+    client: httpx.Client, path: str, name: str
+) -> None:
+    told = f"model {name!r} is not served here; served is 'first' or 'second'"
+    _expect(client.get(f"/v1/models/{path}"), 404, "model_not_found", told, "model")
 
 
 def test_the_schema_is_valid_and_its_examples_are_what_it_says(client: httpx.Client) -> None:
     schema = client.get("/openapi.json").json()
     OpenAPI.model_validate(schema)
-    assert set(schema["paths"]) == {FULL, RAW, "/v1/models", "/healthz", "/readyz"}
+    described = {FULL, RAW, "/v1/models", "/v1/models/{model}", "/healthz", "/readyz"}
+    assert set(schema["paths"]) == described
+    assert "9223372036854775807" in client.get("/openapi.json").text
     for path in (FULL, RAW):
         body = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         jsonschema.Draft202012Validator.check_schema(body)
@@ -275,9 +317,16 @@ def test_the_schema_is_valid_and_its_examples_are_what_it_says(client: httpx.Cli
             validator.validate(example)
             assert _post(client, example).status_code == 200
         assert not validator.is_valid({"prompt": 3, "n": 17})
-        assert {"400", "401", "404", "413", "415", "503", "504"} <= set(
-            schema["paths"][path]["post"]["responses"]
-        )
+        known = schema["paths"][path]["post"]["responses"]
+        assert set(known) == {"200", *["400", "401", "404", "413", "415", "500", "503", "504"]}
+    made = schema["paths"][FULL]["post"]["responses"]["200"]["content"]["application/json"]
+    jsonschema.validate(client.post(FULL, json={"prompt": 3, "n": 2}).json(), made["schema"])
+    files = schema["paths"][RAW]["post"]["responses"]["200"]["content"]
+    assert set(files) == {"image/png", "image/webp", "image/jpeg"}
+    for path in ("/v1/models", "/v1/models/{model}", "/healthz", "/readyz"):
+        (kind,) = schema["paths"][path]["get"]["responses"]["200"]["content"].values()
+        whole = {**kind["schema"], "components": schema["components"]}
+        jsonschema.validate(client.get(path.replace("{model}", "second")).json(), whole)
 
 
 def test_health_and_readiness(client: httpx.Client) -> None:
@@ -297,11 +346,36 @@ def test_the_page_needs_no_other_origin(client: httpx.Client) -> None:
 
 
 def test_head_is_answered_as_get_without_the_content(client: httpx.Client) -> None:
-    for path in ("/", "/healthz", "/readyz", "/openapi.json"):
-        answer = client.head(path)
+    for path in GETS:
+        answer, whole = client.head(path), client.get(path)
         assert answer.status_code == 200
         assert answer.content == b""
-        assert answer.headers["content-type"] == client.get(path).headers["content-type"]
+        for name in ("content-type", "content-length"):
+            assert answer.headers[name] == whole.headers[name]
+    missing = client.head("/v1/models/absent")
+    assert (missing.status_code, missing.content) == (404, b"")
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        *((path, "GET, HEAD, OPTIONS") for path in GETS),
+        *((p, "POST, OPTIONS") for p in (FULL, RAW)),
+    ],
+)
+def test_every_path_tells_its_methods(client: httpx.Client, path: str, methods: str) -> None:
+    asked = client.options(path)
+    assert (asked.status_code, asked.content) == (204, b"")
+    assert asked.headers["allow"] == methods
+    for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - {
+        *methods.split(", ")
+    }:
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+        if method != "HEAD":
+            told = f"{method} '{path}' is not allowed; use {methods.split(',')[0]}"
+            _expect(answer, 405, "method_not_allowed", told)
+    _expect(client.options("/v2/x"), 404, "not_found", "OPTIONS '/v2/x' does not exist")
 
 
 def test_every_answer_has_safe_headers_and_an_id_and_no_leave_for_other_pages(
@@ -336,7 +410,10 @@ BAD_FIELDS = [
     ({"prompt": 1, "steps": "0,teacher:4-8"}, 400, "invalid_value", "steps", "nothing makes"),
     ({"prompt": 1, "size": "256x256"}, 400, "invalid_value", "size", "first makes 8x8 images"),
     ({"prompt": 1, "model": "broken"}, 404, "model_not_found", "model", "'first' or 'second'"),
-    ({"prompt": 1, "style": "vivid"}, 400, "unknown_parameter", "style", "known are model, prompt"),
+    ({"prompt": 1, "size": "512x512"}, 400, "invalid_value", "size", "first makes 8x8 images"),
+    ({"prompt": 1, "style": "vivid"}, 400, "invalid_value", "style", "it must be null"),
+    ({"prompt": 1, "stream": True}, 400, "invalid_value", "stream", "it must be false"),
+    ({"prompt": 1, "tyle": "vivid"}, 400, "unknown_parameter", "tyle", "did you mean style?"),
     ({"prompt": 1, "response_format": "url"}, 400, "url_not_configured", "response_format", "b64"),
     ({"prompt": 1, "output_format": "gif"}, 400, "invalid_value", "output_format", '"png"'),
     ([1], 400, "invalid_value", None, "must be a JSON object"),
@@ -358,7 +435,16 @@ def test_raw_gives_one_image_and_no_link(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"\xff\xfe", b"[" * 60_000, b'{"prompt": ' + b"9" * 5000 + b"}"],
+    [
+        b'{"prompt": 1, "prompt": 1}',
+        b'\xef\xbb\xbf{"prompt": 1}',
+        '{"prompt": 1}'.encode("utf-16"),
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 60_000,
+        b'{"prompt": ' + b"9" * 5000 + b"}",
+    ],
     ids=["empty", "open", "binary", "deep", "long"],
 )
 def test_malformed_json_is_refused(client: httpx.Client, body: bytes) -> None:
@@ -404,9 +490,7 @@ def test_a_large_body_is_read_and_refused_and_the_connection_goes_on(client: htt
 
 def test_unknown_paths_and_methods_keep_the_shape(client: httpx.Client) -> None:
     _expect(client.get("/v2/x"), 404, "not_found", "GET '/v2/x' does not exist; there are POST /v1")
-    answer = client.get(FULL)
-    _expect(answer, 405, "method_not_allowed", "use POST")
-    assert answer.headers["allow"] == "POST"
+    _expect(client.get(FULL), 405, "method_not_allowed", "use POST")
     _expect(client.delete("/v1/models"), 405, "method_not_allowed", "use GET")
 
 
@@ -629,6 +713,8 @@ def test_only_a_key_opens_the_api(client: httpx.Client, locked: httpx.Client) ->
         _expect(wrong, 401, "invalid_api_key", "the API key is not known here")
         assert KEY not in wrong.text
     assert client.get("/locked/v1/models").status_code == 401
+    assert client.get("/locked/v1/models/first").status_code == 401
+    assert locked.get("/v1/models/first").json()["id"] == "first"
     assert client.get("/locked/v1/nothing").status_code == 401
     assert [model["id"] for model in locked.get("/v1/models").json()["data"]] == [
         "first",
@@ -719,8 +805,11 @@ def test_only_pages_that_are_named_may_call(locked: httpx.Client) -> None:
 def test_the_schema_says_under_which_path_it_holds(
     client: httpx.Client, locked: httpx.Client
 ) -> None:
-    assert locked.get("/openapi.json").json()["servers"] == [{"url": "/locked"}]
-    assert "servers" not in client.get("/openapi.json").json()
+    closed, opened = locked.get("/openapi.json").json(), client.get("/openapi.json").json()
+    assert closed["servers"] == [{"url": "/locked"}]
+    assert closed["paths"][RAW]["post"]["security"] == [{"key": []}]
+    assert "servers" not in opened
+    assert "security" not in opened["paths"][RAW]["post"]
 
 
 def test_a_service_without_a_replica_says_so(client: httpx.Client, locked: httpx.Client) -> None:
