@@ -23,17 +23,19 @@ def ray_local() -> Iterator[None]:
     """Start one small Ray at its first use; it serves the whole session."""
     import ray
 
+    from ddray.runtime.cluster.connection import start_here
+
     # Not tmp_path: below it, the names of Ray's sockets would pass the 107 bytes that Linux allows.
     temp_dir = tempfile.mkdtemp(prefix="ddr", dir="/tmp")
     try:
-        ray.init(
+        start_here(
+            temp_dir,
             address="local",
             num_cpus=4,
             include_dashboard=False,
             object_store_memory=120 * 2**20,
             logging_level="error",
             log_to_driver=False,
-            _temp_dir=temp_dir,
         )
         yield
     finally:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import psutil
 
 from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
 from tests.paths import ROOT
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 
 BIN = Path(sys.executable).parent
 
@@ -74,10 +74,33 @@ class RayHead:
         assert found, printed
         return found[1], printed
 
-    def job(self, verb: str, job: str) -> str:
+    def stop_midway(self, job: str, title: str, begun: Callable[[], bool]) -> None:
+        """Stop a job once it has begun; its workers stand still while the command takes its time.
+
+        Args:
+            job: its id.
+            title: of the workers' processes.
+            begun: whether there is something to go on from.
+        """
+        wait_until(begun, f"begin of {job}", lambda: self.process.poll() is None)
+        workers = [
+            process
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if title in " ".join(process.cmdline())
+        ]
+        for worker in workers:
+            worker.suspend()
+        try:
+            self.job("stop", job, "--no-wait")
+        finally:
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.resume()
+
+    def job(self, verb: str, job: str, *flags: str) -> str:
         """`ray job status`, `stop` or `logs`."""
         done = subprocess.run(
-            [str(BIN / "ray"), "job", verb, "--address", self.dashboard, job],
+            [str(BIN / "ray"), "job", verb, "--address", self.dashboard, *flags, job],
             env=self.environment,
             capture_output=True,
             text=True,

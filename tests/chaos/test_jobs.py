@@ -54,8 +54,9 @@ def test_sampling_that_is_stopped_goes_on_when_it_is_submitted_again(
     sizes = ("--count", 160, "--shard-rows", 8, "--set", "batch_size=8", "--num-evals", 2400)
     flags = ("--teacher", teacher, *sizes, "--out", tmp_path / "set")
     job, _ = head.submit(*_job("sample", *flags), wait=False)
-    _until(head, job, lambda: len(list((tmp_path / "set" / "shards").glob("*.parquet"))) >= 1)
-    head.job("stop", job)
+    head.stop_midway(
+        job, "ray::MapWorker", lambda: any((tmp_path / "set" / "shards").glob("*.parquet"))
+    )
     assert head.until(job, "STOPPED", "FAILED") == "STOPPED"
     there = len(list((tmp_path / "set" / "shards").glob("*.parquet")))
     assert there < 20, "it was done before it could be stopped"
@@ -77,8 +78,7 @@ def test_training_that_is_stopped_goes_on_when_it_is_submitted_again(
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return [json.loads(line)["step"] for line in lines]
 
-    _until(head, job, lambda: max(steps(), default=0) >= 20)
-    head.job("stop", job)
+    head.stop_midway(job, "ray::RayTrainWorker", lambda: max(steps(), default=0) >= 20)
     # The driver says by its status that it was told to end and has left a checkpoint.
     assert head.until(job, "STOPPED", "FAILED") == "STOPPED"
     assert "a rerun goes on from there" in head.job("logs", job)

@@ -123,3 +123,15 @@ def test_the_version_lives_in_one_place():
     assignment = re.compile(r"^__version__\s*(:\s*\w+\s*)?=", flags=re.MULTILINE)
     owners = [p for p in tracked_files() if p.suffix == ".py" and assignment.search(p.read_text())]
     assert owners == [ROOT / "ddray" / "__init__.py"]
+
+
+def test_a_submitted_repository_holds_the_whole_package() -> None:
+    files = [str(path.relative_to(ROOT)) for path in (ROOT / "ddray").rglob("*.py")]
+    told = ["git", "-c", f"core.excludesFile={ROOT / '.rayignore'}", "check-ignore", "--no-index"]
+
+    def ignored(*names: str) -> list[str]:
+        done = subprocess.run([*told, *names], capture_output=True, text=True, cwd=ROOT)
+        return done.stdout.splitlines()
+
+    assert ignored("cluster/Dockerfile", "tests/conftest.py") != []
+    assert ignored(*files) == []

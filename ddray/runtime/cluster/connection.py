@@ -12,6 +12,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from ddray import __version__
 from ddray.errors import ClusterError, StoppedError, one_line
@@ -45,6 +48,7 @@ CLUSTER_ENVIRONMENT = {
 }
 """What Ray's own processes must find in their environment on every node; the image sets it."""
 _ASKING_S = 30.0
+_STARTS, _TOO_SLOW = 4, "timed out during startup"
 # Folders of Rays that this process has started: one, or none.
 _private: list[str] = []
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -237,12 +241,13 @@ def _start(address: str | None, temp: str | None, metrics_port: int | None) -> N
                 flush=True,
             )
         else:
-            ray.init(
+            assert temp is not None
+            start_here(
+                temp,
                 address="local",
                 num_cpus=usable_cpus() + _SPARE_CPUS,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=temp,
                 _metrics_export_port=metrics_port,
                 **quiet,
             )
@@ -250,3 +255,34 @@ def _start(address: str | None, temp: str | None, metrics_port: int | None) -> N
         where = f"connect to Ray at RAY_ADDRESS={address}" if address else "start a local Ray"
         advice = "is it running?" if address else "free memory or disk in /tmp, then rerun"
         raise ClusterError(f"cannot {where}: {one_line(error)}; {advice}") from error
+
+
+def start_here(temp: str, **settings: Any) -> None:
+    """Start a Ray, on a very busy machine more than once: Ray gives itself half a minute.
+
+    Args:
+        temp: folder of its files, a short path.
+        **settings: of `ray.init`.
+
+    Raises:
+        Exception: what `ray.init` raises, where another start would not help.
+    """
+    import ray
+
+    for attempt in range(_STARTS):
+        folder = f"{temp}/{attempt}" if attempt else temp
+        try:
+            ray.init(_temp_dir=folder, **settings)
+            return
+        except Exception as error:
+            if _TOO_SLOW not in str(error) or attempt == _STARTS - 1:
+                raise
+            _end_processes(folder)
+
+
+def _end_processes(folder: str) -> None:
+    """End what a start that has failed has left, which would come up some time."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(folder in part for part in process.cmdline()):
+                process.kill()
