@@ -57,8 +57,6 @@ _LISTEN_ADVICE: dict[int | None, str] = {
     errno.EACCES: "ports below 1024 are for root; choose another with --port",
 }
 _STOP_WAIT_S = 20.0
-# A replica that ends looks after so long whether it has something in hand, and looks again.
-_STOP_LOOK_S = 0.5
 
 
 def build_app(config: ServeConfig) -> serve.Application:
@@ -161,7 +159,6 @@ def replica_deployment(config: ServeConfig) -> serve.Deployment:
         health_check_timeout_s=max(1.0, min(10.0, config.request_timeout_s / 6)),
         # What is under way may finish; what takes longer is begun again elsewhere.
         graceful_shutdown_timeout_s=min(config.request_timeout_s, _STOP_WAIT_S),
-        graceful_shutdown_wait_loop_s=_STOP_LOOK_S,
         ray_actor_options={
             "num_cpus": config.threads,
             "num_gpus": config.num_gpus,
@@ -187,7 +184,6 @@ def ingress_deployment(config: ServeConfig) -> serve.Deployment:
         },
         # Far above what it admits: it must get to refuse in its own words.
         max_ongoing_requests=4 * share + 100,
-        graceful_shutdown_wait_loop_s=_STOP_LOOK_S,
         # It only waits; a whole CPU would not be there on the smallest machines.
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,

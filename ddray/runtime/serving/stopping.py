@@ -2,6 +2,8 @@
 
 import logging
 import os
+import socket
+import threading
 import time
 from concurrent.futures import TimeoutError as LateError
 
@@ -65,6 +67,19 @@ def _shut_serve_down() -> None:
     serve.shutdown()  # of what this process keeps of it
 
 
+def _ray_answers() -> bool:
+    """Not where the signal went to all processes of the service: then nobody has anything in hand.
+
+    Whoever asks Serve then waits for a minute, and is ended by Ray.
+    """
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def end_service(application: str, front: str, wait_s: float) -> None:
     """End the service of this process.
 
@@ -75,7 +90,11 @@ def end_service(application: str, front: str, wait_s: float) -> None:
     """
     # Whatever is lost from here on is lost on purpose.
     log.setLevel(logging.CRITICAL)
-    drain(application, front, wait_s)
-    # A Ray of this command's own ends with the command, and Serve with it.
     if os.environ.get("RAY_ADDRESS"):
         remove(application)
+        return
+    # A Ray of this command's own ends with the command, and Serve with it.
+    draining = threading.Thread(target=drain, args=(application, front, wait_s), daemon=True)
+    draining.start()
+    while draining.is_alive() and _ray_answers():
+        draining.join(0.1)
