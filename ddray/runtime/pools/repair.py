@@ -29,10 +29,11 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
     """
     opened = open_set(uri)
     report = verified(opened)
-    if report.ok:
+    lacking = opened.lacking()
+    if report.ok and not lacking:
         return ["nothing to mend"]
     opened.storage.check_writable()
-    gaps = bool(report.missing or report.damaged or report.lacking)
+    gaps = bool(report.missing or report.damaged or lacking)
     if gaps and isinstance(opened, TrajectorySet):
         planned_teacher(opened.plan, "cpu")
     elif gaps and isinstance(opened, ImageSet):
@@ -41,5 +42,5 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
     if gaps:
         made = (bulk if isinstance(opened, ImageSet) else sampling).refill(uri, pool)
         lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
-    lines += [f"wrote {name}" for name in report.lacking]
+    lines += [f"wrote {name}" for name in lacking]
     return lines
