@@ -160,7 +160,7 @@ def verify(uri: str) -> list[str]:
     report, captions = examine(opened)
     return [
         *(f"missing: {opened.shard_name(k)}" for k in report.missing),
-        *(f"missing: {name}" for name in report.lacking),
+        *(f"missing: {name}" for name in opened.lacking()),
         *(f"damaged: {opened.shard_name(k)}: {reason}" for k, reason in report.damaged.items()),
         *(f"does not belong: {name}" for name in report.unexpected),
         *(f"captions of shard {k}: {reason}" for k, reason in captions.items()),

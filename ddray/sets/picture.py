@@ -28,7 +28,7 @@ _CAPTION_LETTERS = 40
 _PIXELS_SHOWN = 96
 
 # Of a shard: index [N], label [N] (or captions), and N of what a row holds.
-Columns = tuple[npt.NDArray[Any], npt.NDArray[Any], Sequence[Any]]
+Columns = tuple[npt.NDArray[Any], npt.NDArray[Any], Any]
 
 
 def picture_place(path: str) -> tuple[Storage, str]:

@@ -60,7 +60,6 @@ class VerifyReport:
         rows: Sound rows.
         unexpected: Names below shards/ (and images/) that the plan does not have; a reader
             that takes all of them would count their rows too.
-        lacking: Names of other files that a whole set has.
     """
 
     num_shards: int
@@ -68,12 +67,11 @@ class VerifyReport:
     damaged: dict[int, str]
     rows: int
     unexpected: list[str]
-    lacking: list[str]
 
     @property
     def ok(self) -> bool:
         """Whether every index of the plan is there exactly once."""
-        return not (self.missing or self.damaged or self.unexpected or self.lacking)
+        return not (self.missing or self.damaged or self.unexpected)
 
 
 class ShardedSet(ABC, Generic[PlanT, RowsT]):
@@ -255,9 +253,7 @@ class ShardedSet(ABC, Generic[PlanT, RowsT]):
             if advance is not None:
                 advance(done)
         unexpected = [*found.unexpected, *self._strays()]
-        return VerifyReport(
-            self.plan.num_shards, sorted(missing), damaged, sound_rows, unexpected, self.lacking()
-        )
+        return VerifyReport(self.plan.num_shards, sorted(missing), damaged, sound_rows, unexpected)
 
     def quarantine(self, name: str) -> str:
         """Move a file to quarantine/ and return its new name.

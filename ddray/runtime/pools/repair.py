@@ -35,10 +35,11 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
     """
     opened = open_set(uri)
     report = verified(opened)
-    if report.ok:
+    lacking = opened.lacking()
+    if report.ok and not lacking:
         return ["nothing to mend"]
     opened.storage.check_writable()
-    if not report.missing and not report.damaged and not report.lacking:
+    if not report.missing and not report.damaged and not lacking:
         return quarantine(opened, report)
     if isinstance(opened, ImageSet):
         planned_student(opened.plan, "cpu")
@@ -56,4 +57,4 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
         lines = quarantine(opened, report)
         made = fill(uri, pool)
     lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
-    return lines + [f"wrote {name}" for name in report.lacking]
+    return lines + [f"wrote {name}" for name in lacking]

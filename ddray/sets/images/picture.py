@@ -42,5 +42,6 @@ def _columns(rows: ImageRows) -> Columns:
 
 def _decode_files(files: list[bytes]) -> npt.NDArray[np.float32]:
     """Images float32 [N, C, H, W] in [0, 1] of N image files."""
-    pixels = np.stack([decode_image(file) for file in files]).astype(np.float32) / 255
+    levels = np.stack([decode_image(file) for file in files])
+    pixels: npt.NDArray[np.float32] = levels.astype(np.float32) / np.float32(255)
     return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)

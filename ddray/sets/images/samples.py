@@ -4,9 +4,11 @@
 written image by image, so memory does not grow with N.
 """
 
+import io
 import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,18 +66,15 @@ def _pixels(images: ImageSet) -> Iterator[npt.NDArray[np.uint8]]:
                 bar.advance_to(bar.done + 1)
 
 
-class _Sink:
-    """Keeps what is written to it until it is taken; it cannot be searched, as a stream cannot."""
+class _Sink(io.RawIOBase):
+    """Keeps what is written to it until it is taken."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any, /) -> int:
         self._parts.append(bytes(data))
         return len(data)
-
-    def flush(self) -> None:
-        """Do nothing: there is nothing behind it."""
 
     def take(self) -> bytes:
         taken = b"".join(self._parts)
