@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
         "assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
     )
     script = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-    (tmp_path / "ddray.sh").write_bytes(script)
+    (tmp_path / "completion").write_bytes(script)
     for words, completed in (
         (["ge"], "generate"),
         (["generate", "--for"], "--format"),
@@ -136,7 +137,7 @@ def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
         (["quickstart", "--preset", "t"], "tiny"),
         (["models", ""], "list show verify"),
     ):
-        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "ddray.sh"), "ddray", *words]
+        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "completion"), "ddray", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == completed, done
 
@@ -239,6 +240,18 @@ def test_keys_that_could_be_guessed_are_refused_before_ray_starts(
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "key 1 in keys must have at least 16 characters" in done.stderr
+
+
+def test_the_largest_seed_is_exact_and_has_one_after_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    largest = 2**63 - 1
+    assert _resolved(capsys, "quickstart", "--seed", str(largest))["generate"]["seed"] == 0
+    for seed in (2**53 + 1, largest):
+        for given in (("--seed", str(seed)), ("--set", f"seed={seed}")):
+            assert _resolved(capsys, "sample", *given)["seed"] == seed
+        assert TrajectoryPlan.from_json(replace(PLAN, seed=seed).to_json()).seed == seed
+    assert "seed='9223372036854775808'" in _fails(capsys, 2, "sample", "--seed", str(2**63))
 
 
 def test_what_a_dry_run_prints_can_be_given_back_as_a_file(
