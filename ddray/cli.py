@@ -154,7 +154,10 @@ def _add_job(parser: argparse.ArgumentParser, verb: str) -> None:
     from ddray.config.flags import add_flags
 
     parser.add_argument(
-        "--preset", default="default", metavar="{default,tiny}", help="(default: default)"
+        "--preset",
+        default="default",
+        metavar="{default,tiny}",
+        help="values by name (default: default)",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with keys of the config")
     parser.add_argument(

@@ -63,7 +63,7 @@ class ServeConfig(Job):
     images_uri: Location | None = Field(None, description="s3:// prefix for response_format=url")
     url_expires_s: CountT = Field(3600, description="for how long a link is good; at most a week")
     access_log: bool = Field(True, description="one JSON line a request, beside Serve's log")
-    log_dir: str | None = Field(
+    log_dir: LocalFile | None = Field(
         None,
         description="for Serve's log, of a Ray that this command starts; absent = ~/.local/state",
     )

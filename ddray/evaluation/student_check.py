@@ -15,6 +15,7 @@ from ddray.distillation.log import draw
 from ddray.errors import ConfigError
 from ddray.evaluation.evaluate import student_name
 from ddray.method.schedule import num_steps, parse_schedule
+from ddray.method.seeding import next_seed
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.metrics.fd_digits import DigitsMetric, makes_digits
@@ -41,10 +42,12 @@ def require_classes(plan: TrajectoryPlan) -> None:
     """Refuse a set whose students cannot be looked at.
 
     Raises:
-        ConfigError: for captions.
+        ConfigError: for captions, or a single row.
     """
     if plan.conditioning == "text":
         raise ConfigError("evaluate_every is for students of classes; set it to 0 for captions")
+    if plan.count < 2:
+        raise ConfigError("evaluate_every needs a set of at least 2 rows; set it to 0 for this one")
 
 
 def check_student(folder: str, data: str, out: str, count: int, teacher: str) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def check_student(folder: str, data: str, out: str, count: int, teacher: str) ->
     index_N, labels_N, tokens_NL = _trajectories(trajectories, count)
     measure = _digits_figures if makes_digits(model) else _code_figures
     line: dict[str, Any] = {"step": int(student.config["step"])}
-    line |= measure(student, model, labels_N, tokens_NL, trajectories.plan.seed + 1)
+    line |= measure(student, model, labels_N, tokens_NL, next_seed(trajectories.plan.seed))
     name = f"{PICTURES_FOLDER}/step-{line['step']:07d}.png"
     first = index_N[:_COLUMNS], labels_N[:_COLUMNS], tokens_NL[:_COLUMNS]
     picture = _picture(student, model, trajectories.plan.seed, *first)

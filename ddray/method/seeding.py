@@ -104,6 +104,11 @@ def _words(
     return philox((block, index & _MASK32, index >> 32, purpose), key)
 
 
+def next_seed(seed: int) -> int:
+    """The seed after this one, 0 after the last: both lie in [0, 2**63)."""
+    return (seed + 1) % 2**63
+
+
 def noise(
     seed: int | Sequence[int],
     index_B: Sequence[int] | Tensor,

@@ -5,13 +5,12 @@ Models are built on the meta device and take the loaded tensors over, so weights
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.method.model import Tokenizer
@@ -21,6 +20,7 @@ from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.meta import on_meta
 from ddray.models.var import VAR, VARConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.var_vq import VARVQ, VARVQConfig
@@ -80,26 +80,6 @@ FAMILIES = {
 
 STUDENT_OF = {"llamagen": "llamagen-dd", "var": "var-dd"}
 """Which family is distilled into which."""
-
-
-class _NormalUndone(TorchFunctionMode):
-    """Skips `normal_`, which says nothing on the meta device.
-
-    Its meta kernel alone is written in Python: it would import sympy and 900 modules more, a second
-    at the start of every worker.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 # What a config.json says beside the sizes.
@@ -182,9 +162,14 @@ def resolve(spec: str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, A
         return BUNDLED / str(spec)
     if str(spec) in PUBLISHED:
         return PUBLISHED[str(spec)].config
-    if open_storage(str(spec)).exists(CONFIG_FILE):
+    if not Path(spec).is_file() and open_storage(str(spec)).exists(CONFIG_FILE):
         return str(spec)
     known = [*BUNDLED_MODELS, *PUBLISHED]
+    if Path(spec).is_file():
+        raise ConfigError(
+            f"{spec} is a file; a model is a name, or a folder with a {CONFIG_FILE}: make one by "
+            "`ddray export --layout ddray --checkpoint FILE`"
+        )
     raise ConfigError(
         f"no model {str(spec)!r}: it is no folder with a {CONFIG_FILE}, and no known name; "
         f"{_nearest(str(spec), known)}`ddray models` lists the names"
@@ -240,7 +225,7 @@ def _how_to_get(name: str) -> str:
 
 def _family(kind: str, config: Mapping[str, Any], name: str) -> Family:
     family_name = config.get("family")
-    valid = [n for n, family in FAMILIES.items() if family.kind == kind]
+    valid = [n for n, family in FAMILIES.items() if kind in ("model", family.kind)]
     if not isinstance(family_name, str):
         raise ConfigError(f"{name}: family={family_name!r} is unknown; choose {', '.join(valid)}")
     if family_name in FAMILIES and family_name not in valid:
@@ -250,15 +235,20 @@ def _family(kind: str, config: Mapping[str, Any], name: str) -> Family:
     return FAMILIES[family_name]
 
 
+def _any_family(config: Mapping[str, Any], name: str) -> Family:
+    """The family of a teacher or a student."""
+    return _family("model", config, name)
+
+
 def empty_network(config: Mapping[str, Any], name: str = "the given model") -> Any:
     """A network of the sizes of a config, on the meta device: names and shapes without memory.
 
     Raises:
         ConfigError: if the sizes do not fit together, or contradict the tokenizer's.
     """
-    family = FAMILIES[config["family"]]
-    sizes = _network_sizes(family, config, _tokenizer_sizes(family, config, name), name)
-    with torch.device("meta"), _NormalUndone():
+    family = _any_family(config, name)
+    with on_meta(name):
+        sizes = _network_sizes(family, config, _tokenizer_sizes(family, config, name), name)
         return family.network(sizes)
 
 
@@ -268,12 +258,10 @@ def empty_tokenizer(config: Mapping[str, Any], name: str = "the given model") ->
     Raises:
         ConfigError: if the sizes do not fit together.
     """
-    family = FAMILIES[config["family"]]
-    sizes = _tokenizer_sizes(family, config, name)
-    if sizes is None:
-        return None
-    with torch.device("meta"), _NormalUndone():
-        return family.tokenizer(sizes)
+    family = _any_family(config, name)
+    with on_meta(f"the tokenizer of {name}"):
+        sizes = _tokenizer_sizes(family, config, name)
+        return None if sizes is None else family.tokenizer(sizes)
 
 
 def _tokenizer_sizes(family: Family, config: Mapping[str, Any], name: str) -> Any:

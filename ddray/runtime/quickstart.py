@@ -18,7 +18,8 @@ from ddray.config.quickstart import QuickstartConfig
 from ddray.config.sampling import SampleConfig
 from ddray.evaluation.evaluate import evaluate
 from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
-from ddray.memory import PeakMemory
+from ddray.runtime.memory import PeakMemory
+from ddray.method.seeding import next_seed
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.cluster.limits import cap_threads
 from ddray.runtime.pools.bulk import generate
@@ -48,7 +49,7 @@ def parts(
             update={"teacher": config.teacher, "data": data, "out": run, "seed": config.seed}
         ),
         config.generate.model_copy(
-            update={"student": student, "out": f"{out}/images", "seed": config.seed + 1}
+            update={"student": student, "out": f"{out}/images", "seed": next_seed(config.seed)}
         ),
         config.evaluate.model_copy(
             update={"student": student, "teacher": config.teacher, "data": data, "out": out}

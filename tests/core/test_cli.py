@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ddray.config.generation import GenerateConfig
 from ddray.config.quickstart import QuickstartConfig
 from ddray.config.sampling import SampleConfig
 from ddray.config.serving import ServeConfig
+from ddray.locations import absolute
 from ddray.models.zoo import load_teacher
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.sharded_set import shard_name
@@ -126,17 +128,17 @@ def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
         "assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
     )
     script = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-    (tmp_path / "ddray.sh").write_bytes(script)
+    (tmp_path / "completion").write_bytes(script)
     for words, completed in (
         (["ge"], "generate"),
         (["generate", "--for"], "--format"),
-        (["generate", "--format", ""], "parquet webdataset images"),
+        (["generate", "--format", ""], "parquet webdataset images flat npz"),
         (["serve", "--no-"], "--no-teacher --no-access-log"),
         (["distill", "--perceptual.dist"], "--perceptual.distance"),
         (["quickstart", "--preset", "t"], "tiny"),
         (["models", ""], "list show verify"),
     ):
-        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "ddray.sh"), "ddray", *words]
+        command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "completion"), "ddray", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == completed, done
 
@@ -215,7 +217,7 @@ def test_names_are_printed_as_they_are_where_that_can_be(
     assert main(["inspect", str(tmp_path / "häuser 猫")]) == 0
     assert 'häuser 猫"' in capsys.readouterr().out
     assert main(["sample", "--out", "häuser 猫", "--dry-run"]) == 0
-    assert "out: häuser 猫\n" in capsys.readouterr().out
+    assert "/häuser 猫\n" in capsys.readouterr().out
     command = [sys.executable, "-m", "ddray.cli", "doctor", "--uri", "häuser 猫", "--dry-run"]
     done = subprocess.run(
         command,
@@ -224,7 +226,7 @@ def test_names_are_printed_as_they_are_where_that_can_be(
         cwd=tmp_path,
         env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"},
     )
-    assert yaml.safe_load(done.stdout.decode("ascii"))["uri"] == ["häuser 猫"]
+    assert yaml.safe_load(done.stdout.decode("ascii"))["uri"] == [absolute("häuser 猫")]
 
 
 def test_keys_that_could_be_guessed_are_refused_before_ray_starts(
@@ -238,7 +240,19 @@ def test_keys_that_could_be_guessed_are_refused_before_ray_starts(
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "key 1 in keys must have at least 16 characters" in done.stderr
+    assert f"key 1 in {tmp_path}/keys must have at least 16 characters" in done.stderr
+
+
+def test_the_largest_seed_is_exact_and_has_one_after_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    largest = 2**63 - 1
+    assert _resolved(capsys, "quickstart", "--seed", str(largest))["generate"]["seed"] == 0
+    for seed in (2**53 + 1, largest):
+        for given in (("--seed", str(seed)), ("--set", f"seed={seed}")):
+            assert _resolved(capsys, "sample", *given)["seed"] == seed
+        assert TrajectoryPlan.from_json(replace(PLAN, seed=seed).to_json()).seed == seed
+    assert "seed='9223372036854775808'" in _fails(capsys, 2, "sample", "--seed", str(2**63))
 
 
 def test_what_a_dry_run_prints_can_be_given_back_as_a_file(

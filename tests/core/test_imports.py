@@ -28,7 +28,7 @@ FLOORS = [
     ("method",),
     ("config", "storage", "report"),
     ("file_kind", "locations"),
-    ("errors", "progress", "prefetch", "memory"),
+    ("errors", "progress", "prefetch"),
 ]
 ROOMS = [room for rooms in FLOORS for room in rooms]
 HEAVY = ("torch", "ray", "deepspeed", "pyarrow", "numpy")

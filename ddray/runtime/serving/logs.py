@@ -45,7 +45,7 @@ def keep_log(log_dir: str | None, port: int) -> Path:
         return inside
     if inside.exists():  # Serve has begun one
         return inside
-    folder = _default(port) if log_dir is None else _made(Path(log_dir).expanduser())
+    folder = _default(port) if log_dir is None else _made(Path(log_dir))
     inside.parent.mkdir(parents=True, exist_ok=True)
     inside.symlink_to(folder)
     return folder

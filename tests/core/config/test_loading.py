@@ -328,7 +328,7 @@ def test_an_old_key_is_noticed_also_where_a_later_source_would_hide_it(tmp_path:
 def test_a_file_may_have_the_marks_and_line_ends_of_windows(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_bytes(data)
     config = load_config(SampleConfig, file=tmp_path / "job.yaml")
-    assert (config.count, config.out) == (3, "h\u00e4")
+    assert (config.count, Path(config.out).name) == (3, "h\u00e4")
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,8 @@ def test_what_is_no_file_of_keys_is_refused(data: bytes, message: str, tmp_path:
 
 
 def test_a_setting_that_is_no_yaml_is_a_text() -> None:
-    assert load_config(SampleConfig, settings=["out=2026-99-99"]).out == "2026-99-99"
+    config = load_config(SampleConfig, settings=["out=2026-99-99"])
+    assert Path(config.out).name == "2026-99-99"
     with pytest.raises(ConfigError, match="holds itself, by an alias"):
         load_config(SampleConfig, settings=["out=&a {b: *a}"])
     with pytest.raises(ConfigError, match=r"^--config 'a.x00': "):

@@ -1,12 +1,23 @@
 """Facts about loading models: names, dictionaries, folders, and what is refused with which hint."""
 
+import itertools
+
 import pytest
 import torch
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.models.catalog import PUBLISHED
-from ddray.models.zoo import continue_student, image_side, load_student, load_teacher, new_student
-from ddray.storage.checkpoint import save_folder
+from ddray.models.zoo import (
+    BUNDLED,
+    continue_student,
+    empty_network,
+    empty_tokenizer,
+    image_side,
+    load_student,
+    load_teacher,
+    new_student,
+)
+from ddray.storage.checkpoint import read_config, save_folder
 from tests.core.tiny import (
     student_config,
     student_state,
@@ -279,3 +290,23 @@ def test_the_side_is_that_of_the_images(make):
 def test_a_model_without_tokenizer_makes_no_images():
     with pytest.raises(ConfigError, match='the given model has "tokenizer": None, so it makes no'):
         image_side({**teacher_config(), "tokenizer": None})
+
+
+@pytest.mark.parametrize("name", ["digits-llamagen-dd", "digits-var-dd"])
+def test_sizes_that_nothing_can_be_made_of_are_one_line(name):
+    config, strange = read_config(BUNDLED / name), itertools.cycle([None, "x", -1, [], {}, [[1]]])
+    tokenizer = config["tokenizer"]
+    cases = [{**config, key: next(strange)} for key in config if key not in ("schedule", "step")]
+    cases += [{**config, "tokenizer": {**tokenizer, key: next(strange)}} for key in tokenizer]
+    for case in cases:
+        try:
+            empty_network(case)
+            empty_tokenizer(case)
+        except ConfigError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_file_of_weights_is_no_model(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="weights.pt is a file; a model is a name, or a folder"):
+        load_teacher(tmp_path / "weights.pt")

@@ -1,0 +1,50 @@
+"""Modules on the meta device: names and shapes, without memory and without an import too many."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ddray.errors import ConfigError, DDRayError, one_line
+
+
+class _NormalUndone(TorchFunctionMode):
+    """Skips `normal_`, which says nothing on the meta device.
+
+    Its meta kernel alone is written in Python: it would import sympy and 900 modules more, a second
+    at the start of every worker.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta(what: str) -> Iterator[None]:
+    """Within, modules are made without memory.
+
+    Args:
+        what: is made, for people.
+
+    Raises:
+        ConfigError: for sizes of types or magnitudes that nothing can be made of.
+    """
+    try:
+        with torch.device("meta"), _NormalUndone():
+            yield
+    except DDRayError:
+        raise
+    except Exception as error:  # whatever torch, or arithmetic, says of them
+        said = one_line(error)
+        raise ConfigError(f"{what} has sizes that nothing can be made of: {said}") from error
