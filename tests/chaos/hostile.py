@@ -38,7 +38,9 @@ _VALID = st.fixed_dictionaries(
         "n": st.sampled_from([1, 1, 1, 2]),
         "seed": st.integers(0, MAX_SEED) | st.none(),
         "steps": st.sampled_from([1, 2, "0", "0,20", " 0 , 20 "]),
-        "size": st.just("28x28"),
+        "size": st.sampled_from(["28x28", "auto"]),
+        "quality": st.sampled_from(["auto", "standard", None]),
+        "stream": st.just(False),
         "model": st.just("digits-llamagen-dd"),
         "response_format": st.just("b64_json"),
         "output_format": st.sampled_from(["png", "webp", "jpeg"]),
@@ -58,6 +60,10 @@ _FIELDS = st.sampled_from(
         "user",
         "quality",
         "style",
+        "stream",
+        "num_inference_steps",
+        "guidance_scale",
+        "output_compression",
         "N",
     ]
 )

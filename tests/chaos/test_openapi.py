@@ -35,7 +35,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(
-    ("examples", "least"), [pytest.param(10, 150, marks=pytest.mark.smoke), (900, 5000)]
+    ("examples", "least"), [pytest.param(10, 150, marks=pytest.mark.smoke), (1200, 5000)]
 )
 def test_the_schema_is_true(service: Service, tmp_path: Path, examples: int, least: int) -> None:
     """No 5xx, nothing undocumented, nothing valid refused, nothing invalid taken."""

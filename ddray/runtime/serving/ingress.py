@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,8 +221,8 @@ class Ingress:
         for left in (ClientDisconnect, TaskCancelledError):
             routes.add_exception_handler(left, _left)  # type: ignore[arg-type]
         routes.add_exception_handler(Exception, _failed)
-        posts = {GENERATIONS: self.generations, RAW: self.raw}
-        gets = {
+        posts: dict[str, Callable[..., Any]] = {GENERATIONS: self.generations, RAW: self.raw}
+        gets: dict[str, Callable[..., Any]] = {
             MODELS: self.models,
             MODEL.replace("}", ":path}"): self.model,  # a name may hold slashes
             "/healthz": self.healthz,

@@ -445,7 +445,7 @@ def test_raw_gives_one_image_and_no_link(client: httpx.Client) -> None:
         b"[" * 60_000,
         b'{"prompt": ' + b"9" * 5000 + b"}",
     ],
-    ids=["empty", "open", "binary", "deep", "long"],
+    ids=["twice", "marked", "utf-16", "empty", "open", "binary", "deep", "long"],
 )
 def test_malformed_json_is_refused(client: httpx.Client, body: bytes) -> None:
     answer = client.post(FULL, content=body, headers={"content-type": "application/json"})
