@@ -11,7 +11,7 @@ def print_json(values: Mapping[str, Any]) -> None:
     print(_shown(lambda as_is: json.dumps(values, indent=2, ensure_ascii=not as_is)))
 
 
-def print_yaml(values: Mapping[str, Any], width: int = 80) -> None:
+def print_yaml(values: Mapping[str, Any], width: int = 2**16) -> None:
     """Print JSON values as YAML, in their order."""
     import yaml
 

@@ -18,10 +18,10 @@ from ddray.config.quickstart import QuickstartConfig
 from ddray.config.sampling import SampleConfig
 from ddray.evaluation.evaluate import evaluate
 from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
-from ddray.runtime.memory import PeakMemory
 from ddray.method.seeding import next_seed
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.cluster.limits import cap_threads
+from ddray.runtime.memory import PeakMemory
 from ddray.runtime.pools.bulk import generate
 from ddray.runtime.pools.sampling import sample
 from ddray.runtime.training.driver import distill, read_history

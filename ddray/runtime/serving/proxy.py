@@ -226,10 +226,10 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 def _images_of(body: bytes) -> int:
     """How many images a request asks for; the front says what is wrong with it."""
     try:
-        n = json.loads(body)["n"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        n = int(json.loads(body)["n"])  # 16.0 and "16" are 16 too
+    except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
         return 1
-    return min(n, MAX_IMAGES) if isinstance(n, int) and n > 0 else 1
+    return min(max(n, 1), MAX_IMAGES)
 
 
 def _is_overload(start: Message) -> bool:
