@@ -148,6 +148,18 @@ def test_every_file_that_is_written_somewhere_exists():
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_test_that_is_named_somewhere_exists():
+    named = {
+        (file, test)
+        for name, text in texts()
+        if name.endswith(".md")
+        for file, test in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text)
+    }
+    assert len(named) > 50
+    wrong = [f"{file}::{t}" for file, t in named if f"def {t}(" not in (ROOT / file).read_text()]
+    assert not wrong, "\n".join(sorted(wrong))
+
+
 def test_functions_that_the_walks_name_are_where_they_say():
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     steps = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", page)

@@ -196,7 +196,7 @@ def test_what_the_student_cannot_do_is_refused(student: str, tmp_path: Path) -> 
             generate(generating(student, tmp_path / "set", schedule=schedule))
     for settings, message in (
         ({"statistics": True}, "statistics: no feature extractor is bundled for images of"),
-        ({"captions": "a.jsonl"}, "captions='a.jsonl', but .*student is conditioned on classes"),
+        ({"captions": "a.jsonl"}, "captions='.*/a.jsonl', but .*student is conditioned on classes"),
         ({"classes": (10,)}, "classes=.10. holds 10; the student's classes are 0 to 9"),
     ):
         with pytest.raises(ConfigError, match=message):

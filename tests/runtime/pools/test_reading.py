@@ -177,8 +177,10 @@ def test_pytorch_fid_finds_every_image(
 def test_torch_fidelity_finds_every_image(
     run: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch_fidelity import feature_extractor_inceptionv3 as extractor
-
+    extractor = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        reason="torch-fidelity is no part of the set-up: it installs a package called tests",
+    )
     monkeypatch.setattr(extractor, "load_state_dict_from_url", lambda *_, **__: {})
     network = extractor.FeatureExtractorInceptionV3
     monkeypatch.setattr(network, "load_state_dict", lambda *_: None)

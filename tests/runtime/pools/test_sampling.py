@@ -5,6 +5,7 @@ import shutil
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_repair_moves_what_is_bad_aside_and_refills_byte_for_byte(
 def test_a_repair_that_is_refused_moves_nothing(copy: Path) -> None:
     (copy / shard_name(1)).write_bytes((copy / shard_name(1)).read_bytes()[:-9])
     before = contents(copy)
-    refused = ({"workers": (9, 9)}, {"num_gpus": 1}, {"node_pool": "nowhere"})
+    refused: tuple[dict[str, Any], ...] = ({"num_gpus": 1}, {"node_pool": "nowhere"})
     for other in refused:
         with pytest.raises(ClusterError, match="repair asks for"):
             repair(str(copy), PoolConfig(**{"workers": (1, 1), **other}))
