@@ -18,7 +18,7 @@ from tests.runtime.tiny import command
 
 pytestmark = pytest.mark.chaos
 
-FOR_EVER = "100000000"
+FOR_EVER = "1000000"
 # What must have come up before a verb is said to have no more doors. (`evaluate` starts no Ray.)
 VERBS = {
     "sample": ("ray::MapWorker", ("--count", FOR_EVER)),

@@ -131,8 +131,6 @@ def set_of(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "classes"),
     [
-        ({"classes": "1,5,7", "count": 6}, (1, 5, 7)),
-        ({"classes": "3", "count": 4}, (3,)),
         ({"classes": "0,0,8", "count": 3}, (0, 0, 8)),
         ({"count": 4}, (0, 1, 2, 3)),
     ],
