@@ -1,6 +1,7 @@
 """The page at / in a real Chromium, of the real `ddray serve` with two students and teachers."""
 
 import base64
+import contextlib
 import os
 import re
 import shutil
@@ -35,8 +36,8 @@ expect.set_options(timeout=1000 * PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """Base URL of the service, which asks for a key and admits 16 images at a time."""
+def served() -> Iterator[tuple[str, Job]]:
+    """A service and its base URL; it asks for a key and admits 16 images at a time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,13 +47,18 @@ def url() -> Iterator[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         job.until(lambda: _is_ready(url))
-        yield url
+        yield url, job
         job.process.send_signal(signal.SIGINT)
         assert job.end()[0] in (0, 130)
     finally:
         if job.process.poll() is None:
             for process in (*job.tree(), psutil.Process(job.process.pid)):
                 process.kill()
+
+
+@pytest.fixture(scope="module")
+def url(served: tuple[str, Job]) -> str:
+    return served[0]
 
 
 def _is_ready(url: str) -> bool:
@@ -385,7 +391,21 @@ new MutationObserver(() => told.push(document.getElementById("again")?.textConte
   .observe(document, { subtree: true, childList: true, characterData: true });"""
 
 
-def test_busy_is_said_and_offered_again(visit: Callable[..., Visit], api: httpx.Client) -> None:
+@contextlib.contextmanager
+def _still(job: Job) -> Iterator[None]:
+    """Within, the device makes no image."""
+    (replica,) = job.workers("ray::ServeReplica:ddray:students")
+    replica.suspend()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            replica.resume()
+
+
+def test_busy_is_said_and_offered_again(
+    visit: Callable[..., Visit], api: httpx.Client, served: tuple[str, Job]
+) -> None:
     tab = visit()
     tab.page.add_init_script(TOLD)
     page = tab.open()
@@ -396,13 +416,20 @@ def test_busy_is_said_and_offered_again(visit: Callable[..., Visit], api: httpx.
         while api.post(PATH, json=order).status_code == 503:
             pass  # a probe below came first
 
+    def is_busy() -> bool:
+        try:
+            probe = {"prompt": 1, "n": 16}  # as many as there may be, so that they must be alone
+            return api.post(PATH, json=probe, timeout=1).status_code == 503
+        except httpx.TimeoutException:
+            return False
+
     other = threading.Thread(target=occupy)
-    other.start()
-    probe = {"prompt": 1, "n": 8}  # of which 16 are too many beside the nine
-    wait_until(lambda: api.post(PATH, json=probe).status_code == 503, "busy service")
-    page.locator("#go").click()
-    alert = page.get_by_role("alert").and_(page.locator("#problem"))
-    expect(alert).to_have_text(re.compile("^The service is busy just now"))
+    with _still(served[1]):
+        other.start()
+        wait_until(is_busy, "busy service")
+        page.locator("#go").click()
+        alert = page.get_by_role("alert").and_(page.locator("#problem"))
+        expect(alert).to_have_text(re.compile("^The service is busy just now"))
     again = page.locator("#again")
     other.join()
     expect(again).to_have_text("Try again")
