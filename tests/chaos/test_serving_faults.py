@@ -473,11 +473,17 @@ def _check_end(job: Job, status: int, told: str = "") -> None:
     stdout = told + stdout
     assert job.process.returncode == status, stderr
     assert stderr == "stopping; what was begun is still answered\n"
-    # Of a service that has lost processes, Ray has told more.
-    log, served, advice, *others = stdout.splitlines()
-    assert (" served at " in served, advice) == (True, "Ctrl-C stops it")
-    assert not (others if told else [line for line in others if "graceful_shutdown" in line])
-    folder = Path(log.partition(": ")[2])
+    lines = stdout.splitlines()
+    own = [
+        line
+        for line in lines
+        if line.startswith("Serve's log: ") or " served at " in line or line == "Ctrl-C stops it"
+    ]
+    assert len(own) == 3
+    # Of a service that has lost processes, Ray has told more, before or after.
+    foreign = [line for line in lines if line not in own]
+    assert not (foreign if told else [line for line in foreign if "graceful_shutdown" in line])
+    folder = Path(own[0].partition(": ")[2])
     assert list(folder.glob("proxy_*.log"))
     files = list(folder.glob("replica_ddray_ingress_*_access.log"))  # one of each that was
     lines = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
