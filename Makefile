@@ -43,9 +43,8 @@ quickstart: $(READY) ## teacher -> trajectories -> student -> report on the bund
 
 test: test-core test-ray ## the core tier, then the ray tier
 
-# By file: what a file sets up, and what it imports, is then paid for once.
 test-core: $(READY) ## fast tests on the CPU, without Ray; ARGS="-k noise" goes to pytest
-	$(BIN)/python -m pytest tests/core -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests/core -n auto --maxprocesses 8 $(ARGS)
 
 # Two processes, each with a Ray of its own: most of this tier waits for processes to start.
 test-ray: $(READY) ## tests on a real local Ray
