@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 from tests.chaos.job import Job
-from tests.patience import PATIENCE_S
+from tests.chaos.service import Service
 from tests.runtime.tiny import write_teacher
 
 
@@ -28,10 +27,22 @@ def start() -> Iterator[Callable[..., Job]]:
 
     yield begin
     for job in jobs:
-        if job.process.poll() is None:
-            for process in (*job.tree(), psutil.Process(job.process.pid)):
-                process.kill()
-            job.process.communicate(timeout=PATIENCE_S)
+        job.end_by_force()
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., Service]]:
+    """Start a service; whatever a failed test leaves running is ended."""
+    services: list[Service] = []
+
+    def begin(*arguments: str) -> Service:
+        services.append(Service(*arguments))
+        services[-1].until_ready()
+        return services[-1]
+
+    yield begin
+    for service in services:
+        service.job.end_by_force()
 
 
 @pytest.fixture

@@ -59,6 +59,14 @@ class Job:
             condition, "what is waited for", lambda: running.poll() is None, running.communicate
         )
 
+    def end_by_force(self) -> None:
+        """Kill what still runs, as a failed test leaves it."""
+        if self.process.poll() is None:
+            for process in (*self.tree(), psutil.Process(self.process.pid)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.communicate(timeout=PATIENCE_S)
+
     def kill_driver(self) -> None:
         """SIGKILL to the driver alone; what it started must go by itself."""
         tree = self.tree()

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,23 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+_REPLICA = "ray::ServeReplica:ddray:students"
+
+
+@contextlib.contextmanager
+def standing_still(job: Job) -> Iterator[None]:
+    """Within, the device of a service of one replica makes no image."""
+    # On a busy machine a device that stands still may have lasted so long that another replaces it.
+    wait_until(lambda: len(job.workers(_REPLICA)) == 1, "single replica")
+    (replica,) = job.workers(_REPLICA)
+    replica.suspend()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            replica.resume()
 
 
 class Service:
@@ -51,7 +68,7 @@ class Service:
 
     def replicas(self) -> list[psutil.Process]:
         """Processes of the students, the oldest first."""
-        return self._processes("ray::ServeReplica:ddray:students")
+        return self._processes(_REPLICA)
 
     def ingress(self) -> psutil.Process:
         """The process that checks requests."""

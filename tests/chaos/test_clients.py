@@ -9,14 +9,13 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -56,16 +55,8 @@ def site_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def service(site_port: int) -> Iterator[Service]:
-    started = Service("--cors-origins", f"http://127.0.0.1:{site_port}")
-    job = started.job
-    try:
-        started.until_ready()
-        yield started
-    finally:
-        for process in (*job.tree(), psutil.Process(job.process.pid)):
-            process.kill()
-        job.process.communicate(timeout=PATIENCE_S)
+def service(serve: Callable[..., Service], site_port: int) -> Service:
+    return serve("--cors-origins", f"http://127.0.0.1:{site_port}")
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,9 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.chaos.service import Service
@@ -19,19 +18,11 @@ KEY = "a-key-of-the-tests-0123"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(serve: Callable[..., Service], tmp_path_factory: pytest.TempPathFactory) -> Service:
     """With a key, so that it is seen whether it is asked for where the schema says."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY)
-    started = Service("--api-keys-file", str(keys))
-    job = started.job
-    try:
-        started.until_ready()
-        yield started
-    finally:
-        for process in (*job.tree(), psutil.Process(job.process.pid)):
-            process.kill()
-        job.process.communicate(timeout=PATIENCE_S)
+    return serve("--api-keys-file", str(keys))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The page at / in a real Chromium, of the real `ddray serve` with two students and teachers."""
 
 import base64
-import contextlib
 import os
 import re
 import shutil
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
 
 from tests.chaos.job import Job
+from tests.chaos.service import standing_still
 from tests.patience import PATIENCE_S, wait_until
 
 CHROMIUM = shutil.which("chromium")
@@ -51,9 +50,7 @@ def served() -> Iterator[tuple[str, Job]]:
         job.process.send_signal(signal.SIGINT)
         assert job.end()[0] in (0, 130)
     finally:
-        if job.process.poll() is None:
-            for process in (*job.tree(), psutil.Process(job.process.pid)):
-                process.kill()
+        job.end_by_force()
 
 
 @pytest.fixture(scope="module")
@@ -391,18 +388,6 @@ new MutationObserver(() => told.push(document.getElementById("again")?.textConte
   .observe(document, { subtree: true, childList: true, characterData: true });"""
 
 
-@contextlib.contextmanager
-def _still(job: Job) -> Iterator[None]:
-    """Within, the device makes no image."""
-    (replica,) = job.workers("ray::ServeReplica:ddray:students")
-    replica.suspend()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            replica.resume()
-
-
 def test_busy_is_said_and_offered_again(
     visit: Callable[..., Visit], api: httpx.Client, served: tuple[str, Job]
 ) -> None:
@@ -424,7 +409,7 @@ def test_busy_is_said_and_offered_again(
             return False
 
     other = threading.Thread(target=occupy)
-    with _still(served[1]):
+    with standing_still(served[1]):
         other.start()
         wait_until(is_busy, "busy service")
         page.locator("#go").click()

@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -22,30 +22,11 @@ import pytest
 from ddray.serving.api import ModelCard
 from tests.chaos.hostile import Case, cases, read_cards
 from tests.chaos.job import Job, is_alive
-from tests.chaos.service import FULL, RAW, Load, Service, clients, until
+from tests.chaos.service import FULL, RAW, Load, Service, clients, standing_still, until
 from tests.core.deployment.test_dashboard import dashboard_metrics
 from tests.patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.chaos
-
-
-@pytest.fixture(scope="module")
-def serve() -> Iterator[Callable[..., Service]]:
-    """Start a service; whatever a failed test leaves running is ended."""
-    services: list[Service] = []
-
-    def begin(*arguments: str) -> Service:
-        services.append(Service(*arguments))
-        services[-1].until_ready()
-        return services[-1]
-
-    yield begin
-    for service in services:
-        job = service.job
-        if job.process.poll() is None:
-            for process in (*job.tree(), psutil.Process(job.process.pid)):
-                process.kill()
-            job.process.communicate(timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +240,7 @@ def test_clients_that_leave_take_their_work_with_them(single: Service) -> None:
             finally:
                 writer.transport.abort()
 
-        with _still(single):
+        with standing_still(single.job):
             waiting = [asyncio.create_task(send_and_wait()) for _ in range(count)]
             # More than may be admitted have come: the others are in hand.
             await until(lambda: len(refused) * n >= count * n - limit, "refusals")
@@ -280,20 +261,6 @@ def test_clients_that_leave_take_their_work_with_them(single: Service) -> None:
     assert left * n >= batch
     # The batch that was under way when the device stopped, and one that was formed behind it.
     assert made <= 2 * batch + 1
-
-
-@contextlib.contextmanager
-def _still(service: Service) -> Iterator[None]:
-    """Within, the device makes no image."""
-    # On a busy machine a device that stands still may have lasted so long that another replaces it.
-    wait_until(lambda: len(service.replicas()) == 1, "single replica")
-    (replica,) = service.replicas()
-    replica.suspend()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            replica.resume()
 
 
 async def _unchanged(read: Callable[[], int]) -> None:
@@ -390,7 +357,7 @@ def test_what_is_too_much_is_refused_while_the_device_stands_still(single: Servi
     async def scenario() -> Load:
         load = Load()
         async with single.client() as client:
-            with _still(single):
+            with standing_still(single.job):
                 sent = [load.ask(client, prompt=1, n=n, seed=seed) for seed in range(count)]
                 tasks = [asyncio.create_task(request) for request in sent]
                 await until(lambda: load.statuses["503"] * n >= count * n - limit, "refusals")

@@ -20,6 +20,7 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.tiny import chi_square_p_value
 
 BUNDLED_TEACHERS = ("digits-llamagen", "digits-var")
+SHORT = {"student": "digits-var-dd", "speed_batches": (1,), "speed_seconds": 0.01}
 
 
 def test_independent_tokens_follow_the_marginals_of_their_class_and_position():
@@ -85,14 +86,7 @@ def test_a_bundled_student_follows_the_noise_of_its_teacher(name):
 
 
 def test_an_evaluation_measures_every_generator_and_writes_its_page(tmp_path):
-    config = EvaluateConfig(
-        student="digits-var-dd",
-        count=10,
-        batch_size=10,
-        speed_batches=(1,),
-        speed_seconds=0.01,
-        transport_count=2,
-    )
+    config = EvaluateConfig(**SHORT, count=10, batch_size=10, transport_count=2)
     evaluation = evaluate(config)
     names = [row["generator"] for row in evaluation.quality]
     assert names[-5:] == [
@@ -137,15 +131,7 @@ def set_of(folder, **changes):
 )
 def test_a_set_is_compared_over_the_classes_that_it_has(changes, classes, tmp_path):
     uri = set_of(tmp_path / "set", **changes)
-    config = EvaluateConfig(
-        student="digits-var-dd",
-        data=uri,
-        count=4,
-        batch_size=4,
-        speed_batches=(1,),
-        speed_seconds=0.01,
-        transport_count=1,
-    )
+    config = EvaluateConfig(**SHORT, data=uri, count=4, batch_size=4, transport_count=1)
     evaluator = Evaluator(config)
     assert evaluator.labels_of(7).tolist() == [classes[i % len(classes)] for i in range(7)]
     rows = {row["generator"]: row for row in evaluator.quality()}
