@@ -9,6 +9,7 @@ own machine it is seen at once from its process.
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -94,7 +95,7 @@ class Lease:
         while not self._ended.wait(self._beat_s):
             # A storage that is away for a while is no reason to end the work; it is asked again.
             with contextlib.suppress(StorageError):
-                if max(self._leases(), default=0) > self._generation:
+                if max(self._generations(), default=0) > self._generation:
                     self.is_lost = True
                     return
                 self._beats += 1
@@ -128,12 +129,14 @@ class Lease:
     def _leases(self) -> dict[int, dict[str, Any]]:
         """Generation -> who holds it."""
         found = {}
-        for name in self._storage.list(_PREFIX):
-            generation = name.removeprefix(_PREFIX).removesuffix(".json")
+        for generation in self._generations():
             with contextlib.suppress(NotFoundError):
-                if generation.isdecimal():
-                    found[int(generation)] = _holder(self._storage.read(name))
+                found[generation] = _holder(self._storage.read(_name(generation)))
         return found
+
+    def _generations(self) -> list[int]:
+        numbers = re.compile(rf"{_PREFIX}(\d{{6,}})\.json")
+        return [int(m[1]) for name in self._storage.list(_PREFIX) if (m := numbers.fullmatch(name))]
 
     def _write(self, *, if_absent: bool = False) -> bool:
         value = json.dumps({**self._holder, "beats": self._beats}).encode()

@@ -1,5 +1,8 @@
 """Mending a set of either kind: what is damaged is moved aside, and the gaps are filled."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 from ddray.config.base import PoolConfig
 from ddray.runtime.cluster.capacity import require
 from ddray.runtime.cluster.connection import connect
@@ -39,7 +42,8 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
     if report.ok and not lacking:
         return ["nothing to mend"]
     opened.storage.check_writable()
-    if not report.missing and not report.damaged and not lacking:
+    gaps = len(report.missing) + len(report.damaged)
+    if not gaps and not lacking:
         return quarantine(opened, report)
     if isinstance(opened, ImageSet):
         planned_student(opened.plan, "cpu")
@@ -48,13 +52,22 @@ def repair(uri: str, pool: PoolConfig) -> list[str]:
         assert isinstance(opened, TrajectorySet)
         planned_teacher(opened.plan, "cpu")
         model, fill = opened.plan.teacher, sampling.refill
-    threads, gaps = opened.plan.threads, len(report.missing) + len(report.damaged)
-    least = min(pool.workers[0], max(gaps, 1))
-    with connect():
-        require("repair", least, threads, pool.num_gpus, pool.wait_s, pool.node_pool)
-        probes = [Probe(opened.storage.uri, MANIFEST)]
-        preflight(threads, pool.num_gpus, pool.node_pool, [model], probes)
+    # What is made of all shards needs no pool.
+    with _room_for(opened, model, gaps, pool) if gaps else nullcontext():
         lines = quarantine(opened, report)
         made = fill(uri, pool)
     lines.append(f"refilled {made['shards_made']} shards ({made['rows_made']} rows)")
     return lines + [f"wrote {name}" for name in lacking]
+
+
+@contextmanager
+def _room_for(
+    opened: TrajectorySet | ImageSet, model: str, gaps: int, pool: PoolConfig
+) -> Iterator[None]:
+    """Within, Ray is there, and has what filling the gaps takes."""
+    threads, least = opened.plan.threads, min(pool.workers[0], gaps)
+    with connect():
+        require("repair", least, threads, pool.num_gpus, pool.wait_s, pool.node_pool)
+        probes = [Probe(opened.storage.uri, MANIFEST)]
+        preflight(threads, pool.num_gpus, pool.node_pool, [model], probes)
+        yield

@@ -198,6 +198,8 @@ class Ingress:
         self._retries = metrics.Counter("ddray_retries_total", "Requests begun again.")
         self._retries.inc(NEXT_TO_NOTHING)
         self._page, self._page_headers = _page()
+        keys, urls = bool(doors.key_digests), bool(doors.images_uri)
+        self._schema = openapi(doors.cards, __version__, keys, urls)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take new limits; requests under way are not disturbed."""
@@ -314,9 +316,8 @@ class Ingress:
 
     async def openapi(self, request: Request) -> Response:
         """The interface as an OpenAPI schema."""
-        doors, prefix = self._doors, request.scope.get("root_path", "")
-        schema = openapi(doors.cards, __version__, bool(doors.key_digests), bool(doors.images_uri))
-        return _json({**schema, "servers": [{"url": prefix}]} if prefix else schema)
+        prefix = request.scope.get("root_path", "")
+        return _json({**self._schema, "servers": [{"url": prefix}]} if prefix else self._schema)
 
     async def page(self) -> Response:
         """A page to try it."""

@@ -28,6 +28,7 @@ from ddray.runtime.serving.access import (
 from ddray.runtime.serving.http_protocol import limit_connections
 from ddray.serving.admission import Window
 from ddray.serving.api import MAX_BODY_BYTES, RequestError
+from ddray.serving.schema import GENERATIONS, RAW
 
 log = logging.getLogger("ray.serve")
 
@@ -41,7 +42,7 @@ _STEERING = {
     b"x_request_timeout_seconds",
 }
 _SERVES_OWN = "/-/"
-_TAKE_IMAGES = {"/v1/images/generations", "/v1/images/raw"}
+_TAKE_IMAGES = {GENERATIONS, RAW}
 # For a body to come, and for the rest of one that is too large, which is read before it is refused,
 # since a client that is still sending may never read the answer.
 _BODY_S, _DRAIN_S = 5.0, 20.0

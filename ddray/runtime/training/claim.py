@@ -90,10 +90,11 @@ def check_claim(config: DistillConfig, identity: dict[str, Any]) -> None:
     if not config.fresh:
         written_identity(storage, identity, _OTHER_OUT, partial(in_todays_keys, DistillConfig))
         return
-    own = [storage.join(name.rstrip("/-")) for name in _RUN_FILES]
     for key in ("init", "teacher", "data"):
         place = getattr(config, key) or ""
-        if any(place == path or place.startswith(f"{path}/") for path in own):
+        _, inside, name = place.partition(f"{storage.uri}/")
+        # With a slash, so that a folder of the run is among them itself.
+        if inside and f"{name}/".startswith(_RUN_FILES):
             raise ConfigError(
                 f"{key}={place} lies in the run that --fresh replaces; copy it elsewhere, or use "
                 "another out"

@@ -220,6 +220,7 @@ def test_fresh_touches_nothing_where_anything_refuses(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(restarted.out, out)
+    shutil.copytree(out / "student", out / "checkpoints-0" / "step-2" / "student")
     before = contents(out)
     config = restarted.model_copy(update={"out": str(out)})
     refused: tuple[tuple[dict[str, Any], str], ...] = (
@@ -229,6 +230,7 @@ def test_fresh_touches_nothing_where_anything_refuses(
         ({"allow_partial": False}, "--allow-partial"),
         ({"schedule": (0, 16)}, "stages must be below 16"),
         ({"init": f"{out}/student"}, "lies in the run that --fresh replaces"),
+        ({"init": f"{out}/checkpoints-0/step-2/student"}, "lies in the run that --fresh replaces"),
         ({"teacher": str(tmp_path / "none")}, "no model"),
         ({"data": str(tmp_path / "none")}, "no trajectory set"),
     )
