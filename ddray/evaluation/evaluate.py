@@ -166,8 +166,9 @@ class Evaluator:
         prefixes = [trained[:n] for n in range(1, len(trained) + 1)]
         self.schedules = [parse_schedule(prefix, stages) for prefix in prefixes]
         self.trajectories = self._trajectories()
-        # A set may lack classes, or be too short to have them all: then nothing is asked for them.
-        self.cycle = torch.arange(self.teacher.num_classes)
+        # A set may lack classes, or be too short to have them all, and so may few images: then
+        # nothing is asked for them.
+        self.cycle = torch.arange(min(self.teacher.num_classes, config.count))
         if self.trajectories is not None:
             plan = self.trajectories.plan
             turn = min(len(plan.classes) or plan.num_classes, plan.count)
@@ -353,8 +354,9 @@ class Evaluator:
         present = sorted({*self.cycle.tolist()})
         turn = "classes in turn"
         if len(present) < self.teacher.num_classes:
+            reason = "for so few images" if self.trajectories is None else "as the set has them"
             turn = (
-                f"classes {', '.join(map(str, present))} in turn, as the set has them (the "
+                f"classes {', '.join(map(str, present))} in turn, {reason} (the "
                 "reference has all ten, so distances are larger; ratios compare like with like)"
             )
         return [

@@ -9,12 +9,24 @@ from torch.overrides import TorchFunctionMode
 
 from ddray.errors import ConfigError, DDRayError, one_line
 
+_DRAWS = frozenset(
+    {
+        torch.nn.init.kaiming_uniform_,
+        torch.nn.init.normal_,
+        torch.nn.init.trunc_normal_,
+        torch.nn.init.uniform_,
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+    }
+)
 
-class _NormalUndone(TorchFunctionMode):
-    """Skips `normal_`, which says nothing on the meta device.
 
-    Its meta kernel alone is written in Python: it would import sympy and 900 modules more, a second
-    at the start of every worker.
+class _NothingDrawn(TorchFunctionMode):
+    """Skips random initial values, which say nothing on the meta device.
+
+    Their meta kernels are written in Python: they are two thirds of the time in which a module is
+    made, and that of `normal_` would import sympy and 900 modules more, a second at the start of
+    every worker.
     """
 
     def __torch_function__(
@@ -25,7 +37,7 @@ class _NormalUndone(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+        if func in _DRAWS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
@@ -41,7 +53,7 @@ def on_meta(what: str) -> Iterator[None]:
         ConfigError: for sizes of types or magnitudes that nothing can be made of.
     """
     try:
-        with torch.device("meta"), _NormalUndone():
+        with torch.device("meta"), _NothingDrawn():
             yield
     except DDRayError:
         raise

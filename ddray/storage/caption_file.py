@@ -34,6 +34,7 @@ _ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 20
 _TAG = re.compile(r"<[^<>]*>")
 _ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _QUOTES = str.maketrans({**dict.fromkeys("´«»“”¨", '"'), **dict.fromkeys("‘’", "'")})
 
 
@@ -51,7 +52,7 @@ def clean_caption(caption: str) -> str:
 def no_text(caption: str) -> str | None:
     """What in a caption neither files nor encoders take; None where all is well."""
     # Half a surrogate pair is legal in JSON and in Python, and has no UTF-8.
-    if any("\ud800" <= character <= "\udfff" for character in caption):
+    if _HALF_PAIR.search(caption):
         return (
             "holds half a surrogate pair, as of an emoji that was cut; cut texts between "
             "characters, or leave it out"

@@ -6,6 +6,7 @@ environment and files. Nothing else in ddray asks them.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ def new_client() -> Any:
     from botocore.config import Config  # type: ignore[import-untyped, unused-ignore]
 
     core = botocore.session.Session()
+    core.register_component("data_loader", _descriptions(core.get_config_variable("data_path")))
     config = Config(
         retries={"mode": "standard", "max_attempts": ATTEMPTS},
         connect_timeout=10,
@@ -54,6 +56,17 @@ def new_client() -> Any:
     # A session of its own: boto3's default session is not safe between threads.
     session = boto3.session.Session(botocore_session=core, region_name=_region())
     return session.client("s3", config=config)
+
+
+@functools.cache
+def _descriptions(folders: str | None) -> Any:
+    """The loader of botocore's descriptions of services, which takes longest of a client's making.
+
+    It keeps what it has read. By itself each session would have its own.
+    """
+    from botocore.loaders import create_loader  # type: ignore[import-untyped, unused-ignore]
+
+    return create_loader(folders)
 
 
 def _checksums(profile: dict[str, Any]) -> dict[str, str]:

@@ -488,23 +488,23 @@ def test_without_the_teacher_nothing_is_recomputed_unless_asked_for(
 def test_rows_of_the_bundled_teacher_are_recomputed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    config = SampleConfig(out=str(tmp_path), count=8, shard_rows=8, batch_size=4, num_evals=2)
+    config = SampleConfig(out=str(tmp_path), count=4, shard_rows=4, batch_size=2, num_evals=2)
     teacher = load_teacher(config.teacher, device="cpu")
     trajectories = TrajectorySet.create(str(tmp_path), make_plan(config, teacher))
-    plan, index = trajectories.plan, np.arange(8)
+    plan, index = trajectories.plan, np.arange(4)
     tokens = np.concatenate([sample_rows(teacher, plan, batch) for batch in plan.batches(0)])
     trajectories.write_shard(0, index, plan.label(index), tokens)
     picture = str(tmp_path / "p.png")
     arguments = (str(tmp_path), "--verify", "--recompute", "3", "--picture", picture)
     _, lines = _inspect(capsys, 0, *arguments)
-    assert lines.splitlines()[1].startswith("recomputed 4 rows (1 batches) on cpu: all as written")
+    assert lines.splitlines()[1].startswith("recomputed 4 rows (2 batches) on cpu: all as written")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     tokens[:, -1] ^= 1
     trajectories.write_shard(0, index, plan.label(index), tokens)
     _, lines = _inspect(capsys, 1, str(tmp_path), "--verify")
     assert lines.splitlines()[0] == "verified: every index once, every hash right"
-    assert "on cpu: 8 rows and 8 of 392 tokens differ" in lines.splitlines()[1]
-    assert len(lines.splitlines()) == 2 + 5
+    assert "on cpu: 4 rows and 4 of 196 tokens differ" in lines.splitlines()[1]
+    assert len(lines.splitlines()) == 2 + 4
 
 
 def test_damage_is_found_and_nothing_is_moved_where_it_cannot_be_refilled(

@@ -1,13 +1,12 @@
 """docs/data-format.md is enough to read a set: its code does, where ddray cannot be imported."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 
 import ddray
 from ddray.sets.sharded_set import shard_name
@@ -27,66 +26,83 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 """
 
+# Reads the sets that it is told in turn, and says what it has read, or why it has not.
 STORE = """
-plan, index, second, tokens = read_set(sys.argv[1])
+import json, traceback
+
+for folder, out in json.loads(sys.argv[1]):
+    try:
+        plan, index, second, tokens = read_set(folder)
+    except Exception as error:
+        print(json.dumps(traceback.format_exc()))
+    else:
+        np.savez(out, index=index, second=second.astype(str), tokens=tokens)
+        print(json.dumps(None))
 assert "ddray" not in sys.modules
-np.savez(sys.argv[2], index=index, second=second.astype(str), tokens=tokens)
 """
 
 
-def _read(folder: str, out: Path) -> subprocess.CompletedProcess[str]:
-    """Run the page's code in another process, and leave what it has read in `out`."""
+def _read(folders: list[str], tmp_path: Path) -> list[dict[str, np.ndarray] | str]:
+    """Run the page's code in another process: what it has read of each, or its traceback."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    script = out.with_name("read.py")
+    script = tmp_path / "read.py"
     script.write_text(BLOCK_DDRAY + code + STORE)
-    return subprocess.run(
-        [sys.executable, str(script), folder, str(out)],
+    outs = [str(tmp_path / f"{k}.npz") for k in range(len(folders))]
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps([*zip(folders, outs, strict=True)])],
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=out.parent,
+        cwd=tmp_path,
         check=False,
     )
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"vocab_size": 70_000, "cfg": None}, {"conditioning": "text", "num_classes": 0}],
-    ids=["uint16", "uint32", "captions"],
-)
-def test_the_page_reads_every_row(changes: dict[str, Any], tmp_path: Path) -> None:
-    plan = plan_of(**changes)
-    trajectories = TrajectorySet.create(str(tmp_path / "set"), plan)
-    index, captions = range(25), [f"Nº {i}: “grün”, \\ \n" for i in range(25)]
-    is_text = plan.conditioning == "text"
-    for k in range(3):
-        rows = plan.shard_range(k)
-        second = captions[rows.start : rows.stop] if is_text else plan.label(rows)
-        trajectories.write_shard(k, rows, second, tokens_of(plan, rows))
-    done = _read(trajectories.uri, tmp_path / "rows.npz")
     assert done.returncode == 0, done.stderr
-    with np.load(tmp_path / "rows.npz") as read:
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    return [refusal or dict(np.load(out)) for refusal, out in zip(said, outs, strict=True)]
+
+
+def test_the_page_reads_every_row(tmp_path: Path) -> None:
+    plans = {
+        "uint16": plan_of(),
+        "uint32": plan_of(vocab_size=70_000, cfg=None),
+        "captions": plan_of(conditioning="text", num_classes=0),
+    }
+    index, captions = range(25), [f"Nº {i}: “grün”, \\ \n" for i in range(25)]
+    for name, plan in plans.items():
+        trajectories = TrajectorySet.create(str(tmp_path / name), plan)
+        for k in range(3):
+            rows = plan.shard_range(k)
+            is_text = plan.conditioning == "text"
+            second = captions[rows.start : rows.stop] if is_text else plan.label(rows)
+            trajectories.write_shard(k, rows, second, tokens_of(plan, rows))
+    every = _read([str(tmp_path / name) for name in plans], tmp_path)
+    for read, plan in zip(every, plans.values(), strict=True):
+        assert isinstance(read, dict), read
         np.testing.assert_array_equal(read["index"], index)
-        expected = captions if is_text else plan.label(index).astype(str)
+        expected = captions if plan.conditioning == "text" else plan.label(index).astype(str)
         np.testing.assert_array_equal(read["second"], expected)
         np.testing.assert_array_equal(read["tokens"], tokens_of(plan, index))
         assert read["tokens"].dtype == plan.token_dtype
 
 
 def test_the_page_notices_what_is_wrong(tmp_path: Path) -> None:
-    trajectories = TrajectorySet.create(str(tmp_path / "set"), plan_of())
-    fill(trajectories)
-    other = TrajectorySet.create(str(tmp_path / "other"), plan_of(seed=8))
-    fill(other)
+    def made(name: str, seed: int = 7) -> TrajectorySet:
+        trajectories = TrajectorySet.create(str(tmp_path / name), plan_of(seed=seed))
+        fill(trajectories)
+        return trajectories
 
-    def refusal() -> str:
-        return _read(trajectories.uri, tmp_path / "rows.npz").stderr
-
-    TrajectorySet.create(trajectories.uri, plan_of(count=30))
-    assert "assert index.tolist() == list(range(start, stop))" in refusal()
-    rewrite(tmp_path / "set" / shard_name(1), trajectories.read_shard(1)[2] ^ 1)
-    assert 'assert metadata[b"ddray.rows_sha256"]' in refusal()
-    trajectories.storage.write(shard_name(1), other.storage.read(shard_name(1)))
-    assert 'assert metadata[b"ddray.plan_hash"]' in refusal()
-    trajectories.storage.delete(shard_name(1))
-    assert "FileNotFoundError" in refusal()
+    other = made("other", seed=8)
+    extended, altered, foreign, absent = (made(f"set{k}") for k in range(4))
+    TrajectorySet.create(extended.uri, plan_of(count=30))
+    rewrite(tmp_path / "set1" / shard_name(1), altered.read_shard(1)[2] ^ 1)
+    foreign.storage.write(shard_name(1), other.storage.read(shard_name(1)))
+    absent.storage.delete(shard_name(1))
+    told = (
+        "assert index.tolist() == list(range(start, stop))",
+        'assert metadata[b"ddray.rows_sha256"]',
+        'assert metadata[b"ddray.plan_hash"]',
+        "FileNotFoundError",
+    )
+    sets = (extended, altered, foreign, absent)
+    for refusal, reason in zip(_read([each.uri for each in sets], tmp_path), told, strict=True):
+        assert isinstance(refusal, str) and reason in refusal
