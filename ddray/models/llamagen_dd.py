@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddray.method.conditioning import Captions, Condition
-from ddray.models.code_head import CodeHead
+from ddray.models.student_parts import CodeHead, told_apart
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig, LlamaGenTrunk
 
 
@@ -64,9 +64,9 @@ class LlamaGenStudent(LlamaGenTrunk):
         codes = self.tok_embeddings(x_BLE.to(condition.dtype))
         x_BSC = torch.cat((condition.to(codes.dtype), codes), 1)
         position = torch.arange(x_BSC.shape[1], device=x_BLE.device)
-        is_data = (position[None] < condition.shape[1] + t_B[:, None]).long()
+        is_data_BS1 = (position[None] < condition.shape[1] + t_B[:, None])[..., None]
         mask = self.attention_mask(cond, x_BSC.shape[1])
-        hidden = self.hidden(x_BSC + self.n_d_embed(is_data), mask)
+        hidden = self.hidden(x_BSC + told_apart(is_data_BS1, self.n_d_embed.weight), mask)
         x_BLC = hidden[:, condition.shape[1] :]
         # The code head is modulated by the class, or by the caption's mean.
         pooled = cond.pooled(condition) if isinstance(cond, Captions) else condition

@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -312,6 +313,10 @@ class VAR(VARTrunk):
         super().__init__(config, config.stages, sees_own_level=True)
         # Not a submodule: its weights belong to the tokenizer, and stay float32.
         self._quantizer: tuple[MultiScaleQuantizer, ...] = ()
+        # From 0 at the first scale to 1 at the last, in float32 as upstream divides.
+        last = np.float32(max(len(self.stages) - 1, 1))
+        self._ramp = [float(np.float32(stage) / last) for stage in range(len(self.stages))]
+        self._ramp_L1: Tensor | None = None
 
     def use_quantizer(self, quantizer: MultiScaleQuantizer) -> None:
         """Take the tokenizer's quantizer: it turns the tokens of a scale into the next input."""
@@ -377,11 +382,18 @@ class VAR(VARTrunk):
             cfg: guidance at the last scale.
             stage: which one; None = the logits of all.
         """
-        ramp = torch.arange(len(self.stages)) / max(len(self.stages) - 1, 1)
         if stage is None:
-            t = cfg * ramp.repeat_interleave(torch.tensor(self.stages))[:, None]
-            return conditional + t.to(conditional) * (conditional - null)
-        return conditional + cfg * float(ramp[stage]) * (conditional - null)
+            t_L1 = cfg * self._ramp_of_tokens(conditional.device)
+            return conditional + t_L1.to(conditional.dtype) * (conditional - null)
+        return conditional + cfg * self._ramp[stage] * (conditional - null)
+
+    def _ramp_of_tokens(self, device: torch.device) -> Tensor:
+        """How far the guidance of each token has risen, float32 [L, 1], made once for a device."""
+        if self._ramp_L1 is None or self._ramp_L1.device != device:
+            rows = [[r] for r, size in zip(self._ramp, self.stages, strict=True) for _ in range(size)]
+            with torch.inference_mode(False):
+                self._ramp_L1 = torch.tensor(rows, device=device)
+        return self._ramp_L1
 
     def decoder(
         self, cond_B: Tensor, prefix_BP: Tensor | None = None, *, unmasked_prefix: bool = False

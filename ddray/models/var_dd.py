@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError
-from ddray.models.code_head import CodeHead
+from ddray.models.student_parts import CodeHead, told_apart
 from ddray.models.linear import Linear
 from ddray.models.var import VAR, VARConfig, VARTrunk
 
@@ -81,14 +81,14 @@ class VARStudent(VARTrunk):
         codes = self.word_embed(x_BLE.to(condition.dtype))
         first = (condition[:, None] + self.pos_start).to(codes.dtype)
         x_BSC = torch.cat((first, codes), 1) + self.places()
-        is_data_BS = (self.lvl_1L <= t_B[:, None]).long()
+        is_data_BS1 = (self.lvl_1L <= t_B[:, None])[..., None]
         at_input, *inside, before_heads = self._marks()
-        x_BSC = x_BSC + at_input[is_data_BS]
+        x_BSC = x_BSC + told_apart(is_data_BS1, at_input)
         mask = self.attn_bias_for_masking.to(x_BSC.dtype)
         blocks = zip(self.blocks, self.modulations(condition), inside, strict=True)
         for block, modulation, mark in blocks:
-            x_BSC = block(x_BSC, modulation, mask, between=mark[is_data_BS])
-        x_BLC = (x_BSC + before_heads[is_data_BS])[:, 1:]
+            x_BSC = block(x_BSC, modulation, mask, between=told_apart(is_data_BS1, mark))
+        x_BLC = (x_BSC + told_apart(is_data_BS1, before_heads))[:, 1:]
         return self.logits(x_BLC, condition), self.final_layer_conti(x_BLC, condition[:, None])
 
     def _marks(self) -> list[Tensor]:

@@ -1,14 +1,24 @@
-"""The head by which a student of either family gives codes instead of token ids.
+"""What students of both families share: marks of noise and data, and the head that gives codes.
 
 Liu et al., "Distilled Decoding" (arXiv 2412.17153). Parameter names are those of the published
 students.
 
-Shapes: B batch, L tokens, E code width, C model width.
+Shapes: B batch, L tokens, S positions, E code width, C model width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def told_apart(is_data_BS1: Tensor, mark_2C: Tensor) -> Tensor:
+    """The mark of every position, [B, S, C]: row 0 for noise, row 1 for data.
+
+    Not by indexing: the gradient of an index adds position after position to one of two rows, in
+    the row's own dtype. In bfloat16 such a sum stops growing, and on a GPU it takes longer than the
+    rest of a training step.
+    """
+    return torch.where(is_data_BS1, mark_2C[1], mark_2C[0])
 
 
 class CodeHead(nn.Module):
