@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -46,11 +46,24 @@ def check_ordered(workers: tuple[int, int]) -> None:
 
 def check_gpus(num_gpus: float) -> None:
     """Refuse a number of GPUs that Ray does not give to one process."""
-    if num_gpus > 1 and num_gpus % 1:
-        raise ValueError(f"num_gpus={num_gpus:g} must be a part of one GPU, or whole ones")
+    if num_gpus > 1:
+        raise ValueError(
+            f"num_gpus={num_gpus:g} is more than one: a worker computes on one GPU, and the others "
+            "would be idle; give 1, or a part of one, and more workers"
+        )
     if 0 < num_gpus < _LEAST_GPU:
         raise ValueError(f"num_gpus={num_gpus:g} is less than Ray counts, {_LEAST_GPU:g}")
 
+
+def reserved_device(num_gpus: float) -> str:
+    """Where a worker computes: on the GPU that was reserved for it, or on its CPUs.
+
+    Never on a GPU that is merely there: it may be another worker's.
+    """
+    return "cuda" if num_gpus else "cpu"
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
 

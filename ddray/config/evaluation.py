@@ -1,18 +1,20 @@
 """What `ddray evaluate` can be told."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config.base import (
     CountT,
+    Dtype,
     Job,
     Location,
     ModelName,
     NodePool,
     SeedT,
     WaitS,
+    check_gpus,
     parse_list,
 )
 
@@ -46,5 +48,14 @@ class EvaluateConfig(Job):
     threads: CountT | None = Field(
         None, description="on a cluster; absent = 1, elsewhere all cores"
     )
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="1 = on a GPU; 0 = on CPUs")
+    dtype: Dtype = Field(
+        "auto", description="of the networks; auto = bfloat16 on a GPU that has it, else float32"
+    )
     node_pool: NodePool = None
     wait_s: WaitS = None
+
+    @model_validator(mode="after")
+    def _on_one_gpu(self) -> Self:
+        check_gpus(self.num_gpus)
+        return self

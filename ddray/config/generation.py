@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddray.config.base import CountT, Location, ModelName, SetConfig
+from ddray.config.base import CountT, Dtype, Location, ModelName, SetConfig
 
 
 class GenerateConfig(SetConfig):
@@ -42,12 +42,23 @@ class GenerateConfig(SetConfig):
         description="mean and covariance of the bundled digit classifier's features: fd_digits, "
         "no FID",
     )
+    dtype: Dtype = Field(
+        "auto",
+        description="of the student; part of the plan; auto = bfloat16 on GPUs, float32 on CPUs",
+    )
     shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
     batch_size: CountT = Field(64, description="images made together; part of the plan")
     engine: Literal["serve", "data"] = Field(
         "data", description="a Ray Data pool of students, or replicas of Ray Serve"
     )
     encoders: CountT = Field(1, description="threads of a worker that compress images")
+
+    @property
+    def student_dtype(self) -> str:
+        """The dtype that the plan has: known before any worker has seen its GPU."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.num_gpus else "float32"
 
     @model_validator(mode="after")
     def _writable(self) -> Self:

@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, V codebook size, E code width.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -98,23 +99,44 @@ def distillation_loss(
     codes_BLE = codebook_VE[tokens_BL]
     given_BL = given_tokens(stages, t_B)
     logits_BLV, predicted_BLE = student(keep_data(codes_BLE, noise_BLE, given_BL), cond_B, t_B)
-    asked = ~given_BL
-    if not bool(asked.any()):
+    asked_BL = ~given_BL
+    # On a GPU the host would wait for the answer; there the loss is NaN instead.
+    if asked_BL.device.type == "cpu" and not bool(asked_BL.any()):
         raise ConfigError("every t is the number of stages: nothing is left to predict")
-    logits, target = logits_BLV[asked], tokens_BL[asked]
-    cross_entropy_N = F.cross_entropy(logits.float(), target, reduction="none")
-    cross_entropy = cross_entropy_N.mean()
-    code_error = F.mse_loss(predicted_BLE[asked].float(), codes_BLE[asked])
+    # Masked, not picked: how many tokens a mask picks is a number that a GPU's host waits for.
+    nats_BL = token_nats(logits_BLV, tokens_BL)
+    cross_entropy = mean_where(asked_BL, nats_BL)
+    square_BL = (predicted_BLE.float() - codes_BLE).square().mean(-1)
+    code_error = mean_where(asked_BL, square_BL)
     scale = codebook_VE.square().mean()
     total = logits_weight * cross_entropy + code_weight * code_error / scale
-    accuracy = (logits.detach().argmax(-1) == target).float().mean()
-    by_row = torch.zeros(asked.shape, device=logits.device)
-    by_row[asked] = cross_entropy_N.detach()
+    right_BL = logits_BLV.detach().argmax(-1) == tokens_BL
     return Losses(
         total,
         cross_entropy.detach(),
         code_error.detach(),
-        accuracy,
-        by_row.sum(1) / asked.sum(1),
-        Prediction(logits_BLV, predicted_BLE, tokens_BL, asked, cond_B, t_B),
+        mean_where(asked_BL, right_BL),
+        torch.where(asked_BL, nats_BL.detach(), 0).sum(1) / asked_BL.sum(1),
+        Prediction(logits_BLV, predicted_BLE, tokens_BL, asked_BL, cond_B, t_B),
     )
+
+
+def computing_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Within, a critic's networks compute in bfloat16 where the student does.
+
+    Not in float16: a critic's own gradients have no loss scale, and would vanish.
+    """
+    if precision != "bfloat16":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def token_nats(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:
+    """Cross entropy of each token, float32 [B, L]."""
+    nats = F.cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL.flatten(), reduction="none")
+    return nats.view_as(tokens_BL)
+
+
+def mean_where(mask: Tensor, values: Tensor) -> Tensor:
+    """Mean of the values at which the mask, of their shape, is true; NaN where it nowhere is."""
+    return torch.where(mask, values.float(), 0).sum() / mask.sum()

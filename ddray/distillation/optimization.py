@@ -21,8 +21,10 @@ from ddray.distillation.stream import Batch
 
 def jump_stages(schedule: Sequence[int], first: int, count: int, device: torch.device) -> Tensor:
     """The t of every row, int64 [B]: the schedule's stages take turns along the stream."""
-    positions = torch.arange(first, first + count, device=device)
-    return torch.tensor(schedule, device=device)[positions % len(schedule)]
+    turns = [schedule[position % len(schedule)] for position in range(first, first + count)]
+    # Pinned memory goes over while the host goes on.
+    stages_B = torch.tensor(turns, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return stages_B.to(device, non_blocking=True)
 
 
 def default_code_precision(stages: Sequence[int]) -> float:

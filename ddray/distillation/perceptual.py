@@ -8,7 +8,7 @@ nor loud images count for more. Tokens enter by straight-through (ddray.distilla
 as expected codes: an expected code lies between codes, where the decoder was never trained, and
 decodes to a blur that inference does not show.
 
-Shapes: B batch, R rows that were asked for something, X any channel count, H and W pixels or cells.
+Shapes: B batch, X any channel count, H and W pixels or cells.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.adversary import sequence_codes
-from ddray.distillation.losses import Prediction
+from ddray.distillation.losses import Prediction, computing_in, mean_where
 from ddray.errors import ConfigError
 from ddray.locations import local_file
 from ddray.method.teacher import Teacher
@@ -139,6 +139,7 @@ class Perceptual:
 
     def __init__(self, config: DistillConfig, teacher: Teacher, *, code_precision: float):
         self._weight, self._precision = config.perceptual.weight, code_precision
+        self._computes_in = config.precision
         self._codebook, self._tokenizer = teacher.codebook, teacher.tokenizer.module
         file = config.perceptual.weights_file
         self._distance: Callable[[Tensor, Tensor], Tensor] = (
@@ -157,16 +158,17 @@ class Perceptual:
         Returns:
             Scalar with gradient towards the student, weighted; and the distance to log.
         """
-        asked_B = prediction.asked_BL.any(1)
         own_BLE, theirs_BLE = sequence_codes(prediction, self._codebook, self._precision)
-        with torch.no_grad():
-            targets = self._images(theirs_BLE[asked_B])
-        distance = self._distance(self._images(own_BLE[asked_B]), targets).mean()
+        with computing_in(self._computes_in, own_BLE.device):
+            with torch.no_grad():
+                targets = self._images(theirs_BLE)
+            distance_B = self._distance(self._images(own_BLE), targets)
+        distance = mean_where(prediction.asked_BL.any(1), distance_B)
         return self._weight * distance, {"perceptual": distance.detach()}
 
-    def _images(self, codes_RLE: Tensor) -> Tensor:
-        """Decoded images [R, X, H, W], not clamped: a clamped pixel would have no gradient."""
-        latent = self._tokenizer.post_quant_conv(self._tokenizer.decoder_input(codes_RLE))
+    def _images(self, codes_BLE: Tensor) -> Tensor:
+        """Decoded images [B, X, H, W], not clamped: a clamped pixel would have no gradient."""
+        latent = self._tokenizer.post_quant_conv(self._tokenizer.decoder_input(codes_BLE))
         images: Tensor = self._tokenizer.decoder(latent)
         return images
 

@@ -19,12 +19,11 @@ Shapes: B batch, L tokens, V codebook size.
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.learning_critic import LearningCritic
-from ddray.distillation.losses import Prediction
+from ddray.distillation.losses import Prediction, computing_in, mean_where, token_nats
 from ddray.method.student import token_scores
 from ddray.method.teacher import Teacher
 
@@ -79,18 +78,18 @@ class ScoreDistillation(LearningCritic):
         )
         own_BL = scores_BLV.detach().argmax(-1)
         tokens_BL = torch.where(asked_BL, own_BL, prediction.tokens_BL)
-        theirs_NV = self._teacher.forced_logits(prediction.cond, tokens_BL, self._cfg)[asked_BL]
-        theirs_NV = (theirs_NV.float() / self._temperature).log_softmax(-1)
-        imitated_NV = self.imitator(prediction.cond, tokens_BL)[asked_BL].float().log_softmax(-1)
-        tokens_N = tokens_BL[asked_BL]
-        cost = F.nll_loss(imitated_NV, tokens_N)
+        with computing_in(self._config.precision, tokens_BL.device):
+            theirs_BLV = self._teacher.forced_logits(prediction.cond, tokens_BL, self._cfg)
+            imitated_BLV = self.imitator(prediction.cond, tokens_BL)
+        theirs_BLV = (theirs_BLV.float() / self._temperature).log_softmax(-1)
+        cost = mean_where(asked_BL, token_nats(imitated_BLV, tokens_BL))
         (share * cost).backward()
-        excess_NV = imitated_NV.detach() - theirs_NV
-        loss = (scores_BLV[asked_BL].softmax(-1) * excess_NV).sum(-1).mean()
+        excess_BLV = imitated_BLV.detach().float().log_softmax(-1) - theirs_BLV
+        loss = mean_where(asked_BL, (scores_BLV.softmax(-1) * excess_BLV).sum(-1))
         # Until the imitator knows the student, the two models agree and say nothing.
         weight = self._config.score.weight if self.step >= self._config.score.start else 0.0
         return weight * loss, {
-            "teacher_nats": F.nll_loss(theirs_NV, tokens_N),
+            "teacher_nats": mean_where(asked_BL, token_nats(theirs_BLV, tokens_BL)),
             "imitator_nats": cost.detach(),
             "score": loss.detach(),
         }

@@ -21,7 +21,7 @@ from ddray.distillation.order import BlockCursor, ShardOrder, default_lanes
 from ddray.distillation.reader import Arrivals, Lane, Shard, ShardReader
 from ddray.errors import ConfigError
 from ddray.method.conditioning import Condition
-from ddray.method.seeding import noise
+from ddray.method.seeding import standard_normal
 from ddray.method.teacher import AskedFor
 from ddray.models.text_encoder import TextEncoder
 from ddray.prefetch import Prefetch
@@ -277,7 +277,8 @@ class TrajectoryStream:
         else:
             assert isinstance(rows.asked_B, Tensor)
             cond_B = rows.asked_B.to(self._device, non_blocking=True)
-        return Batch(noise(self._noise_seed, index_B, self._shape), tokens_BL, cond_B, index_B)
+        noise_BLE = standard_normal(self._noise_seed, index_B, self._shape)
+        return Batch(noise_BLE, tokens_BL, cond_B, index_B)
 
 
 def _chosen(picked: Sequence[tuple[Shard, int]]) -> Conditions:

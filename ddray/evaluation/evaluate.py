@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddray.config.base import reserved_device
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError
@@ -136,11 +137,12 @@ def independent_tokens(
 
 
 def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:
-    student = load_student(config.student)
+    device = reserved_device(config.num_gpus)
+    student = load_student(config.student, device=device, dtype=config.dtype)
     name = config.teacher or student.config.get("teacher")
     if not name:
         raise ConfigError(f"{config.student} does not name its teacher; give teacher=")
-    teacher = load_teacher(name)
+    teacher = load_teacher(name, device=device, dtype=config.dtype)
     if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
         raise ConfigError(f"{config.student} and {name} have different tokenizers")
     if not makes_digits(teacher):
@@ -176,12 +178,20 @@ class Evaluator:
         self.index = torch.arange(config.count)
         self.labels = self.labels_of(config.count)
 
+    @property
+    def dtype(self) -> str:
+        """That the networks run in."""
+        return str(next(self.student.model.parameters()).dtype).removeprefix("torch.")
+
     def _trajectories(self) -> TrajectorySet | None:
         """The set for the rows of the table that need one; None where none is given."""
         if self.config.data is None:
             return None
         trajectories = TrajectorySet.open(self.config.data)
-        if trajectories.plan.teacher_fingerprint != self.teacher.fingerprint:
+        teacher, dtype = self.teacher, trajectories.plan.dtype
+        if dtype != self.dtype:  # a fingerprint is of the weights in the dtype that computes
+            teacher = load_teacher(teacher.name, device="cpu", dtype=dtype)
+        if trajectories.plan.teacher_fingerprint != teacher.fingerprint:
             raise ConfigError(f"{self.config.data} was not sampled from {self.teacher.name}")
         if trajectories.plan.count < 2:
             raise ConfigError(
@@ -216,7 +226,7 @@ class Evaluator:
             tokens = in_batches(
                 self.transported, self.labels, self.index, self.config.batch_size, TRANSPORTED
             )
-            return self.labels, tokens
+            return self.labels, tokens.cpu()
         # The naive baseline gets all the rows there are: its marginals should not be noisy.
         _, labels, stored = trajectories.rows(0, trajectories.plan.count)
         return torch.from_numpy(labels).long(), torch.from_numpy(stored.astype("int64"))
@@ -243,7 +253,7 @@ class Evaluator:
             asked = torch.isin(digits.labels, self.cycle)
             every = max(1, int(asked.sum()) // config.count)
             images, labels = digits.images[asked][::every], digits.labels[asked][::every]
-            tokens = [self.teacher.encode(part) for part in images.split(250)]
+            tokens = [self.teacher.encode(part).cpu() for part in images.split(250)]
             judge(RECONSTRUCTION, None, torch.cat(tokens), labels)
             used = len(torch.cat(tokens).unique())
             rows[-1]["codes_used"] = used / len(self.teacher.codebook)
@@ -286,7 +296,7 @@ class Evaluator:
         began = time.perf_counter()
         while len(times) < 4 or time.perf_counter() - began < self.config.speed_seconds:
             start = time.perf_counter()
-            self.teacher.decode(make(labels, index))
+            self.teacher.decode(make(labels, index)).cpu()  # a device works on behind the call
             times.append(time.perf_counter() - start)
         return size / statistics.median(times[1:])
 
@@ -303,7 +313,7 @@ class Evaluator:
         default, exact = Transport(self.teacher.codebook), Transport(self.teacher.codebook, "exact")
         for rows in zip(labels.split(50), index.split(50), strict=True):
             logits = self.teacher.guided_logits(rows[0], self.transported(*rows), self.cfg)
-            start = noise(self.config.seed, rows[1], shape).flatten(0, 1)
+            start = noise(self.config.seed, rows[1], shape, logits.device).flatten(0, 1)
             same = default(start, logits.flatten(0, 1)) == exact(start, logits.flatten(0, 1))
             agree, total = agree + int(same.sum()), total + len(same)
         return {
@@ -324,9 +334,9 @@ class Evaluator:
             ratios = []
             for _ in range(5):
                 start = time.perf_counter()
-                self.autoregressive(labels, index)
+                self.autoregressive(labels, index).cpu()
                 middle = time.perf_counter()
-                self.transported(labels, index)
+                self.transported(labels, index).cpu()
                 ratios.append((time.perf_counter() - middle) / (middle - start))
         finally:
             torch.set_num_threads(threads)
@@ -346,7 +356,7 @@ class Evaluator:
                 ),
             ),
         ]
-        return [(name, self.teacher.decode(content)) for name, content in rows]
+        return [(name, self.teacher.decode(content).cpu()) for name, content in rows]
 
     def protocol(self) -> list[str]:
         """How the figures came about."""
@@ -378,7 +388,7 @@ class Evaluator:
             "the teacher; its cost is the time of trajectories over that of plain sampling of the "
             "same images, in turn, at an actor's default batch and threads.",
             f"Speed: from class ids to pixels in one process with {torch.get_num_threads()} "
-            f"threads on {self.teacher.device.type}, float32; median of repeated runs after a "
+            f"threads on {self.teacher.device.type}, {self.dtype}; median of repeated runs after a "
             "warm-up.",
         ]
 

@@ -49,8 +49,9 @@ def class_ids(cond_B: Any, num_classes: int, device: torch.device) -> Tensor:
     """
     if isinstance(cond_B, tuple | list) and len(cond_B) and isinstance(cond_B[0], Tensor):
         raise ConfigError("this model is conditioned on classes, not on captions")
+    # Looked at where they come from: on a GPU the host would wait for the answer.
     try:
-        cond = torch.as_tensor(cond_B, device=device)
+        cond = torch.as_tensor(cond_B)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"classes must be a 1-D list of integers, got {cond_B!r}") from error
     if cond.dim() != 1 or not len(cond) or cond.is_floating_point():
@@ -63,7 +64,7 @@ def class_ids(cond_B: Any, num_classes: int, device: torch.device) -> Tensor:
             f"class {int(wrong[0])} is out of range: 0 to {num_classes - 1}, or {num_classes} for "
             "the null class"
         )
-    return cond.long()
+    return cond.long().to(device)
 
 
 def left_padded(cond: Any, length: int, width: int, device: torch.device) -> Captions:

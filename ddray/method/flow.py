@@ -176,9 +176,13 @@ def _neighbour_distances(codes_VE: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Matrix products in true float32, without TF32 or bfloat16, whatever the process prefers."""
-    mkldnn: Any = torch.backends.mkldnn  # its stubs lack matmul
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    """Products and convolutions in true float32, whatever the process prefers.
+
+    That is without TF32, which is cuDNN's default for convolutions, and without bfloat16.
+    """
+    mkldnn: Any = torch.backends.mkldnn  # the stubs lack these
+    cudnn: Any = torch.backends.cudnn
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul, cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

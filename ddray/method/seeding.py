@@ -68,8 +68,9 @@ def index_tensor(
     Raises:
         ConfigError: if an index is negative or not an integer.
     """
+    # Looked at where they come from: on a GPU the host would wait for the answer.
     try:
-        index = torch.as_tensor(index_B, device=device)
+        index = torch.as_tensor(index_B)
     except (ValueError, OverflowError, RuntimeError, TypeError) as error:
         raise ConfigError(f"index must hold integers below 2^63: {error}") from error
     if index.dtype == torch.uint64:
@@ -80,7 +81,7 @@ def index_tensor(
         )
     if index.numel() and int(index.min()) < 0:
         raise ConfigError(f"index must be >= 0, got {int(index.min())}")
-    return index.long()
+    return index.long().to(device)
 
 
 def _words(
@@ -132,7 +133,14 @@ def noise(
     Raises:
         ConfigError: if a seed or an index is negative, or there are not as many seeds as samples.
     """
-    index = index_tensor(index_B, device)
+    return standard_normal(seed, index_tensor(index_B, device), shape)
+
+
+def standard_normal(seed: int | Sequence[int], index: Tensor, shape: tuple[int, int]) -> Tensor:
+    """`noise` of indices that were looked at, int64 [B], where they are.
+
+    On a GPU the host would wait for another look.
+    """
     size = math.prod(shape)
     w0, w1, w2, w3 = _words(seed, index, -(-size // 4), NOISE_STREAM)
     # Half a step keeps the logarithm finite; |noise| <= sqrt(-2 ln 2^-33) = 6.77.

@@ -7,7 +7,7 @@ Shapes: B batch, L all tokens, l tokens of this stage, V codebook size, E code w
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ddray.method.conditioning import Condition
 from ddray.method.guidance import check_filters
 from ddray.method.model import Model
 from ddray.method.schedule import TeacherStages, parse_schedule
-from ddray.method.seeding import noise
+from ddray.method.seeding import standard_normal
 from ddray.method.teacher import SAMPLING, AskedFor, Teacher, refuse_unknown
 
 _READ_ELEMENTS = 2**22
@@ -31,9 +31,17 @@ def keep_data(data_BLE: Tensor, noise_BLE: Tensor, given_BL: Tensor) -> Tensor:
 
 def given_tokens(stages: Sequence[int], t_B: Tensor) -> Tensor:
     """Which tokens lie in the first t stages, bool [B, L]."""
-    sizes = torch.tensor(stages, device=t_B.device)
-    stage_L = torch.arange(len(stages), device=t_B.device).repeat_interleave(sizes)
-    return stage_L[None] < t_B[:, None]
+    return stage_of_tokens(tuple(stages), t_B.device)[None] < t_B[:, None]
+
+
+@lru_cache(maxsize=64)
+def stage_of_tokens(stages: tuple[int, ...], device: torch.device) -> Tensor:
+    """The stage that each token is fixed in, int64 [L]; made once for a device."""
+    # First asked for inside somebody's inference mode, it must also serve a later training.
+    with torch.inference_mode(False):
+        return torch.tensor(
+            [k for k, size in enumerate(stages) for _ in range(size)], device=device
+        )
 
 
 def token_scores(
@@ -194,7 +202,8 @@ class Student(Model):
 
     def _noise(self, given: Tensor | None, seed: int, index_B: Tensor) -> Tensor:
         if given is None:
-            return noise(seed, index_B, (self.num_tokens, self.model.config.codebook_dim))
+            shape = (self.num_tokens, self.model.config.codebook_dim)
+            return standard_normal(seed, index_B, shape)
         return self._codes_or_noise(given, len(index_B), "noise")
 
     def _codes_or_noise(self, given: Tensor, batch: int, what: str) -> Tensor:

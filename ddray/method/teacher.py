@@ -19,7 +19,7 @@ from ddray.method.conditioning import Condition, concatenate
 from ddray.method.flow import Transport
 from ddray.method.guidance import check_filters, draw, filter_logits
 from ddray.method.model import Model
-from ddray.method.seeding import noise, uniforms
+from ddray.method.seeding import standard_normal, uniforms
 
 AskedFor = Sequence[int] | Tensor | tuple[Tensor, Tensor]
 """Class ids [B], or caption features float [B, T, D] and their mask [B, T], right-padded."""
@@ -160,7 +160,7 @@ class Teacher(Model):
         """
         cond = self.condition(cond_B)
         index = self._index(index_B, len(cond))
-        noise_BLE = noise(seed, index, (self.num_tokens, self.codebook.shape[1]))
+        noise_BLE = standard_normal(seed, index, (self.num_tokens, self.codebook.shape[1]))
         solve = self.transport(solver, num_evals)
         finite: list[Tensor] = []
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ddray.method.conditioning import Captions, Condition
-from ddray.models.student_parts import CodeHead, told_apart
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig, LlamaGenTrunk
+from ddray.models.student_parts import CodeHead, told_apart
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -390,7 +390,9 @@ class VAR(VARTrunk):
     def _ramp_of_tokens(self, device: torch.device) -> Tensor:
         """How far the guidance of each token has risen, float32 [L, 1], made once for a device."""
         if self._ramp_L1 is None or self._ramp_L1.device != device:
-            rows = [[r] for r, size in zip(self._ramp, self.stages, strict=True) for _ in range(size)]
+            rows = [
+                [r] for r, size in zip(self._ramp, self.stages, strict=True) for _ in range(size)
+            ]
             with torch.inference_mode(False):
                 self._ramp_L1 = torch.tensor(rows, device=device)
         return self._ramp_L1

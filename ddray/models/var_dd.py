@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError
-from ddray.models.student_parts import CodeHead, told_apart
 from ddray.models.linear import Linear
+from ddray.models.student_parts import CodeHead, told_apart
 from ddray.models.var import VAR, VARConfig, VARTrunk
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError, positive_integers
+from ddray.method.flow import full_float32
 from ddray.models.autoencoder import (
     AutoencoderSizes,
     Decoder,
@@ -123,8 +124,10 @@ class SharedPhis(nn.Module):
 
     def forward(self, x_BEPP: Tensor, scale: int) -> Tensor:
         """Apply the phi of a scale over the whole grid."""
-        convolved = self.qresi_ls[self._phi_of_scale[scale]](x_BEPP)
-        return torch.lerp(x_BEPP, convolved, self._share)
+        # In float32: the tokens of the next scales follow from its digits.
+        with full_float32(), torch.autocast(x_BEPP.device.type, enabled=False):
+            convolved = self.qresi_ls[self._phi_of_scale[scale]](x_BEPP)
+            return torch.lerp(x_BEPP, convolved, self._share)
 
 
 class MultiScaleQuantizer(nn.Module):

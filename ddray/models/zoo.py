@@ -82,6 +82,9 @@ STUDENT_OF = {"llamagen": "llamagen-dd", "var": "var-dd"}
 """Which family is distilled into which."""
 
 
+# Compute capability of the first GPUs that multiply bfloat16.
+_BFLOAT16_FROM = (8, 0)
+
 # What a config.json says beside the sizes.
 _CARD_FIELDS = {
     "family",
@@ -141,12 +144,20 @@ def _device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    on_old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < _BFLOAT16_FROM
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and not on_old_gpu else torch.float32
     if dtype is None:
         return torch.float32
+    if on_old_gpu and dtype in ("bfloat16", torch.bfloat16):
+        raise ConfigError(
+            f"{torch.cuda.get_device_name(device)} does not multiply bfloat16; give dtype=float16, "
+            "or float32"
+        )
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype={dtype!r} is not one of float32, bfloat16, float16")
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16")
     return chosen
 
 
@@ -202,7 +213,8 @@ def _build(
         tokenizer_state = read_weights(tokenizer, tokenizer=True)
     if model_state is None:
         raise ConfigError(f"{name} is a set of sizes without weights; {_how_to_get(name)}")
-    chosen, precision = _device(device), _dtype(dtype)
+    chosen = _device(device)
+    precision = _dtype(dtype, chosen)
     codec = _load_tokenizer(family, config, tokenizer_state, name)
     network = empty_network(config, name)
     load_into(network, model_state, f"the checkpoint of {name}")
@@ -353,7 +365,8 @@ def load_teacher(
         checkpoint: weights of the network, where `spec` has none or others are wanted.
         tokenizer: weights of the tokenizer, likewise.
         device: "auto" = CUDA if there is one.
-        dtype: of the network; None = float32.
+        dtype: of the network; None = float32, "auto" = bfloat16 on a GPU that multiplies it, else
+            float32.
 
     Returns:
         The teacher in eval mode.

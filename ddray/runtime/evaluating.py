@@ -31,9 +31,9 @@ def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:
     with connect():
         import ray
 
-        require("evaluation", 1, threads, 0, config.wait_s, config.node_pool)
-        preflight(threads, 0, config.node_pool, models)
-        asked = {"num_cpus": threads, "max_retries": _RETRIES}
+        require("evaluation", 1, threads, config.num_gpus, config.wait_s, config.node_pool)
+        preflight(threads, config.num_gpus, config.node_pool, models)
+        asked = {"num_cpus": threads, "num_gpus": config.num_gpus, "max_retries": _RETRIES}
         labels = node_labels(config.node_pool)
         try:
             return ray.get(ray.remote(**asked, label_selector=labels)(task).remote())

@@ -25,7 +25,6 @@ from ddray.method.student import Student
 from ddray.method.teacher import AskedFor, Teacher
 from ddray.models.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder
 from ddray.models.zoo import load_student, load_teacher
-from ddray.report.pictures import to_uint8
 from ddray.sets.images.orders import RowsOrder
 
 # Rows of the largest pass. More rows gain a CPU nothing (measured on digits: 8.4 ms an image at 8,
@@ -81,6 +80,8 @@ class Renderer:
         teacher: bool = False,
         text_encoder: str | None = None,
         rows: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str = "float32",
     ) -> "Renderer":
         """Load a student by its name or folder, and if wanted the teacher that its config names.
 
@@ -89,12 +90,14 @@ class Renderer:
             teacher: whether to load it.
             text_encoder: T5 for captions; None = the published one, if the student takes captions.
             rows: see the class.
+            device: where to compute.
+            dtype: of the networks; "auto" as `load_student` means it.
 
         Raises:
             ConfigError: if there is no such model, or the config names no teacher.
             CheckpointError: if a model or the text encoder cannot be loaded.
         """
-        loaded = load_student(student)
+        loaded = load_student(student, device=device, dtype=dtype)
         encoder = None
         if loaded.conditioning == "text":
             length = loaded.model.config.cls_token_num
@@ -102,7 +105,7 @@ class Renderer:
         name = loaded.config.get("teacher")
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")
-        beside = load_teacher(str(name), device=loaded.device) if teacher else None
+        beside = load_teacher(str(name), device=device, dtype=dtype) if teacher else None
         return cls(loaded, beside, encoder, rows)
 
     @cached_property
@@ -161,7 +164,7 @@ class Renderer:
             padded = part + part[-1:] * (size - len(part))
             parts.append(self._pass(padded, schedule)[: len(part)])
             done += len(part)
-        return to_uint8(torch.cat(parts).cpu().numpy())
+        return _pixels(torch.cat(parts))
 
     def rows(self, order: RowsOrder) -> npt.NDArray[Any]:
         """Rows of a data set in one pass, as its plan cuts them.
@@ -179,7 +182,7 @@ class Renderer:
             given = features_NTD, mask_NT
         codes = self._codes(jobs, order.schedule, given)
         if order.content == "pixels":
-            return to_uint8(self.student.decode(codes).cpu().numpy())
+            return _pixels(self.student.decode(codes))
         if not codes.is_floating_point():
             return codes.cpu().numpy()
         tokens: Tensor = self.student.tokenizer.module.nearest(codes)
@@ -215,7 +218,8 @@ class Renderer:
     def _noise(self, jobs: Sequence[ImageJob]) -> Tensor:
         """float32 [N, L, E]."""
         shape = (self.student.num_tokens, self.student.codebook.shape[1])
-        return noise([job.seed for job in jobs], [job.index for job in jobs], shape)
+        seeds, index = [job.seed for job in jobs], [job.index for job in jobs]
+        return noise(seeds, index, shape, self.student.device)
 
     def _condition(self, prompts: Sequence[int | str]) -> AskedFor:
         if self.student.conditioning == "class":
@@ -234,3 +238,20 @@ class Renderer:
         if self.student.conditioning == "text":
             return ["a photo"]
         return list(range(self.student.num_classes))
+
+
+def _pixels(images: Tensor) -> npt.NDArray[np.uint8]:
+    """Images float32 [N, C, H, W] in [0, 1] as uint8 [N, H, W] or [N, H, W, 3].
+
+    Rounded where they are: a quarter of the bytes leave the device, all in one copy.
+
+    Raises:
+        ConfigError: for values that are not a number.
+    """
+    levels = images.mul(255).round().to(torch.uint8).movedim(1, -1)
+    broken = images.isnan().any().to(torch.uint8)
+    *pixels, is_broken = torch.cat((levels.flatten(), broken[None])).cpu().split(levels.numel())
+    if is_broken:
+        raise ConfigError("images hold NaN; look at the model that made them")
+    array: npt.NDArray[np.uint8] = pixels[0].view(levels.shape).numpy()
+    return array[..., 0] if array.shape[-1] == 1 else array

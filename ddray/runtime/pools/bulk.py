@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ddray import __version__
-from ddray.config.base import PoolConfig
+from ddray.config.base import PoolConfig, reserved_device
 from ddray.config.generation import GenerateConfig
 from ddray.errors import ConfigError
 from ddray.metrics.fd_digits import DigitsMetric
@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """
     storage = open_storage(config.out)
     storage.check_writable()
-    student = load_student(config.student, device="cpu")
+    student = load_student(config.student, device="cpu", dtype=config.student_dtype)
     captions = open_captions(config, student)
     if captions is not None and captions.has_features and config.engine == "serve":
         raise ConfigError(
@@ -122,7 +122,7 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
     crew = Crew(
         StudentWorker,
         {
-            "device": "cuda" if config.num_gpus else "cpu",
+            "device": reserved_device(config.num_gpus),
             "encoders": config.encoders,
             "statistics": config.statistics,
         },

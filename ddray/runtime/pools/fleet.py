@@ -12,6 +12,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from ddray.config.base import reserved_device
 from ddray.config.generation import GenerateConfig
 from ddray.config.serving import ServeConfig
 from ddray.errors import ClusterError, DDRayError
@@ -129,6 +130,8 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
         rows=None,
         threads=plan.threads,
         in_memory=1,
+        device=reserved_device(config.num_gpus),
+        dtype=plan.dtype,
     )
     if not serve.status().proxies:
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})

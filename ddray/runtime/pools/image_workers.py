@@ -25,7 +25,7 @@ class StudentWorker:
 
     Args:
         uri: of the image set.
-        device: "auto", "cpu" or "cuda".
+        device: "cpu" or "cuda".
         encoders: threads that compress.
         statistics: whether to make statistics of the images as well.
     """

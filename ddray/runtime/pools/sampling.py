@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ddray import __version__
-from ddray.config.base import PoolConfig
+from ddray.config.base import PoolConfig, reserved_device
 from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher
 from ddray.runtime.pools.pool import Crew, fill, tell_found
@@ -23,7 +23,7 @@ class TrajectoryWorker:
 
     Args:
         uri: of the trajectory set.
-        device: "auto", "cpu" or "cuda".
+        device: "cpu" or "cuda".
     """
 
     def __init__(self, uri: str, device: str):
@@ -97,7 +97,7 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
     missing = trajectories.missing()
     tell_found(plan, missing)
     found = plan.num_shards - len(missing)
-    device = "cuda" if pool.num_gpus else "cpu"
+    device = reserved_device(pool.num_gpus)
     devices = made_on(storage) if found else []
     # Of shards that nobody took note of, nothing is known, and this run cannot mend that.
     if missing and (devices or not found):

@@ -23,6 +23,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from ddray import __version__
+from ddray.config.base import reserved_device
 from ddray.config.loading import load_config
 from ddray.config.serving import MAX_IMAGES, ServeConfig
 from ddray.errors import ClusterError, ConfigError
@@ -82,6 +83,8 @@ def build_app(config: ServeConfig) -> serve.Application:
         config.rows,
         config.threads,
         config.models_per_replica,
+        reserved_device(config.num_gpus),
+        config.dtype,
     )
     doors = Doors(
         cards,

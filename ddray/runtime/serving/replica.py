@@ -43,6 +43,8 @@ class Stock:
         rows: of the largest forward pass; None = what suits the device.
         threads: CPU threads of the model.
         in_memory: students that are kept loaded.
+        device: "cpu", or "cuda" where a GPU is reserved.
+        dtype: of the networks, as `load_student` takes it.
     """
 
     students: dict[str, str]
@@ -51,6 +53,8 @@ class Stock:
     rows: int | None
     threads: int
     in_memory: int
+    device: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,8 @@ class StudentReplica:
             teacher=stock.teacher,
             text_encoder=stock.text_encoder,
             rows=stock.rows,
+            device=stock.device,
+            dtype=stock.dtype,
         )
         loaded = time.perf_counter()
         prompt = 0 if renderer.student.conditioning == "class" else "a photo"

@@ -47,6 +47,7 @@ def make_plan(
         image_format=config.image_format,
         quality=config.quality,
         class_names=_class_names(student),
+        dtype=config.student_dtype,
         **planned_fields(config, student, captions),
     )
 
@@ -57,14 +58,14 @@ def _class_names(student: Student) -> tuple[str, ...]:
     return names if len(names) == student.num_classes else ()
 
 
-def planned_student(plan: ImagePlan, device: str | torch.device = "auto") -> Student:
-    """Load the student that a plan names.
+def planned_student(plan: ImagePlan, device: str | torch.device) -> Student:
+    """Load the student that a plan names, in the plan's dtype.
 
     Raises:
         ConfigError: if there is no such student here.
         ShardError: if it has other weights than the plan's.
     """
-    student = load_student(plan.student, device=device)
+    student = load_student(plan.student, device=device, dtype=plan.dtype)
     require_planned(student, plan.student, plan.student_fingerprint, plan)
     return student
 

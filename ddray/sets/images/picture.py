@@ -32,7 +32,7 @@ def write_picture(uri: str, path: str) -> None:
     storage.check_writable()
     decode = _decode_files
     if images.plan.content == "tokens":
-        decode = partial(decode_tokens, planned_student(images.plan))
+        decode = partial(decode_tokens, planned_student(images.plan, "cpu"))
     storage.write(name, draw_rows(images, _columns, decode, images.plan.class_names))
 
 

@@ -30,6 +30,7 @@ class ImagePlan(SetPlan):
         image_format: Of the images.
         quality: Of lossy WebP, 1 to 100; None is lossless.
         class_names: A name for each class, or empty; new in format 2.
+        dtype: Of the student, such as `float32`.
     """
 
     KIND: ClassVar[str] = "images"
@@ -37,7 +38,7 @@ class ImagePlan(SetPlan):
     ROWS: ClassVar[str] = "images"
     SHOWN: ClassVar[tuple[str, ...]] = (
         *("student", "conditioning", "num_classes", "seed", "schedule", "encoding", "content"),
-        *("image_format", "quality", "threads", "batch_size", "shard_rows", "vocab_size"),
+        *("image_format", "quality", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
     )
     MADE_BY: ClassVar[str] = "ddray generate"
     MODEL: ClassVar[str] = "student"
@@ -47,9 +48,10 @@ class ImagePlan(SetPlan):
         "tokenizer_fingerprint",
         "noise_scheme",
         "schedule",
+        "dtype",
     )
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset({"student", "count", "earlier_counts"})
-    JOINED_LATER: ClassVar[frozenset[str]] = frozenset({"class_names"})
+    JOINED_LATER: ClassVar[frozenset[str]] = frozenset({"class_names", "dtype"})
     FORMATS: ClassVar[tuple[int, ...]] = (1, 2)
 
     student: str
@@ -60,6 +62,7 @@ class ImagePlan(SetPlan):
     image_format: ImageFormat
     quality: int | None
     class_names: tuple[str, ...] = ()
+    dtype: str = "float32"
     format: int = 2
 
     @property

@@ -41,7 +41,7 @@ def make_plan(
     )
 
 
-def planned_teacher(plan: TrajectoryPlan, device: str | torch.device = "auto") -> Teacher:
+def planned_teacher(plan: TrajectoryPlan, device: str | torch.device) -> Teacher:
     """Load the teacher that a plan names, in the plan's dtype.
 
     Raises:

@@ -22,7 +22,7 @@ def write_picture(uri: str, path: str) -> None:
     storage, name = picture_place(path)
     trajectories = TrajectorySet.open(uri)
     storage.check_writable()
-    teacher = planned_teacher(trajectories.plan)
+    teacher = planned_teacher(trajectories.plan, "cpu")
     names = teacher.config.get("class_names", ())
     storage.write(
         name, draw_rows(trajectories, lambda rows: rows, partial(decode_tokens, teacher), names)

@@ -92,7 +92,8 @@ def recompute(uri: str, num_rows: int) -> Recomputation:
     """
     trajectories = TrajectorySet.open(uri)
     plan, devices = trajectories.plan, made_on(trajectories.storage)
-    teacher = planned_teacher(plan, "cpu" if devices == ["cpu"] else "auto")
+    on_gpu = "cuda" in devices and torch.cuda.is_available()
+    teacher = planned_teacher(plan, "cuda" if on_gpu else "cpu")
     encode = load_encoder(plan, teacher)
     outcome = Recomputation(teacher.device.type, devices)
     threads = torch.get_num_threads()

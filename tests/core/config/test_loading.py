@@ -77,11 +77,12 @@ def test_every_preset_is_a_valid_config(verb: str, name: str) -> None:
     load_config(KINDS[verb], preset=preset(verb, name))
 
 
-def test_an_actor_has_a_part_of_one_gpu_or_whole_ones() -> None:
+def test_an_actor_has_one_gpu_or_a_part_of_one() -> None:
     assert load_config(SampleConfig, flags={"num_gpus": "0.5"}).num_gpus == 0.5
-    assert load_config(SampleConfig, flags={"num_gpus": 2}).num_gpus == 2
-    with pytest.raises(ConfigError, match=r"num_gpus=1.5 must be a part of one GPU, or whole ones"):
-        load_config(SampleConfig, flags={"num_gpus": 1.5})
+    assert load_config(SampleConfig, flags={"num_gpus": 1}).num_gpus == 1
+    for kind in (SampleConfig, GenerateConfig, EvaluateConfig):
+        with pytest.raises(ConfigError, match="num_gpus=2 is more than one: a worker computes on"):
+            load_config(kind, flags={"num_gpus": 2})
 
 
 @pytest.mark.parametrize(
@@ -368,7 +369,7 @@ def test_numbers_must_be_finite(value: str) -> None:
 
 
 @pytest.mark.parametrize("num_gpus", ["1.5", "0.00001"])
-def test_a_replica_has_a_part_of_one_gpu_or_whole_ones(num_gpus: str) -> None:
+def test_a_replica_has_one_gpu_or_a_part_of_one(num_gpus: str) -> None:
     with pytest.raises(ConfigError, match=f"^num_gpus={float(num_gpus):g} "):
         load_config(ServeConfig, flags={"num_gpus": num_gpus})
 

@@ -213,7 +213,7 @@ def test_a_student_of_other_weights_is_refused(
     images = ImageSet.open(str(sets["parquet"]))
     object.__setattr__(images.plan, "student", other)
     with pytest.raises(ShardError, match="has another network here .* restore the weights"):
-        planned_student(images.plan)
+        planned_student(images.plan, "cpu")
 
 
 # Two engines, one set.

@@ -1,0 +1,211 @@
+"""Facts about every path of tensors on a CUDA device, without one.
+
+torch's fake tensors have a device and a shape, and refuse to meet on two devices. What pulls a
+number to the host is counted: in a hot path each such look lets a GPU run empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.fake_device import FakeDevice
+from ddray.config.distillation import DistillConfig
+from ddray.config.evaluation import EvaluateConfig
+from ddray.distillation.critics import new_critics
+from ddray.distillation.optimization import batch_loss
+from ddray.distillation.perceptual import Perceptual
+from ddray.distillation.step import Agreement, TrainingStep
+from ddray.distillation.stream import Batch
+from ddray.evaluation import evaluate
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
+from ddray.serving.rendering import ImageJob, Renderer
+from ddray.sets.images.orders import RowsOrder
+from tests.core.sets.trajectories.test_trajectory_set import plan_of
+from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
+
+FAMILIES: dict[str, tuple[Callable[[], Teacher], Callable[[], Student], str]] = {
+    "llamagen": (tiny_teacher, tiny_student, "0,2"),
+    "var": (tiny_var, lambda: tiny_var("var-dd"), "0,1"),
+}
+
+
+class Pair:
+    """Teacher and student of a family on the device that is not here."""
+
+    def __init__(self, family: str, device: str = "cuda", codec_on: str | None = None):
+        teacher, student, self.schedule = FAMILIES[family]
+        self.jumps = tuple(map(int, self.schedule.split(",")))
+        self.gpu = FakeDevice(device, num_evals=4)
+        self.teacher: Teacher = self.gpu.model(teacher(), codec_on)
+        self.student: Student = self.gpu.model(student(), codec_on)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return Pair(request.param)
+
+
+def test_the_device_that_is_not_here_refuses_the_host_and_counts() -> None:
+    gpu = FakeDevice()
+    with gpu.here() as meter:
+        there, here = torch.ones(3, device="cuda"), torch.ones(3)
+        with pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
+            there + here
+        assert (there.sum().item(), meter.waits) == (1, 1)
+        assert not gpu.holds(there.cpu()) and meter.moves == {"to host": 1}
+        assert meter.kernels == {"ones": 1, "sum": 1}
+
+
+def test_a_teacher_is_looked_at_once_a_batch(pair: Pair) -> None:
+    teacher, gpu = pair.teacher, pair.gpu
+    with gpu.here() as meter:
+        tokens = teacher.sample([1, 2], cfg=2.0, seed=1, top_k=3, top_p=0.9)
+        assert gpu.holds(tokens) and tokens.shape == (2, teacher.num_tokens)
+        assert not meter.waits
+        assert gpu.holds(teacher.trajectories([1, 2], [0, 1], cfg=2.0, seed=1))
+        assert meter.looks == {"teacher.py:trajectories": 1}  # whether all logits were finite
+        images = teacher.decode(tokens)
+        assert gpu.holds(teacher.guided_logits([1, 2], tokens, 2.0), images, teacher.encode(images))
+        # Whether tokens that come from the device are in range.
+        assert meter.looks == {"teacher.py:trajectories": 1, "model.py:_tokens": 2}
+        assert not meter.moves["to host"]
+
+
+def test_a_student_jumps_without_a_look(pair: Pair) -> None:
+    student, gpu = pair.student, pair.gpu
+    with gpu.here() as meter:
+        codes = student.generate([1, 2], seed=1, schedule=pair.schedule)
+        assert gpu.holds(codes, student.decode(codes))
+        first, last = pair.jumps
+        turns = f"{first},teacher:1-2,{max(2, last)}"
+        with_teacher = {"teacher": pair.teacher, "cfg": 2.0}
+        assert gpu.holds(student.generate([1, 2], seed=1, schedule=turns, **with_teacher))
+        assert not meter.waits
+        assert gpu.holds(*student.predict(codes, [0, 1], torch.ones(2, device="cuda")))
+
+
+def test_a_pass_of_the_service_is_one_copy_to_the_host(pair: Pair) -> None:
+    renderer = Renderer(pair.student, rows=2)
+    vars(renderer)["sizes"] = (2,)
+    jobs = [ImageJob(1, 0, 3), ImageJob(2, 5, 4)]
+    order = RowsOrder("tiny", np.array([0, 1]), np.array([0, 1]), 3, "0", "tokens")
+    for work in (lambda: renderer.images(jobs, "0"), lambda: renderer.rows(order)):
+        # The very last step takes numbers, which a fake has not.
+        with pair.gpu.here() as meter, pytest.raises(RuntimeError, match="numpy"):
+            work()
+        assert meter.moves["to host"] == meter.waits == 1
+
+
+class PlainEngine:
+    """What a step asks of an engine, by one optimizer of torch's."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network.requires_grad_(True).train()
+        self._optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        said: tuple[Tensor, Tensor] = self.network(*inputs)
+        return said
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, rate: float, step: int) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad()
+
+
+def a_batch(pair: Pair) -> Batch:
+    """Rows of a set as the stream has them on its device."""
+    teacher, device = pair.teacher, pair.gpu.type
+    index = torch.arange(4, device=device)
+    start = torch.randn(4, teacher.num_tokens, teacher.codebook.shape[1], device=device)
+    tokens = torch.zeros(4, teacher.num_tokens, dtype=torch.long, device=device)
+    return Batch(start, tokens, index % 3, index)
+
+
+CRITICS: dict[str, Any] = {
+    "score": {"weight": 1.0},
+    "perceptual": {"weight": 1.0, "distance": "tokenizer"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_is_looked_at_once(family: str) -> None:
+    pair = Pair(family, "meta")
+    config = DistillConfig(batch_size=4, steps=10, **CRITICS)
+    with pair.gpu.here() as meter:
+        critics = new_critics(config, pair.teacher, plan_of(cfg=2.0), 8.0)
+        for critic in critics:
+            vars(critic)["update"] = lambda average: None  # fused Adam takes no such tensors
+        agree, engine = Agreement(1, pair.teacher.device), PlainEngine(pair.student.model)
+        step = TrainingStep(engine, critics, pair.teacher, config, pair.jumps, agree)
+        batch = a_batch(pair)
+        meter.looks.clear()
+        figures, _ = step.take(batch, 0)
+        assert figures is not None and pair.gpu.holds(*figures.values())
+        assert meter.looks == {"step.py:take": 1}  # whether the loss is finite
+        assert not meter.moves["to host"]
+        # Its kernel adds row after row, in the rows' own dtype.
+        assert not [name for name in meter.kernels if "index_put" in name]
+    weights = pair.student.model.parameters()
+    assert pair.gpu.holds(*(weight.grad for weight in weights if weight.grad is not None))
+
+
+def test_losses_and_images_in_bfloat16(pair: Pair) -> None:
+    config = DistillConfig(batch_size=4, precision="bfloat16", use_gpu=True, **CRITICS)
+    perceptual = Perceptual(config, pair.teacher, code_precision=8.0)
+    weights = {"logits_weight": 1.0, "code_weight": 1.0}
+    teacher, network = pair.teacher, pair.student.model
+    with pair.gpu.here(), torch.no_grad():
+        batch = a_batch(pair)
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = batch_loss(
+                *(network, batch, teacher.stages, teacher.codebook),
+                first=0,
+                schedule=pair.jumps,
+                **weights,
+            )
+        said = losses.prediction
+        assert said.logits_BLV.dtype == torch.bfloat16 and said.codes_BLE.dtype == torch.float32
+        assert all(pair.gpu.holds(value) for value in losses[:-1])
+        assert pair.gpu.holds(*perceptual.loss(said)[1].values())
+
+
+def test_an_evaluation_meets_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair("llamagen")
+    config = EvaluateConfig(student="digits-var-dd", count=3, batch_size=3, transport_count=1)
+    solve = pair.teacher.transport("ab4", None)
+    monkeypatch.setattr(evaluate, "_load", lambda _: (pair.student, pair.teacher, None))
+    monkeypatch.setattr(evaluate, "Transport", lambda *_: solve)
+    monkeypatch.setattr(evaluate, "independent_tokens", lambda known, labels, *_: known[1])
+    monkeypatch.setattr(evaluate.Evaluator, "_transport_cost", lambda _: 1.0)
+    with pair.gpu.here():
+        evaluator = evaluate.Evaluator(config)
+        assert evaluator.transport()["tokens"] == pair.teacher.num_tokens
+        pictures = [images for _, images in evaluator.pictures()]
+        assert not any(map(pair.gpu.holds, [evaluator.known[1], *pictures]))
+
+
+TOUCHES_THE_CODEBOOK: dict[str, Callable[[Teacher, Student], object]] = {
+    "trajectories": lambda teacher, _: teacher.trajectories([1], [0], seed=1),
+    "generate": lambda _, student: student.generate([1], seed=1),
+}
+
+
+def test_what_lies_on_the_wrong_device_is_found() -> None:
+    """That the tests above can fail: the same paths with a tokenizer that stayed behind."""
+    pair = Pair("llamagen", codec_on="cpu")
+    for path in TOUCHES_THE_CODEBOOK.values():
+        with pair.gpu.here(), pytest.raises(RuntimeError, match="device|NVIDIA"):
+            path(pair.teacher, pair.student)
