@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import ddray
+import ddray.method.seeding_triton
 from ddray.method.flow import Transport
 from ddray.method.model import Model, Tokenizer
 from ddray.method.student import stage_of_tokens
@@ -152,6 +153,8 @@ class _AsOnADevice(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor):
             device, pinned = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
             made = args[0] if isinstance(args[0], Tensor) else func(*args, **kwargs)
+            if isinstance(made, FakeTensor):
+                made.constant = None  # else what torch knows the value of goes to a real device
             if pinned:
                 self._meter.pinned[made] = True
             return made if device is None else made.to(device)
@@ -195,6 +198,16 @@ def _is_view(func: Any) -> bool:
     aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
     name = func.overloadpacket.__name__
     return name in _NO_KERNEL or (bool(aliases) and not any(a.is_write for a in aliases))
+
+
+def _fused_noise(seed: Any, index_B: Tensor, numbers: int, stream: int) -> Tensor:
+    """Stands for the one kernel of ddray.method.seeding_triton."""
+    return torch.zeros(len(index_B), numbers, device=index_B.device)
+
+
+def _fused_transport(noise_NE: Tensor, logits_NV: Tensor) -> Tensor:
+    """Stands for the one kernel of ddray.method.flow_triton."""
+    return logits_NV.argmax(-1)
 
 
 def _moved(module: nn.Module, device: Any) -> nn.Module:
@@ -241,6 +254,8 @@ class FakeDevice:
             mock.patch("torch.cuda.device_count", return_value=1),
             mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
             mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+            mock.patch("ddray.method.seeding.can_fuse", self._is_cuda),
+            mock.patch("ddray.method.seeding_triton.noise", _fused_noise),
             torch._functorch.config.patch(fake_tensor_allow_meta=True),
             mock.patch.object(nn.Module, "to", _moved),
             mock.patch.object(nn.Module, "float", lambda module: module),  # all are already
@@ -252,38 +267,50 @@ class FakeDevice:
             yield meter
         stage_of_tokens.cache_clear()
 
-    def tensor(self, value: Tensor, device: str | None = None) -> Tensor:
-        """A tensor of the same shape and dtype on the device, or on another."""
+    def _is_cuda(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def tensor(
+        self, value: Tensor, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor of the same shape on the device, or on another; None = of the same dtype."""
+        kind = dtype if dtype and value.is_floating_point() else value.dtype
         where = device or self.type
         with self._mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=where)
+            return torch.empty_strided(value.shape, value.stride(), dtype=kind, device=where)
 
-    def module(self, module: nn.Module, device: str | None = None) -> nn.Module:
-        """The same network on the device, or on another."""
+    def module(
+        self, module: nn.Module, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """The same network on the device, or on another; None = in the same dtype."""
         carried: dict[int, Any] = {}
         for tensor in (*module.parameters(), *module.buffers()):
-            fake = self.tensor(tensor.detach(), device)
+            fake = self.tensor(tensor.detach(), device, dtype)
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             carried[id(tensor)] = fake
         return copy.deepcopy(module, carried)
 
-    def model(self, model: M, codec_on: str | None = None) -> M:
+    def model(self, model: M, codec_on: str | None = None, dtype: torch.dtype | None = None) -> M:
         """The same teacher or student on the device, with the map of its codebook made.
 
         Args:
-            model: the original.
+            model: the original; one without weights gets the fused map.
             codec_on: where the tokenizer stays; None = there too.
+            dtype: of the network; None = as it is.
         """
         codebook = model.codebook
         codec = self.module(model.tokenizer.module, codec_on)
-        network: Any = self.module(model.model)
+        network: Any = self.module(model.model, dtype=dtype)
         if hasattr(network, "use_quantizer"):
             network.use_quantizer(codec.quantize)
         tokenizer = Tokenizer(codec)
         vars(tokenizer)["codebook"] = self.tensor(codebook, codec_on)
-        vars(tokenizer)["fingerprint"] = model.tokenizer.fingerprint
         carried = type(model)(network, tokenizer, model.config, model.name)
+        if codebook.is_meta:
+            vars(carried)["_maps"] = {("ab4", None): _fused_transport}
+            return carried
+        vars(tokenizer)["fingerprint"] = model.tokenizer.fingerprint
         solve = Transport(codebook, num_evals=self._num_evals)
         for name, value in vars(solve).items():
             if isinstance(value, Tensor):

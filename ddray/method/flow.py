@@ -15,7 +15,6 @@ Shapes: N rows (any number of tokens), V codebook size, E code width.
 """
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ddray.errors import ConfigError
+from ddray.method.fused import can_fuse
 
 Velocity = Callable[[float, Tensor, Tensor], Tensor]
 """velocity(lambda, y, out) -> dy / dlambda, written to out, which has the shape of y."""
@@ -242,7 +242,7 @@ class Transport:
             codes.is_cuda
             and solver in _FUSED_SOLVERS
             and codes.shape[1] <= _FUSED_WIDTH
-            and importlib.util.find_spec("triton") is not None
+            and can_fuse(codes.device)
         )
         self.codes_EV = codes.to(self.dtype).T.contiguous()
         # [C, |c|^2 / 2]: with the query [y, -lambda] the exponent is lambda times one matrix

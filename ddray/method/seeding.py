@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddray.errors import ConfigError
+from ddray.method.fused import can_fuse
 
 SCHEME = "philox4x32-10/box-muller-f64/1"
 """Name of the noise scheme, in every manifest: a change of the numbers changes this name."""
@@ -84,19 +85,23 @@ def index_tensor(
     return index.long().to(device)
 
 
-def _words(
-    seed: int | Sequence[int], index_B: Tensor, count: int, stream: int
-) -> tuple[Tensor, ...]:
-    """Four int64 tensors [B, count] of 32-bit words for the given samples."""
+def _check_seeds(seed: int | Sequence[int], samples: int) -> None:
     seeds = [*seed] if isinstance(seed, Sequence) else [seed]
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {value!r}")
+    if isinstance(seed, Sequence) and len(seeds) != samples:
+        raise ConfigError(f"{len(seeds)} seeds were given for {samples} samples")
+
+
+def _words(
+    seed: int | Sequence[int], index_B: Tensor, count: int, stream: int
+) -> tuple[Tensor, ...]:
+    """Four int64 tensors [B, count] of 32-bit words for the given samples."""
+    _check_seeds(seed, len(index_B))
     key: int | Tensor
     if isinstance(seed, Sequence):
-        if len(seeds) != len(index_B):
-            raise ConfigError(f"{len(seeds)} seeds were given for {len(index_B)} samples")
-        key = torch.tensor(seeds, dtype=torch.int64, device=index_B.device)[:, None]
+        key = torch.tensor([*seed], dtype=torch.int64, device=index_B.device)[:, None]
     else:
         key = seed
     block = torch.arange(count, device=index_B.device)[None, :]
@@ -139,15 +144,27 @@ def noise(
 def standard_normal(seed: int | Sequence[int], index: Tensor, shape: tuple[int, int]) -> Tensor:
     """`noise` of indices that were looked at, int64 [B], where they are.
 
-    On a GPU the host would wait for another look.
+    On a GPU the host would wait for another look; there it is one kernel, with the same numbers.
     """
-    size = math.prod(shape)
+    numbers = math.prod(shape)
+    if can_fuse(index.device):
+        from ddray.method import seeding_triton
+
+        _check_seeds(seed, len(index))
+        made = seeding_triton.noise(seed, index, numbers, NOISE_STREAM)
+    else:
+        made = normals(seed, index, numbers)
+    return made.view(len(index), *shape)
+
+
+def normals(seed: int | Sequence[int], index: Tensor, size: int) -> Tensor:
+    """Standard normal numbers, float32 [B, size], by torch operations alone."""
     w0, w1, w2, w3 = _words(seed, index, -(-size // 4), NOISE_STREAM)
     # Half a step keeps the logarithm finite; |noise| <= sqrt(-2 ln 2^-33) = 6.77.
     radius = torch.stack((w0, w2), -1).double().add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = torch.stack((w1, w3), -1).double().mul_(2.0 * math.pi * 2.0**-32)
-    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).float()
-    return normals.reshape(len(index), -1)[:, :size].reshape(len(index), *shape)
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).float()
+    return pairs.reshape(len(index), -1)[:, :size].contiguous()
 
 
 def uniforms(seed: int, index_B: Tensor, count: int) -> Tensor:

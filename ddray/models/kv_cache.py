@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of one layer, [B, H, S, h], written in place.
+    """Keys and values of one layer, [B, H, S, h] each, written in place.
 
     Args:
         shape: (B, H, S, h).
@@ -15,14 +15,22 @@ class KeyValueCache:
     """
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor):
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
+        self._both_2BHSh = like.new_empty((2, *shape))
         self.length = 0
 
     def append(self, keys_BHlh: Tensor, values_BHlh: Tensor) -> tuple[Tensor, Tensor]:
         """Write the next l positions; views of everything written so far."""
-        end = self.length + keys_BHlh.shape[2]
-        self.keys[:, :, self.length : end] = keys_BHlh
-        self.values[:, :, self.length : end] = values_BHlh
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        here_2BHlh = self._both_2BHSh[:, :, :, self.length : self.length + keys_BHlh.shape[2]]
+        here_2BHlh[0], here_2BHlh[1] = keys_BHlh, values_BHlh
+        return self._grown(keys_BHlh.shape[2])
+
+    def append_both(self, both_2BHlh: Tensor) -> tuple[Tensor, Tensor]:
+        """As `append`, where keys and values lie in one tensor: one copy."""
+        length = both_2BHlh.shape[3]
+        self._both_2BHSh[:, :, :, self.length : self.length + length] = both_2BHlh
+        return self._grown(length)
+
+    def _grown(self, length: int) -> tuple[Tensor, Tensor]:
+        self.length += length
+        keys, values = self._both_2BHSh[:, :, :, : self.length].unbind()
+        return keys, values

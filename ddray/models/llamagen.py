@@ -19,7 +19,7 @@ from ddray.errors import ConfigError, positive_integers
 from ddray.method.conditioning import Captions, Condition
 from ddray.method.guidance import classifier_free_guidance, top_p_filter
 from ddray.models.kv_cache import KeyValueCache
-from ddray.models.linear import Linear
+from ddray.models.linear import Linear, linear_onto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +115,19 @@ def rope_table(config: LlamaGenConfig, device: torch.device) -> Tensor:
     return torch.cat((condition, rotation))
 
 
-def rotate(x_BSHh: Tensor, rotation_SD: Tensor) -> Tensor:
-    """Turn interleaved channel pairs (2p, 2p + 1) in float32, and give the input's dtype back."""
-    pairs = torch.view_as_complex(x_BSHh.float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * rotation_SD[None, :, None]).flatten(-2)
-    return turned.to(x_BSHh.dtype)
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn interleaved channel pairs (2p, 2p + 1) in float32, and give the input's dtype back.
+
+    Args:
+        x: [..., h].
+        rotation: complex64, broadcast to [..., D].
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; the weight multiplies in the dtype of the input."""
+    """Root-mean-square norm in float32, whatever the dtype of the input."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -132,7 +136,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # one kernel on a GPU
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def _attend(q_BHlh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, mask: Tensor | None) -> Tensor:
+    # A single new position may see everything in the cache: no mask.
+    # Several come only when the cache is empty.
+    causal = mask is None and q_BHlh.shape[2] > 1
+    mixed = F.scaled_dot_product_attention(q_BHlh, k_BHSh, v_BHSh, attn_mask=mask, is_causal=causal)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -144,27 +158,25 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = Linear(config.dim, config.dim, bias=False)
 
-    def forward(
-        self,
-        x_BSC: Tensor,
-        rotation_SD: Tensor,
-        cache: KeyValueCache | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Attend causally, or as a mask says; with a cache, x holds the next positions only."""
+    def forward(self, x_BSC: Tensor, rotation_SD: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend causally, or as a mask says."""
         heads = self.wqkv(x_BSC).unflatten(-1, (-1, self.head_dim))
         # Queries and keys turn together: one pass over both is half the cost of two.
         q_and_k, v = heads.split((heads.shape[2] * 2 // 3, heads.shape[2] // 3), dim=2)
-        q, k = rotate(q_and_k, rotation_SD).transpose(1, 2).chunk(2, dim=1)
-        v = v.transpose(1, 2)
-        # A single new position may see everything in the cache: no mask.
-        # Several come only when the cache is empty.
-        causal = mask is None and q.shape[2] > 1
-        if cache is not None:
-            k, v = cache.append(k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        out: Tensor = self.wo(mixed.transpose(1, 2).flatten(2))
+        q, k = rotate(q_and_k, rotation_SD[:, None]).transpose(1, 2).chunk(2, dim=1)
+        out: Tensor = self.wo(_attend(q, k, v.transpose(1, 2), mask))
         return out
+
+    def mixed(
+        self, x_BlC: Tensor, rotation_l31D: Tensor, mask: Tensor | None, cache: KeyValueCache
+    ) -> Tensor:
+        """What the last layer, `wo`, takes of the next positions; keys and values join the cache.
+
+        Values turn too, by nothing: so they go to the cache beside the keys, in one copy.
+        """
+        heads = self.wqkv(x_BlC).unflatten(-1, (3, -1, self.head_dim))
+        turned_3BHlh = rotate(heads, rotation_l31D).permute(2, 0, 3, 1, 4)
+        return _attend(turned_3BHlh[0], *cache.append_both(turned_3BHlh[1:]), mask)
 
 
 class FeedForward(nn.Module):
@@ -178,7 +190,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BSC: Tensor) -> Tensor:
         """Apply the gated layer to every position."""
-        out: Tensor = self.w2(F.silu(self.w1(x_BSC)) * self.w3(x_BSC))
+        out: Tensor = self.w2(self.gated(x_BSC))
+        return out
+
+    def gated(self, x_BSC: Tensor) -> Tensor:
+        """What the last layer, `w2`, takes."""
+        out: Tensor = F.silu(self.w1(x_BSC)) * self.w3(x_BSC)
         return out
 
 
@@ -192,16 +209,19 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(
-        self,
-        x_BSC: Tensor,
-        rotation_SD: Tensor,
-        cache: KeyValueCache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """One block over [B, S, C]."""
-        x_BSC = x_BSC + self.attention(self.attention_norm(x_BSC), rotation_SD, cache, mask)
+    def forward(self, x_BSC: Tensor, rotation_SD: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One block over a whole sequence [B, S, C]."""
+        x_BSC = x_BSC + self.attention(self.attention_norm(x_BSC), rotation_SD, mask)
         return x_BSC + self.feed_forward(self.ffn_norm(x_BSC))
+
+    def step(
+        self, x_BlC: Tensor, rotation_l31D: Tensor, mask: Tensor | None, cache: KeyValueCache
+    ) -> Tensor:
+        """One block over the next positions [B, l, C], which it may overwrite."""
+        attention, feed_forward = self.attention, self.feed_forward
+        mixed = attention.mixed(self.attention_norm(x_BlC), rotation_l31D, mask, cache)
+        x_BlC = linear_onto(mixed, attention.wo.weight, x_BlC)
+        return linear_onto(feed_forward.gated(self.ffn_norm(x_BlC)), feed_forward.w2.weight, x_BlC)
 
 
 class ClassEmbedding(nn.Module):
@@ -383,16 +403,19 @@ class LlamaGenDecoder:
         length = sizes.cls_token_num + sizes.block_size
         shape = (len(cond), sizes.n_head, length, sizes.head_dim)
         self._caches = [KeyValueCache(shape, condition) for _ in model.layers]
+        turned = model.rotation(condition.device)
+        # Of queries, keys and values.
+        self._rotation_S31D = torch.stack((turned, turned, torch.ones_like(turned)), 1)[:, :, None]
         self._mask = model.attention_mask(cond, length)
 
     def logits(self) -> Tensor:
         """Logits of the next stage, float32 [B, 1, V]; `append` must come before the next call."""
         x_BlC, start = self._next_BlC, self._caches[0].length
         end = start + x_BlC.shape[1]
-        rotation = self._model.rotation(x_BlC.device)[start:end]
+        rotation = self._rotation_S31D[start:end]
         mask = None if self._mask is None else self._mask[:, :, start:end, :end]
         for layer, cache in zip(self._model.layers, self._caches, strict=True):
-            x_BlC = layer(x_BlC, rotation, cache, mask)
+            x_BlC = layer.step(x_BlC, rotation, mask, cache)  # type: ignore[operator]
         return self._model.logits(x_BlC[:, -1:]).float()
 
     def append(self, tokens_Bl: Tensor) -> None:

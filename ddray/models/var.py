@@ -100,15 +100,34 @@ class Attention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = Linear(width, width)
 
-    def forward(self, x_BlC: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """Attend to the positions that the mask allows, and to everything in the cache."""
+    def constants(self) -> tuple[Tensor, Tensor | None]:
+        """What is the same at every step of a batch.
+
+        Returns:
+            Bias of queries, keys and values [3C]; and by what the normalised queries and keys are
+            multiplied [2, 1, H, 1, 1], None where they are not normalised.
+        """
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        if not hasattr(self, "scale_mul_1H11"):
+            return bias, None
+        sharpness = self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp()
+        return bias, torch.stack((sharpness, torch.ones_like(sharpness)))
+
+    def forward(
+        self,
+        x_BlC: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        constants: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """Attend to the positions that the mask allows, and to everything in the cache."""
+        bias, scales = self.constants() if constants is None else constants
         qkv = linear(x_BlC, self.mat_qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if hasattr(self, "scale_mul_1H11"):
-            sharpness = self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp()
-            q, k = F.normalize(q, dim=-1).mul(sharpness).to(v.dtype), F.normalize(k, dim=-1)
-            k = k.to(v.dtype)
+        qkv_3BHlh = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_and_k, v = qkv_3BHlh[:2], qkv_3BHlh[2]
+        if scales is not None:
+            q_and_k = F.normalize(q_and_k, dim=-1).mul(scales).to(v.dtype)
+        q, k = q_and_k.unbind()
         if cache is not None:
             k, v = cache.append(k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
@@ -149,7 +168,7 @@ class Block(nn.Module):
             self.ada_lin = _modulation_layer(width, 6)
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """Gates, scales and shifts, each [B, 1, C]; one pass serves all steps of a batch.
+        """Two gates, factors and shifts, each [B, 1, C]; one pass serves all steps of a batch.
 
         Args:
             condition: class embedding [B, C], or the shared layer's output [B, 1, 6, C].
@@ -158,8 +177,8 @@ class Block(nn.Module):
             six = self.ada_gss + condition
         else:
             six = self.ada_lin(condition)[:, None].unflatten(-1, (6, -1))
-        parts: tuple[Tensor, ...] = six.unbind(2)
-        return parts
+        gate1, gate2, scale1, scale2, shift1, shift2 = six.unbind(2)
+        return gate1, gate2, 1 + scale1, 1 + scale2, shift1, shift2
 
     def forward(
         self,
@@ -167,14 +186,27 @@ class Block(nn.Module):
         modulation: tuple[Tensor, ...],
         mask: Tensor | None,
         cache: KeyValueCache | None = None,
-        between: Tensor | float = 0.0,
+        between: Tensor | None = None,
+        constants: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """One block over [B, l, C]; `between` is added between attention and feed-forward."""
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation
+        """One block over [B, l, C].
+
+        Args:
+            x_BlC: the input.
+            modulation: as the method of this name gives it.
+            mask: added to the scores.
+            cache: of earlier positions.
+            between: is added between attention and feed-forward.
+            constants: of the attention, where they are at hand.
+        """
+        gate1, gate2, factor1, factor2, shift1, shift2 = modulation
         normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=self.norm_eps)
-        x_BlC = x_BlC + gate1 * self.attn(normed * (1 + scale1) + shift1, mask, cache) + between
+        mixed = self.attn(torch.addcmul(shift1, normed, factor1), mask, cache, constants)
+        x_BlC = torch.addcmul(x_BlC, gate1, mixed)
+        if between is not None:
+            x_BlC = x_BlC + between
         normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=self.norm_eps)
-        return x_BlC + gate2 * self.ffn(normed * (1 + scale2) + shift2)
+        return torch.addcmul(x_BlC, gate2, self.ffn(torch.addcmul(shift2, normed, factor2)))
 
 
 class HeadNorm(nn.Module):
@@ -185,12 +217,16 @@ class HeadNorm(nn.Module):
         self.norm_eps = config.norm_eps
         self.ada_lin = _modulation_layer(config.embed_dim, 2)
 
-    def forward(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
-        """Normalise [B, l, C]."""
+    def modulation(self, condition_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor and shift, [B, 1, C] each."""
         scale, shift = self.ada_lin(condition_BC)[:, None].chunk(2, dim=-1)
+        return 1 + scale, shift
+
+    def forward(self, x_BlC: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        """Normalise [B, l, C]."""
+        factor, shift = modulation
         normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=self.norm_eps)
-        out: Tensor = normed * (1 + scale) + shift
-        return out
+        return torch.addcmul(shift, normed, factor)
 
 
 class VARTrunk(nn.Module):
@@ -284,7 +320,7 @@ class VARTrunk(nn.Module):
         return out
 
     def modulations(self, condition_BC: Tensor) -> list[tuple[Tensor, ...]]:
-        """Gates, scales and shifts of every block."""
+        """Gates, factors and shifts of every block."""
         if self.config.shared_aln:
             condition_BC = self.shared_ada_lin(condition_BC)[:, None].unflatten(-1, (6, -1))
         modulations: list[tuple[Tensor, ...]] = [
@@ -293,9 +329,9 @@ class VARTrunk(nn.Module):
         ]
         return modulations
 
-    def logits(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
-        """Head norm and output matrix; [B, l, V] in the network's dtype."""
-        out: Tensor = self.head(self.head_nm(x_BlC, condition_BC))
+    def logits(self, x_BlC: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        """Head norm, modulated as it says, and output matrix; [B, l, V] in the network's dtype."""
+        out: Tensor = self.head(self.head_nm(x_BlC, modulation))
         return out
 
 
@@ -362,7 +398,7 @@ class VAR(VARTrunk):
         mask = self.attn_bias_for_masking.to(x_BLC.dtype)
         for block, modulation in zip(self.blocks, self.modulations(condition), strict=True):
             x_BLC = block(x_BLC, modulation, mask)
-        return self.logits(x_BLC, condition).float()
+        return self.logits(x_BLC, self.head_nm.modulation(condition)).float()
 
     def null(self, cond_B: Tensor) -> Tensor:
         """The null class of guidance."""
@@ -421,6 +457,11 @@ class VARDecoder:
         self._model = model
         self._condition = model.class_emb(cond_B)
         self._modulations = model.modulations(self._condition)
+        self._head_modulation = model.head_nm.modulation(self._condition)
+        self._constants = [
+            block.attn.constants()  # type: ignore[union-attr, operator]
+            for block in model.blocks
+        ]
         self._places = model.places()
         sizes = model.config
         heads = sizes.num_heads
@@ -452,12 +493,12 @@ class VARDecoder:
         """Logits of the next stage, float32 [B, l, V]; `append` must come before the next call."""
         x_BlC, position = self._next_BlC, self._caches[0].length
         x_BlC = x_BlC + self._places[:, position : position + x_BlC.shape[1]]
-        blocks = zip(self._model.blocks, self._modulations, self._caches, strict=True)
-        for block, modulation, cache in blocks:
-            x_BlC = block(x_BlC, modulation, self._mask, cache)
+        of_block = (self._model.blocks, self._modulations, self._caches, self._constants)
+        for block, modulation, cache, constants in zip(*of_block, strict=True):
+            x_BlC = block(x_BlC, modulation, self._mask, cache, constants=constants)
         self._mask = None
         asked = self._model.stages[self._stage]
-        return self._model.logits(x_BlC[:, -asked:], self._condition).float()
+        return self._model.logits(x_BlC[:, -asked:], self._head_modulation).float()
 
     def append(self, tokens_Bl: Tensor) -> None:
         """Give the tokens of the stage whose logits were read, int64 [B, l]."""

@@ -89,7 +89,8 @@ class VARStudent(VARTrunk):
         for block, modulation, mark in blocks:
             x_BSC = block(x_BSC, modulation, mask, between=told_apart(is_data_BS1, mark))
         x_BLC = (x_BSC + told_apart(is_data_BS1, before_heads))[:, 1:]
-        return self.logits(x_BLC, condition), self.final_layer_conti(x_BLC, condition[:, None])
+        logits_BLV = self.logits(x_BLC, self.head_nm.modulation(condition))
+        return logits_BLV, self.final_layer_conti(x_BLC, condition[:, None])
 
     def _marks(self) -> list[Tensor]:
         """What is added to noise and to data: at the input, inside every block, before the heads.

@@ -141,6 +141,10 @@ def _device(device: str | torch.device) -> torch.device:
             f"device={device!r}, but there is no CUDA device of that number here "
             f"({torch.cuda.device_count()} in all)"
         )
+    if chosen.type == "cuda":
+        # cuDNN makes a plan for every number of keys, 25 ms each; a decoder's grows with each
+        # token. Where torch would prefer it depends on GPU and release, and so would the bits.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return chosen
 
 

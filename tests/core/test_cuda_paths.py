@@ -207,5 +207,5 @@ def test_what_lies_on_the_wrong_device_is_found() -> None:
     """That the tests above can fail: the same paths with a tokenizer that stayed behind."""
     pair = Pair("llamagen", codec_on="cpu")
     for path in TOUCHES_THE_CODEBOOK.values():
-        with pair.gpu.here(), pytest.raises(RuntimeError, match="device|NVIDIA"):
+        with pair.gpu.here(), pytest.raises(RuntimeError, match="device"):
             path(pair.teacher, pair.student)

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.optimization import MovingAverage, parameter_groups, set_learning_rate
 from ddray.errors import CheckpointError
+from ddray.models.linear import Linear
 
 _TAG = "deepspeed"
+_MATRIX_PRODUCTS = ["torch.nn.Linear", f"{Linear.__module__}.{Linear.__name__}"]
+# Numbers of a bucket of gradients.
+_LEAST_BUCKET, _MOST_BUCKET = 2**22, 2**28
 # What a checkpoint of `Engine.save` must hold: the size of every file, of all ranks.
 _PARTS_FILE = "parts.json"
 
@@ -33,14 +37,26 @@ def import_deepspeed(use_gpu: bool) -> Any:
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # An op that DeepSpeed would compile with g++ for a minute, to save what gloo does as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not use_gpu:
+        # An op that DeepSpeed would compile with g++ for a minute, to save what gloo does as well.
+        # To look at the table tries every op with a compiler: a GPU's start would wait for it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def deepspeed_config(config: DistillConfig, world: int) -> dict[str, Any]:
-    """What DeepSpeed is told."""
+def deepspeed_config(config: DistillConfig, world: int, weights: int) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Args:
+        config: the job.
+        world: number of workers.
+        weights: numbers in all parameters of the student.
+    """
     zero: dict[str, Any] = {"stage": config.zero}
+    if config.use_gpu and config.zero:
+        # Gradients travel while others are still computed, in some eight parts.
+        bucket = max(_LEAST_BUCKET, min(_MOST_BUCKET, weights // 8))
+        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     settings: dict[str, Any] = {
@@ -52,9 +68,16 @@ def deepspeed_config(config: DistillConfig, world: int) -> dict[str, Any]:
         # Its own CPU Adam would have to be compiled; torch's fused one is as fast (measured).
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        # It waits for a GPU twice a step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.precision != "float32":
-        settings["torch_autocast"] = {"enabled": True, "dtype": config.precision}
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": config.precision,
+            # Whose gradients travel in that precision; DeepSpeed looks for the very class.
+            "lower_precision_safe_modules": _MATRIX_PRODUCTS,
+        }
     return settings
 
 
@@ -81,7 +104,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
-            config=deepspeed_config(config, world),
+            config=deepspeed_config(config, world, sum(p.numel() for p in network.parameters())),
             dist_init_required=False,
         )
         if world == 1 and config.zero == 0:

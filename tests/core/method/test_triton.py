@@ -1,4 +1,4 @@
-"""Facts about the fused transport that need no GPU: its tokens, interpreted; that it compiles."""
+"""Facts about fused kernels that need no GPU: what they give, interpreted; that they compile."""
 
 import json
 import os
@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton", reason="triton comes with torch for CUDA"
 INTERPRETED = """
 import json, math, torch
 import torch.nn.functional as F
-from ddray.method import flow_triton
+from ddray.method import flow_triton, seeding, seeding_triton
 from ddray.method.flow import Transport
 
 torch.set_num_threads(1)
@@ -55,6 +55,15 @@ results["twins"] = sorted({3, 140, 260} & set(compare("ties", codes, logits, noi
 empty = Transport(codes, "ab4", 4)
 results["no rows"] = list(flow_triton.solve(
     noise[:0], logits[:0], empty.keys_FV, empty._lambdas, empty._weights).shape)
+results["noise"] = []
+for seed, index, numbers in (
+    (7, [0, 1, 2**40 + 5], 13),
+    (2**63 - 1, [3, 2**63 - 1], 1100),
+    ([5, 2**62 + 1], [9, 2**33], 34),
+):
+    index = torch.tensor(index)
+    made = seeding_triton.noise(seed, index, numbers, seeding.NOISE_STREAM)
+    results["noise"].append(torch.equal(made, seeding.normals(seed, index, numbers)))
 print(json.dumps(results))
 """
 
@@ -93,6 +102,25 @@ def test_of_equal_codes_the_first_is_taken(interpreted):
 
 def test_no_rows_give_no_tokens(interpreted):
     assert interpreted["no rows"] == [0]
+
+
+def test_noise_is_that_of_the_torch_operations_bit_for_bit(interpreted):
+    assert interpreted["noise"] == [True] * 3
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_of_noise_compiles_for_gpus_that_are_not_here(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ddray.method.seeding_triton import noise_kernel
+
+    signature = {"out": "*fp32", "index": "*i64", "seeds": "*i64", "seed": "i64", "numbers": "i32"}
+    constants = {"STREAM": 0, "OWN": False, "C": 256}
+    names = {**signature, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(noise_kernel, names, constants)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert "mul.hi.u32" in kernel.asm["ptx"] and "st.global" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

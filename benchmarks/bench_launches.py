@@ -1,0 +1,153 @@
+"""Kernels that a GPU is asked for, and waits of its host, counted without a GPU.
+
+    python benchmarks/bench_launches.py --json benchmarks/results/launches.json
+
+Published sizes on a device that is not here (benchmarks/fake_device.py): every operation that
+reaches torch's dispatcher and is no view is one launch. A launch costs the host some five
+microseconds, whatever it computes: at small batches this is what a model's speed is made of. What
+torch.compile or a CUDA graph would make of it is not counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fake_device import FakeDevice, Meter
+from frame import Figure, about, arguments, figures_table, stop_if_missed, tell, write
+
+from ddray.config.distillation import DistillConfig
+from ddray.distillation.optimization import batch_loss
+from ddray.distillation.stream import Batch
+from ddray.method.model import Tokenizer
+from ddray.method.seeding import standard_normal
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
+from ddray.models.zoo import empty_network, empty_student, empty_tokenizer, resolve
+
+LLAMAGEN, VAR = "llamagen-l-256", "var-d16"
+CFG = {LLAMAGEN: 2.0, VAR: 4.0}
+# Counted at 047246d in the same way.
+BEFORE = {
+    "LlamaGen-L, a token": 573,
+    "VAR-d16, a scale": 528,
+    "noise of a batch": 243,
+}
+
+
+def teacher_of(gpu: FakeDevice, name: str, dtype: torch.dtype | None = torch.bfloat16) -> Teacher:
+    """A published teacher without weights on the device."""
+    config = resolve(name)
+    assert isinstance(config, dict)
+    network, codec = empty_network(config), empty_tokenizer(config)
+    if hasattr(network, "use_quantizer"):
+        network.use_quantizer(codec.quantize)
+    return gpu.model(Teacher(network, Tokenizer(codec), config, name), dtype=dtype)
+
+
+def student_of(gpu: FakeDevice, name: str, dtype: torch.dtype | None = torch.bfloat16) -> Student:
+    """Its student, likewise."""
+    config = resolve(name)
+    assert isinstance(config, dict)
+    codec = empty_tokenizer(config)
+    return gpu.model(Student(empty_student(name), Tokenizer(codec), config, name), dtype=dtype)
+
+
+def of_a_stage(name: str) -> tuple[Counter[str], int]:
+    """Kernels of a guided stage of trajectories, as all but the first have, and waits of some."""
+    gpu = FakeDevice()
+    teacher = teacher_of(gpu, name)
+    counts, waits, stages = [], 0, teacher.stages
+    for stop in (2, 3):
+        teacher.stages = stages[:stop]
+        with gpu.here() as meter:
+            teacher.trajectories([1, 2], [0, 1], seed=1, cfg=CFG[name])
+        counts.append(meter.kernels)
+        waits = meter.waits
+    return counts[1] - counts[0], waits
+
+
+def of_a_call(name: str) -> Meter:
+    """One jump of a student, noise and reading included, pixels not."""
+    gpu = FakeDevice()
+    student = student_of(gpu, name)
+    with gpu.here() as meter:
+        student.generate([1, 2], seed=1)
+    return meter
+
+
+def of_a_training_step(name: str) -> Meter:
+    """Forward and backward pass in float32, loss included, optimizer not."""
+    gpu = FakeDevice("meta")
+    teacher, student = teacher_of(gpu, name, None), student_of(gpu, name, None)
+    config, rows = DistillConfig(), 4
+    network = student.model.requires_grad_(True).train()
+    with gpu.here() as meter:
+        index = torch.arange(rows, device="meta")
+        shape = (rows, teacher.num_tokens, teacher.codebook.shape[1])
+        tokens = torch.zeros(shape[:2], dtype=torch.long, device="meta")
+        batch = Batch(torch.randn(shape, device="meta"), tokens, index, index)
+        meter.kernels.clear()
+        losses = batch_loss(
+            *(network, batch, teacher.stages, teacher.codebook),
+            first=0,
+            schedule=(0, 1),
+            logits_weight=config.logits_weight,
+            code_weight=config.code_weight,
+        )
+        losses.total.backward()
+    return meter
+
+
+def of_noise() -> Meter:
+    """The noise of a batch on the device."""
+    gpu = FakeDevice()
+    with gpu.here() as meter:
+        index = torch.arange(64, device="cuda")
+        meter.kernels.clear()
+        standard_normal(1, index, (680, 32))
+    return meter
+
+
+def measured() -> tuple[list[Figure], dict[str, Any]]:
+    """All figures, and what each count consists of."""
+    kinds: dict[str, Any] = {}
+    figures = []
+    for what, name, bar in (("LlamaGen-L, a token", LLAMAGEN, 380), ("VAR-d16, a scale", VAR, 340)):
+        kernels, waits = of_a_stage(name)
+        kinds[what] = dict(kernels.most_common())
+        figures += [
+            Figure(f"{what}: kernels", kernels.total(), most=bar),
+            Figure(f"{what.split(',')[0]}: waits of a batch of trajectories", waits, most=1),
+        ]
+    counted: dict[str, Callable[[], Meter]] = {
+        "LlamaGen-L student, a jump": lambda: of_a_call(LLAMAGEN),
+        "VAR-d16 student, a jump": lambda: of_a_call(VAR),
+        "VAR-d16 student, forward and backward": lambda: of_a_training_step(VAR),
+        "noise of a batch": of_noise,
+    }
+    for what, count in counted.items():
+        meter = count()
+        kinds[what] = dict(meter.kernels.most_common())
+        figures.append(Figure(f"{what}: kernels", meter.kernels.total()))
+        if "jump" in what:
+            figures.append(Figure(f"{what}: waits", meter.waits, most=1))
+    return figures, kinds
+
+
+def main() -> None:
+    """Count, print, write; exit status 1 if a bar is missed."""
+    assert __doc__
+    args = arguments(__doc__).parse_args()
+    result = about("torch")
+    figures, kinds = measured()
+    result |= {"figures": [figure.row() for figure in figures], "kernels": kinds, "before": BEFORE}
+    tell(result, "Launches", figures_table(figures))
+    write(args.json, result)
+    stop_if_missed(figures)
+
+
+if __name__ == "__main__":
+    main()
