@@ -20,7 +20,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-core test-ray test-smoke test-chaos test-gpu browser lint format constraints teachers clean
+.PHONY: help setup quickstart test test-core test-ray test-smoke test-chaos gpu test-gpu browser lint format constraints teachers clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ test-smoke: $(READY) ## of the slow tests the few that would catch most
 
 test-chaos: $(READY) ## all slow tests: they kill workers and nodes, or drive a browser
 	@$(call optional_tier,chaos)
+
+gpu: ## what a GPU makes of ddray: right, then how fast; needs no .venv; ARGS=--quick
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 test-gpu: $(READY) ## tests that need a CUDA device
 	@$(call optional_tier,gpu)
