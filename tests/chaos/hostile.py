@@ -175,8 +175,10 @@ class Case:
 
     @property
     def is_json(self) -> bool:
-        """Whether it says so."""
-        return self.kind.partition(";")[0].strip().lower() == _JSON
+        """Whether it says so, and that nothing has packed it."""
+        packed = next((value for name, value in self.headers if name == "content-encoding"), b"")
+        plain = packed.decode("latin-1").strip().lower() in ("", "identity")
+        return plain and self.kind.partition(";")[0].strip().lower() == _JSON
 
     def verdict(self, cards: Mapping[str, ModelCard]) -> RequestError | None:
         """Of the pure checks, on a request to a route with a body; None = valid."""

@@ -6,7 +6,9 @@ number to the host is counted: in a hot path each such look lets a GPU run empty
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ddray
 from benchmarks.fake_device import FakeDevice
 from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
@@ -22,9 +25,12 @@ from ddray.distillation.optimization import batch_loss
 from ddray.distillation.perceptual import Perceptual
 from ddray.distillation.step import Agreement, TrainingStep
 from ddray.distillation.stream import Batch
+from ddray.errors import ConfigError
 from ddray.evaluation import evaluate
+from ddray.method.flow import full_float32
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
+from ddray.models.zoo import load_teacher
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.images.orders import RowsOrder
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
@@ -209,3 +215,48 @@ def test_what_lies_on_the_wrong_device_is_found() -> None:
     for path in TOUCHES_THE_CODEBOOK.values():
         with pair.gpu.here(), pytest.raises(RuntimeError, match="device"):
             path(pair.teacher, pair.student)
+
+
+LOADERS = ("load_teacher", "load_student", "planned_teacher", "planned_student")
+
+
+def loads(folder: Path) -> Iterator[tuple[Path, ast.Call]]:
+    """Every call by which a model is loaded, in the files of a folder."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in LOADERS:
+                yield path, node
+
+
+def test_no_job_takes_a_gpu_that_is_merely_there() -> None:
+    """Whatever loads a model says where: on what was reserved, or on the CPU."""
+    calls = [*loads(Path(ddray.__file__).parent)]
+    assert len(calls) > 15
+    for path, call in calls:
+        named = {keyword.arg: keyword.value for keyword in call.keywords}
+        by_place = call.args[1] if len(call.args) > 1 else None
+        device = named.get("device", by_place)
+        assert device is not None, f"{path}:{call.lineno} does not say on which device"
+        assert ast.unparse(device) != "'auto'", f"{path}:{call.lineno} takes any GPU"
+
+
+def test_dtypes_on_a_gpu_are_looked_at_before_any_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
+    for dtype, refusal in (
+        ("bfloat16", "Tesla T4 does not multiply bfloat16; give dtype=float16, or float32"),
+        ("int8", "dtype='int8' is not one of auto, float32"),
+    ):
+        with pytest.raises(ConfigError, match=refusal):
+            load_teacher("digits-var", device="cuda", dtype=dtype)
+    # It would plan anew for every number of keys of a decoder, and give other bits elsewhere.
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_true_float32_is_of_convolutions_too() -> None:
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    with full_float32():
+        assert convolutions.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert convolutions.fp32_precision == before

@@ -123,8 +123,8 @@ def test_the_kernel_of_noise_compiles_for_gpus_that_are_not_here(capability):
     assert "mul.hi.u32" in kernel.asm["ptx"] and "st.global" in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles_for_gpus_that_are_not_here(capability):
+@pytest.mark.parametrize(("capability", "width"), [(80, 8), (90, 32)])
+def test_the_kernel_compiles_for_gpus_that_are_not_here(capability, width):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -132,7 +132,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(capability):
 
     pointers = dict.fromkeys(("noise", "logits", "keys", "lambdas", "weights"), "*fp32")
     sizes = dict.fromkeys(("rows", "vocab_size", "width", "steps", "logits_stride"), "i32")
-    constants = {**tile(8), "K": 4}
+    constants = {**tile(width), "K": 4}
     signature = {"tokens": "*i64", **pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(
         transport_kernel, {name: signature[name] for name in transport_kernel.arg_names}, constants
