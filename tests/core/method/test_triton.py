@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from ddray.method.fused import can_fuse
 from tests.patience import PATIENCE_S
 
 triton = pytest.importorskip("triton", reason="triton comes with torch for CUDA")
@@ -106,6 +108,14 @@ def test_no_rows_give_no_tokens(interpreted):
 
 def test_noise_is_that_of_the_torch_operations_bit_for_bit(interpreted):
     assert interpreted["noise"] == [True] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
+def test_where_triton_fails_torch_takes_its_place_with_one_line():
+    with pytest.warns(UserWarning, match="Triton does not work on cuda, and torch") as told:
+        assert not can_fuse.__wrapped__(torch.device("cuda"))
+    assert "\n" not in str(told[0].message)
+    assert not can_fuse(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
