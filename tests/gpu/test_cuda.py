@@ -6,8 +6,14 @@ import pytest
 import torch
 
 import ddray
+from ddray.config.evaluation import EvaluateConfig
+from ddray.distillation.losses import distillation_loss
 from ddray.distillation.stream import TrajectoryStream
+from ddray.evaluation.evaluate import evaluate
 from ddray.method.flow import Transport, transport
+from ddray.method.fused import can_fuse
+from ddray.method.seeding import normals, standard_normal
+from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.sets.trajectories.test_trajectory_set import fill, plan_of
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
@@ -119,3 +125,60 @@ def test_batches_of_a_stream_are_those_of_the_cpu(tmp_path):
             torch.testing.assert_close(two.noise_BLE.cpu(), one.noise_BLE, rtol=0, atol=1e-6)
             for name in ("tokens_BL", "cond_B", "index_B"):
                 assert torch.equal(getattr(two, name).cpu(), getattr(one, name))
+
+
+def test_fused_noise_is_that_of_the_torch_operations():
+    pytest.importorskip("triton")
+    device = torch.device("cuda")
+    assert can_fuse(device)
+    index = torch.tensor([0, 7, 2**40, 2**63 - 1], device=device)
+    for seed in (3, [0, 1, 2**62, 2**63 - 1]):
+        fused = standard_normal(seed, index, (49, 5))
+        torch.testing.assert_close(fused.flatten(1), normals(seed, index, 245), rtol=0, atol=1e-6)
+
+
+def test_an_evaluation_runs_where_it_is_told():
+    config = EvaluateConfig(
+        student="digits-var-dd",
+        num_gpus=1,
+        count=20,
+        batch_size=20,
+        transport_count=2,
+        speed_batches=(1,),
+        speed_seconds=0.01,
+    )
+    evaluation = evaluate(config)
+    assert "on cuda, " in evaluation.protocol[-1]
+    assert evaluation.transport["agreement"] > 0.9
+    assert all(not images.is_cuda for _, images in evaluation.pictures)
+
+
+def test_images_of_the_service_are_those_of_the_cpu():
+    jobs = [ImageJob(k, k, 7) for k in range(10)]
+    here, there = (
+        Renderer.load("digits-var-dd", device=device).images(jobs, "0").astype(int)
+        for device in ("cpu", "cuda")
+    )
+    assert abs(here - there).mean() < 2  # of 255; a token near a border may be another one
+
+
+@pytest.mark.parametrize("name", ["digits-var-dd", "digits-llamagen-dd"])
+def test_gradients_in_bfloat16_are_those_of_float32(name):
+    student = ddray.load_student(name, device="cuda")
+    network, codebook = student.model.train().requires_grad_(True), student.codebook
+    index = torch.arange(64, device="cuda")
+    tokens = torch.randint(len(codebook), (64, student.num_tokens), device="cuda")
+    start = standard_normal(3, index, (student.num_tokens, codebook.shape[1]))
+
+    def gradients(in_bfloat16):
+        network.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=in_bfloat16):
+            losses = distillation_loss(
+                network, student.stages, codebook, start, tokens, index % 10, index % 2
+            )
+        losses.total.backward()
+        return {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+
+    exact, rounded = gradients(False), gradients(True)
+    errors = {k: float((rounded[k] - g).norm() / g.norm()) for k, g in exact.items()}
+    assert max(errors.values()) <= 0.03, max(errors, key=errors.get)
