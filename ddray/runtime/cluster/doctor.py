@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from ddray.config.doctor import DoctorConfig
 from ddray.errors import ClusterError, StorageError, one_line
 from ddray.runtime.cluster.capacity import node_labels, nodes_with, require, workable
 from ddray.runtime.cluster.connection import connect, obeys_strangers
-from ddray.runtime.cluster.machine import Machine, Probe, differences, examine, shortcomings
+from ddray.runtime.cluster.machine import (
+    Machine,
+    Probe,
+    differences,
+    examine,
+    mixture,
+    shortcomings,
+)
 from ddray.storage import open_storage
 from ddray.storage.base import temporary_name
 
@@ -69,7 +77,11 @@ def preflight(
     nodes = workable(num_cpus, num_gpus, node_pool)
     if [node["NodeID"] for node in nodes] == [ray.get_runtime_context().get_node_id()]:
         return
-    for patient in _examine(nodes, models, probes, bool(num_gpus)):
+    patients = _examine(nodes, models, probes, bool(num_gpus))
+    mixed = mixture(patient.machine for patient in patients if patient.machine)
+    if mixed and num_gpus:
+        print(f"ddray: {mixed}", file=sys.stderr, flush=True)
+    for patient in patients:
         # A node that is silent may be one that was just taken away: no reason to stop.
         if patient.errors and not patient.silent:
             raise ClusterError(f"node {patient.address}: {patient.errors[0]}")
@@ -128,6 +140,8 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
         f"{total.get('GPU', 0):g} GPUs"
     ]
     lines.append(f"  ERROR {_OPEN}" if is_open else "  strangers are refused: it asks for a token")
+    if mixed := mixture(patient.machine for patient in patients if patient.machine):
+        lines.append(f"  warning: {mixed}")
     for patient in patients:
         lines.append(_described(patient))
         lines += [f"  ERROR {error}" for error in patient.errors]
@@ -139,7 +153,7 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
             "  warning: no worker is up, so none was looked at; --node-pool NAME brings one"
         )
     errors = is_open + sum(len(patient.errors) for patient in patients)
-    warnings = sum(len(patient.warnings) for patient in patients)
+    warnings = bool(mixed) + sum(len(patient.warnings) for patient in patients)
     lines.append(f"{errors} errors, {warnings} warnings" if errors or warnings else "all is well")
     return lines, errors == 0
 

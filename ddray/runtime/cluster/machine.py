@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -139,6 +139,20 @@ def differences(here: Machine, there: Machine) -> list[str]:
             f"{here.ddray_path} here; use one image, or submit with one working directory"
         )
     return found
+
+
+def mixture(machines: Iterable[Machine]) -> str | None:
+    """What follows from GPUs of several models, for people; None where there is one at most.
+
+    The bits of a product depend on the model.
+    """
+    models = sorted({name for machine in machines for name, _ in machine.gpus})
+    if len(models) < 2:
+        return None
+    return (
+        f"GPUs of {len(models)} models ({', '.join(models)}): rows of one set would differ in a few "
+        "tokens by the machine that made them; name a pool of one model by --node-pool"
+    )
 
 
 def _release(name: str, version: str) -> str:

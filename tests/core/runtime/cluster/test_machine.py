@@ -9,7 +9,14 @@ import psutil
 import pytest
 
 import ddray
-from ddray.runtime.cluster.machine import Machine, Probe, differences, examine, shortcomings
+from ddray.runtime.cluster.machine import (
+    Machine,
+    Probe,
+    differences,
+    examine,
+    mixture,
+    shortcomings,
+)
 from ddray.storage.checkpoint import save_folder
 from tests.core.tiny import teacher_config, teacher_state, tokenizer_state
 
@@ -119,3 +126,12 @@ def test_a_folder_that_is_another_one_there_is_a_trouble(tmp_path: Path) -> None
     assert f"{tmp_path} is another folder there than on the driver's node" in found
     (found,) = examine("/tmp", (), [Probe("s4://bucket/x", "probe")]).troubles
     assert "cannot use s4://bucket/x: uri 's4://bucket/x' has the scheme 's4'" in found
+
+
+def test_gpus_of_several_models_are_told() -> None:
+    """A spot pool may mix them, and the bits of a set would depend on who made which row."""
+    none = dataclasses.replace(SOUND, gpus=[])
+    assert mixture([SOUND, none, SOUND]) is None
+    other = dataclasses.replace(SOUND, gpus=[("L40S", 48 * 10**9)])
+    told = mixture([SOUND, other])
+    assert told is not None and told.startswith("GPUs of 2 models (H100, L40S): rows of one set")
