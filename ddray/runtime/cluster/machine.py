@@ -150,8 +150,8 @@ def mixture(machines: Iterable[Machine]) -> str | None:
     if len(models) < 2:
         return None
     return (
-        f"GPUs of {len(models)} models ({', '.join(models)}): rows of one set would differ in a few "
-        "tokens by the machine that made them; name a pool of one model by --node-pool"
+        f"GPUs of {len(models)} models ({', '.join(models)}): rows of one set would differ in a "
+        "few tokens by the machine that made them; name a pool of one model by --node-pool"
     )
 
 
