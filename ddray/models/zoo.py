@@ -150,6 +150,13 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return chosen
 
 
+def _decode_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    chosen = _dtype(dtype)
+    if chosen == torch.float16:
+        raise ConfigError("decode_dtype=float16 overflows in a decoder; give float32 or bfloat16")
+    return chosen
+
+
 def resolve(spec: str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, Any]:
     """A bundled name as its folder, a published one as its sizes; the rest as it is.
 
@@ -183,6 +190,7 @@ def _build(
     tokenizer: Source | None,
     device: str | torch.device,
     dtype: str | torch.dtype | None,
+    decode_dtype: str | torch.dtype | None,
 ) -> tuple[Any, Tokenizer, dict[str, Any], str]:
     where = resolve(spec)
     model_state: StateDict | None = None
@@ -202,7 +210,7 @@ def _build(
         tokenizer_state = read_weights(tokenizer, tokenizer=True)
     if model_state is None:
         raise ConfigError(f"{name} is a set of sizes without weights; {_how_to_get(name)}")
-    chosen, precision = _device(device), _dtype(dtype)
+    chosen, precision, pixels = _device(device), _dtype(dtype), _decode_dtype(decode_dtype)
     codec = _load_tokenizer(family, config, tokenizer_state, name)
     network = empty_network(config, name)
     load_into(network, model_state, f"the checkpoint of {name}")
@@ -212,7 +220,7 @@ def _build(
         codec.to(chosen)
         if isinstance(network, VAR):
             network.use_quantizer(codec.quantize)
-    return network, Tokenizer(codec, family.tokenizer_statistics), config, name
+    return network, Tokenizer(codec, family.tokenizer_statistics, pixels), config, name
 
 
 def _how_to_get(name: str) -> str:
@@ -345,6 +353,7 @@ def load_teacher(
     tokenizer: Source | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    decode_dtype: str | torch.dtype | None = None,
 ) -> Teacher:
     """Load a teacher.
 
@@ -354,6 +363,7 @@ def load_teacher(
         tokenizer: weights of the tokenizer, likewise.
         device: "auto" = CUDA if there is one.
         dtype: of the network; None = float32.
+        decode_dtype: of the tokenizer's decoder, "bfloat16" or None = float32.
 
     Returns:
         The teacher in eval mode.
@@ -362,7 +372,9 @@ def load_teacher(
         ConfigError: for an unknown name or field, or sizes that do not fit.
         CheckpointError: if weights are damaged or do not fit the sizes.
     """
-    network, codec, config, name = _build("teacher", spec, checkpoint, tokenizer, device, dtype)
+    network, codec, config, name = _build(
+        "teacher", spec, checkpoint, tokenizer, device, dtype, decode_dtype
+    )
     return Teacher(network, codec, config, name)
 
 
@@ -373,9 +385,12 @@ def load_student(
     tokenizer: Source | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    decode_dtype: str | torch.dtype | None = None,
 ) -> Student:
     """Load a student; arguments and errors as for `load_teacher`."""
-    network, codec, config, name = _build("student", spec, checkpoint, tokenizer, device, dtype)
+    network, codec, config, name = _build(
+        "student", spec, checkpoint, tokenizer, device, dtype, decode_dtype
+    )
     return Student(network, codec, config, name)
 
 
