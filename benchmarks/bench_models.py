@@ -8,7 +8,8 @@ the median of at least two runs after a warm-up. `memory` is what resident memor
 memory (CUDA) grows by at its peak while a row runs. Two kinds of rows have a floor, measured in the
 same run. The student's is the time of its matrix products alone, at the rate of its own largest
 one. That of a LlamaGen's sampling is the time to read from memory what every token needs: the
-weights, and the keys and values of the tokens before.
+weights, and the keys and values of the tokens before. "Class to pixels" is a row's time plus that
+of decoding, in --decode-dtype; benchmarks/bench_decoding.py says more of that.
 """
 
 import re
@@ -42,6 +43,8 @@ COLUMNS = (
     Column("speedup", "x AR, guided", "", ".1f"),
     Column("floor_ratio", "x floor", "", ".2f"),
     Column("memory_mb", "memory", "MB", ".0f"),
+    Column("pixels_seconds", "class to pixels", "s", ".3f"),
+    Column("pixels_per_s", "class to pixels", "images/s", ".3f"),
 )
 
 
@@ -76,7 +79,9 @@ class PeakGrowth:
             self._thread.join()
 
 
-def random_teacher(name: str, device: str, dtype: str) -> Teacher:
+def random_teacher(
+    name: str, device: str, dtype: str = "float32", decode_dtype: str = "float32"
+) -> Teacher:
     """A model of the sizes of a name with normal weights of deviation 0.02."""
     config = resolve(name)
     if not isinstance(config, dict):
@@ -93,7 +98,12 @@ def random_teacher(name: str, device: str, dtype: str) -> Teacher:
             }
         )
     return load_teacher(
-        config, checkpoint=states[0], tokenizer=states[1], device=device, dtype=dtype
+        config,
+        checkpoint=states[0],
+        tokenizer=states[1],
+        device=device,
+        dtype=dtype,
+        decode_dtype=decode_dtype,
     )
 
 
@@ -222,6 +232,11 @@ def bench(
     for row in rows:
         if plain and row["what"] != "decode":
             row["speedup"] = plain / row["seconds"]
+    decoding = next((row["seconds"] for row in rows if row["what"] == "decode"), None)
+    for row in rows:
+        if decoding and row["what"] != "decode":
+            row["pixels_seconds"] = row["seconds"] + decoding
+            row["pixels_per_s"] = batch / row["pixels_seconds"]
     return rows
 
 
@@ -247,6 +262,7 @@ def main() -> None:
     parser.add_argument("--tokenizer")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--decode-dtype", default="float32", help="of the decoder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="least time of a figure")
@@ -254,7 +270,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.random_weights:
-        teacher = random_teacher(args.name, args.device, args.dtype)
+        teacher = random_teacher(args.name, args.device, args.dtype, args.decode_dtype)
     else:
         teacher = load_teacher(
             args.name,
@@ -262,6 +278,7 @@ def main() -> None:
             tokenizer=args.tokenizer,
             device=args.device,
             dtype=args.dtype,
+            decode_dtype=args.decode_dtype,
         )
     student = student_of(teacher, getattr(torch, args.dtype))
     device = teacher.device
@@ -274,6 +291,7 @@ def main() -> None:
         "name": args.name,
         "weights": "random" if args.random_weights else "loaded",
         "dtype": args.dtype,
+        "decode_dtype": args.decode_dtype,
         **where,
         "attention": attention_backend(device),
         "rows": [row for n in args.batch for row in bench(teacher, student, n, only, args.seconds)],

@@ -127,7 +127,7 @@ def build_report(
         ],
         tables=[
             Table("Quality", QUALITY_COLUMNS, evaluation.quality),
-            Table("Speed", speed_columns(evaluation), evaluation.speed),
+            Table("Speed, class to pixels", speed_columns(evaluation), evaluation.speed),
         ],
         meaning=_MEANING,
         protocol=evaluation.protocol,

@@ -23,11 +23,19 @@ class Tokenizer:
     Args:
         module: a family's tokenizer, or None for a model that was loaded without one.
         optional: names of statistics in its state dict that mean nothing at inference.
+        decode_dtype: of the decoder above its lowest resolution; codes, tokens and images are
+            float32 in any case.
     """
 
-    def __init__(self, module: Any, optional: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        module: Any,
+        optional: frozenset[str] = frozenset(),
+        decode_dtype: torch.dtype = torch.float32,
+    ):
         self._module = module
         self._optional = optional
+        self.decode_dtype = decode_dtype
 
     @property
     def module(self) -> Any:
@@ -51,6 +59,11 @@ class Tokenizer:
             return self.module.codebook.detach().float()
 
     @cached_property
+    def _decoder(self) -> Any:
+        """The module's decoder, in `decode_dtype`."""
+        return self.module.decoder.lowered(self.decode_dtype)
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the weights, or "" without a tokenizer."""
         return "" if self._module is None else fingerprint(self._module, self._optional)
@@ -66,8 +79,10 @@ class Tokenizer:
         codes = tokens_or_codes
         if not codes.is_floating_point():
             codes = self.codebook[codes]
-        images: Tensor = self.module.decode(codes.to(self.module.codebook.dtype))
-        return images.float().add(1).div(2).clamp(0, 1)
+        module = self.module
+        latent = module.post_quant_conv(module.decoder_input(codes.to(module.codebook.dtype)))
+        images: Tensor = self._decoder(latent).float()
+        return images.add_(1).div_(2).clamp_(0, 1).contiguous()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

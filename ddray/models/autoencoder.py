@@ -7,6 +7,8 @@ Shapes: B batch, N rows, V codebook size, E code width, X any channel count, H a
 cells.
 """
 
+import copy
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError, positive_integers
+from ddray.models.linear import linear
 
 _NORM_GROUPS = 32
+
+# On a CPU the levels above the lowest take as many images at once as keep an activation at full
+# resolution within this, and at least one: larger passes leave the caches, and three such
+# activations are all the memory that decoding needs.
+_PASS_BYTES = 2**24
 
 # Rows of a nearest-code search are compared in blocks of at most this many distances.
 _BLOCK_ELEMENTS = 2**24
@@ -85,6 +93,24 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(_NORM_GROUPS, channels, eps=1e-6)
 
 
+def _normalised_silu(norm: nn.GroupNorm, x_BXHW: Tensor) -> Tensor:
+    return F.silu(norm(x_BXHW), inplace=not torch.is_grad_enabled())
+
+
+def _pointwise(conv: nn.Conv2d, x_BXHW: Tensor) -> Tensor:
+    """A 1x1 convolution; on a CPU as the matrix product that it is there, channels being last."""
+    if x_BXHW.device.type != "cpu":
+        out: Tensor = conv(x_BXHW)
+        return out
+    return linear(x_BXHW.movedim(1, 3), conv.weight.flatten(1), conv.bias).movedim(3, 1)
+
+
+def _as_the_device_likes(x_BXHW: Tensor) -> Tensor:
+    """Channels last on a CPU: its convolutions would otherwise reorder input and output each."""
+    on_cpu = x_BXHW.device.type == "cpu"
+    return x_BXHW.contiguous(memory_format=torch.channels_last) if on_cpu else x_BXHW
+
+
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions, added to the input."""
 
@@ -99,11 +125,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BXHW: Tensor) -> Tensor:
         """Apply the block; the number of channels may change."""
-        h = self.conv1(F.silu(self.norm1(x_BXHW)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        shortcut = self.nin_shortcut(x_BXHW) if hasattr(self, "nin_shortcut") else x_BXHW
-        out: Tensor = shortcut + h
-        return out
+        h: Tensor = self.conv1(_normalised_silu(self.norm1, x_BXHW))
+        h = self.conv2(_normalised_silu(self.norm2, h))
+        if hasattr(self, "nin_shortcut"):
+            x_BXHW = _pointwise(self.nin_shortcut, x_BXHW)
+        # Under autocast the two have different dtypes, and the sum has the wider one.
+        plain = torch.is_grad_enabled() or h.dtype != x_BXHW.dtype
+        return x_BXHW + h if plain else h.add_(x_BXHW)
 
 
 class SpatialAttention(nn.Module):
@@ -122,13 +150,12 @@ class SpatialAttention(nn.Module):
         """Attend from every cell to every cell."""
         normed = self.norm(x_BXHW)
         if hasattr(self, "qkv"):
-            parts = self.qkv(normed).chunk(3, dim=1)
+            parts = _pointwise(self.qkv, normed).chunk(3, dim=1)
         else:
-            parts = self.q(normed), self.k(normed), self.v(normed)
+            parts = tuple(_pointwise(conv, normed) for conv in (self.q, self.k, self.v))
         q, k, v = (part.flatten(2).transpose(1, 2)[:, None] for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
-        out: Tensor = x_BXHW + self.proj_out(mixed.unflatten(-1, x_BXHW.shape[-2:]))
-        return out
+        return x_BXHW + _pointwise(self.proj_out, mixed.unflatten(-1, x_BXHW.shape[-2:]))
 
 
 class Downsample(nn.Module):
@@ -153,8 +180,16 @@ class Upsample(nn.Module):
 
     def forward(self, x_BXHW: Tensor) -> Tensor:
         """[B, X, H, W] to [B, X, 2H, 2W]."""
-        out: Tensor = self.conv(F.interpolate(x_BXHW, scale_factor=2.0, mode="nearest"))
-        return out
+        if x_BXHW.device.type != "cpu":
+            out: Tensor = self.conv(F.interpolate(x_BXHW, scale_factor=2.0, mode="nearest"))
+            return out
+        # Where pixels are repeated, nine neighbours are four values: a transposed convolution by
+        # sums over 2x2 windows of the weights needs 4 products a pixel, not 9. cuDNN may sum a
+        # transposed one in an order that changes from run to run, so a GPU keeps to the plain way.
+        weight = self.conv.weight.flip(2, 3).transpose(0, 1)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x_BXHW, weight, self.conv.bias, stride=2, padding=1)
 
 
 def _middle(channels: int, names: PartNames) -> nn.Sequential:
@@ -226,7 +261,7 @@ class Encoder(nn.Module):
 
     def features(self, image_BXHW: Tensor) -> Iterator[Tensor]:
         """What is known of images after each level, and last after the middle, [B, X, H, W]."""
-        h = self.conv_in(image_BXHW)
+        h = self.conv_in(_as_the_device_likes(image_BXHW))
         for level in self.get_submodule(self._levels).children():
             h = level(h)
             yield h
@@ -237,7 +272,7 @@ class Encoder(nn.Module):
         # One after the other: no more of them than one is in memory.
         for deeper in self.features(image_BXHW):
             h = deeper
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(_normalised_silu(self.norm_out, h))
         return out
 
 
@@ -264,18 +299,57 @@ class Decoder(nn.Module):
         self.add_module(names.decoder_levels, nn.ModuleList(self._in_running_order(levels)))
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], sizes.in_channels, 3, padding=1)
+        self._higher_dtype: torch.dtype | None = None
+        self._largest = sizes.ch * sizes.ch_mult[0] * sizes.patch**2
 
     def _in_running_order(self, levels: Iterable[nn.Module]) -> list[nn.Module]:
         """The stored order from the running order, or back."""
         return [*levels] if self._from_lowest else [*levels][::-1]
 
+    def _running_levels(self) -> list[nn.Module]:
+        return self._in_running_order(self.get_submodule(self._levels).children())
+
     def forward(self, latent_BXHW: Tensor) -> Tensor:
         """[B, z_channels, H / patch, W / patch] to [B, in_channels, H, W], not clamped."""
-        h = self.mid(self.conv_in(latent_BXHW))
-        for level in self._in_running_order(self.get_submodule(self._levels).children()):
-            h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        lowest, *_ = self._running_levels()
+        h = lowest(self.mid(self.conv_in(_as_the_device_likes(latent_BXHW))))
+        parts = [self._higher(part) for part in h.split(self._images_of_a_pass(latent_BXHW))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _higher(self, h_BXHW: Tensor) -> Tensor:
+        """What is left to do above the lowest resolution."""
+        if self._higher_dtype is not None:
+            h_BXHW = h_BXHW.to(self._higher_dtype)
+        _, *levels = self._running_levels()
+        for level in levels:
+            h_BXHW = level(h_BXHW)
+        out: Tensor = self.conv_out(_normalised_silu(self.norm_out, h_BXHW))
         return out
+
+    def _images_of_a_pass(self, latent_BXHW: Tensor) -> int:
+        count, _, *cells = latent_BXHW.shape
+        if latent_BXHW.device.type != "cpu" or torch.is_grad_enabled():
+            return max(1, count)
+        activation = self._largest * math.prod(cells) * self.conv_out.weight.itemsize
+        # A power of two, as a renderer's passes are: those divide without a rest.
+        return 1 << (max(1, _PASS_BYTES // activation).bit_length() - 1)
+
+    def lowered(self, dtype: torch.dtype) -> "Decoder":
+        """This decoder with all above the lowest resolution in another dtype; itself if in that.
+
+        The lowest level and what comes before it stay as they are, and shared: a thirteenth of
+        the work, and where rounding costs an image most.
+        """
+        if dtype == self.conv_out.weight.dtype:
+            return self
+        lowest, *_ = self._running_levels()
+        shared = {id(part): part for part in (self.conv_in, self.mid, lowest)}
+        lowered = copy.deepcopy(self, shared)
+        _, *higher = lowered._running_levels()
+        for part in (*higher, lowered.norm_out, lowered.conv_out):
+            part.to(dtype)
+        lowered._higher_dtype = dtype
+        return lowered
 
 
 def nearest_codes(x: Tensor, codebook_VE: Tensor) -> Tensor:

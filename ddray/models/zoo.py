@@ -165,6 +165,13 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     return chosen
 
 
+def _decode_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    chosen = _dtype(dtype, device)
+    if chosen == torch.float16:
+        raise ConfigError("decode_dtype=float16 overflows in a decoder; give float32 or bfloat16")
+    return chosen
+
+
 def resolve(spec: str | Path | Mapping[str, Any]) -> str | Path | Mapping[str, Any]:
     """A bundled name as its folder, a published one as its sizes; the rest as it is.
 
@@ -198,6 +205,7 @@ def _build(
     tokenizer: Source | None,
     device: str | torch.device,
     dtype: str | torch.dtype | None,
+    decode_dtype: str | torch.dtype | None,
 ) -> tuple[Any, Tokenizer, dict[str, Any], str]:
     where = resolve(spec)
     model_state: StateDict | None = None
@@ -218,7 +226,7 @@ def _build(
     if model_state is None:
         raise ConfigError(f"{name} is a set of sizes without weights; {_how_to_get(name)}")
     chosen = _device(device)
-    precision = _dtype(dtype, chosen)
+    precision, pixels = _dtype(dtype, chosen), _decode_dtype(decode_dtype, chosen)
     codec = _load_tokenizer(family, config, tokenizer_state, name)
     network = empty_network(config, name)
     load_into(network, model_state, f"the checkpoint of {name}")
@@ -228,7 +236,7 @@ def _build(
         codec.to(chosen)
         if isinstance(network, VAR):
             network.use_quantizer(codec.quantize)
-    return network, Tokenizer(codec, family.tokenizer_statistics), config, name
+    return network, Tokenizer(codec, family.tokenizer_statistics, pixels), config, name
 
 
 def _how_to_get(name: str) -> str:
@@ -361,6 +369,7 @@ def load_teacher(
     tokenizer: Source | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    decode_dtype: str | torch.dtype | None = None,
 ) -> Teacher:
     """Load a teacher.
 
@@ -371,6 +380,7 @@ def load_teacher(
         device: "auto" = CUDA if there is one.
         dtype: of the network; None = float32, "auto" = bfloat16 on a GPU that multiplies it, else
             float32.
+        decode_dtype: of the tokenizer's decoder, likewise, but not float16.
 
     Returns:
         The teacher in eval mode.
@@ -379,7 +389,9 @@ def load_teacher(
         ConfigError: for an unknown name or field, or sizes that do not fit.
         CheckpointError: if weights are damaged or do not fit the sizes.
     """
-    network, codec, config, name = _build("teacher", spec, checkpoint, tokenizer, device, dtype)
+    network, codec, config, name = _build(
+        "teacher", spec, checkpoint, tokenizer, device, dtype, decode_dtype
+    )
     return Teacher(network, codec, config, name)
 
 
@@ -390,9 +402,12 @@ def load_student(
     tokenizer: Source | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    decode_dtype: str | torch.dtype | None = None,
 ) -> Student:
     """Load a student; arguments and errors as for `load_teacher`."""
-    network, codec, config, name = _build("student", spec, checkpoint, tokenizer, device, dtype)
+    network, codec, config, name = _build(
+        "student", spec, checkpoint, tokenizer, device, dtype, decode_dtype
+    )
     return Student(network, codec, config, name)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
@@ -50,6 +51,19 @@ def golden_weights(name: str) -> dict[str, Tensor]:
 def assert_golden(actual: Tensor, expected: Tensor) -> None:
     """The pass rule of the fixtures: upstream moves by 1.4e-5 itself, a mistake by far more."""
     torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation for the largest tensor that it returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
 
 
 def teacher_state(seed: int = 0, **sizes: Any) -> dict[str, Tensor]:

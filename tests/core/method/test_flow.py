@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddray
 from ddray.errors import ConfigError
 from ddray.method.flow import SOLVERS, Transport, multistep_weights, transport
-from tests.core.tiny import chi_square_p_value
+from tests.core.tiny import LargestTensor, chi_square_p_value
 
 INF = math.inf
 
@@ -240,19 +239,6 @@ def test_the_process_precision_neither_matters_nor_changes(precision):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches every operation for the largest tensor that it returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 def test_no_tensor_of_rows_times_codes_times_width_is_made():
