@@ -28,12 +28,12 @@ from typing import Any
 import frame
 import torch
 
+from ddray.method.teacher import Teacher
+from ddray.models.zoo import load_teacher
 from ddray.report.table import Column, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# Dense bfloat16 products, 2 flops each, per second (NVIDIA's data sheets).
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,15 @@ SIZES = {
 }
 
 
+def teacher_of(size: Size, name: str, dtype: str) -> Teacher:
+    """A teacher of published sizes with random weights, or a bundled one."""
+    from bench_models import random_teacher
+
+    if size.weights:
+        return random_teacher(name, size.device, dtype)
+    return load_teacher(name, device=size.device, dtype=dtype)
+
+
 def stack(size: Size) -> dict[str, Any]:
     """What is installed, and which attention torch would take."""
     found: dict[str, Any] = frame.about("torch", device=size.device)
@@ -127,22 +136,16 @@ def right(size: Size) -> dict[str, Any]:
 
 def bits(size: Size) -> dict[str, Any]:
     """Which numbers of rows in a pass give an image the same bits, in each dtype."""
-    from bench_models import random_teacher, student_of
-
-    from ddray.models.zoo import load_student, load_teacher
+    from bench_models import student_of
 
     rows_of: dict[str, Any] = {}
     for name in (size.llamagen, size.var):
         for dtype in ("float32", size.dtype):
-            if size.weights:
-                teacher = random_teacher(name, size.device, dtype)
-                student = student_of(teacher, getattr(torch, dtype))
-            else:
-                teacher = load_teacher(name, device=size.device, dtype=dtype)
-                student = load_student(f"{name}-dd", device=size.device, dtype=dtype)
+            teacher = teacher_of(size, name, dtype)
+            student = student_of(teacher, getattr(torch, dtype))
             whole = student.generate([0] * 16, seed=1)
-            logits = teacher.guided_logits([0] * 16, teacher.tokenizer.module.nearest(whole))
             tokens = teacher.tokenizer.module.nearest(whole)
+            logits = teacher.guided_logits([0] * 16, tokens)
             found = {}
             for rows in (1, 2, 4, 8, 16):
                 codes = student.generate([0] * rows, seed=1)
@@ -199,17 +202,16 @@ def models(size: Size) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def step(size: Size) -> dict[str, Any]:
     """A training step of the VAR student: time, share of the peak, memory, its longest kernels."""
-    from bench_models import median_seconds, random_teacher
+    from bench_models import median_seconds
 
-    from ddray.cost import step_flops
+    from ddray.cost import mfu, step_flops
     from ddray.distillation.optimization import batch_loss, parameter_groups
     from ddray.distillation.stream import Batch
     from ddray.method.schedule import default_schedule
     from ddray.method.seeding import standard_normal
-    from ddray.models.zoo import load_teacher, new_student
+    from ddray.models.zoo import new_student
 
-    make = random_teacher if size.weights else lambda *args: load_teacher(args[0], device=args[1])
-    teacher = make(size.var, size.device, "float32")
+    teacher = teacher_of(size, size.var, "float32")
     network, _ = new_student(teacher)
     network.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -248,10 +250,9 @@ def step(size: Size) -> dict[str, Any]:
         seconds = median_seconds(one, device, size.seconds)
         found[name] = {"ms": 1e3 * seconds, "rows_per_s": size.rows / seconds}
         if size.device == "cuda":
-            peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
             found[name] |= {
                 "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
-                "mfu": peak and flops / seconds / peak,
+                "mfu": mfu(flops, seconds, torch.cuda.get_device_name(), 1),
             }
             found[name]["kernels"] = longest(one)
     return found
@@ -259,14 +260,9 @@ def step(size: Size) -> dict[str, Any]:
 
 def profile(size: Size) -> dict[str, Any]:
     """The longest kernels of some tokens, some scales and of decoding."""
-    from bench_models import random_teacher
-
-    from ddray.models.zoo import load_teacher
-
-    make = random_teacher if size.weights else lambda *args: load_teacher(args[0], device=args[1])
     found = {}
     for name in (size.llamagen, size.var):
-        teacher = make(name, size.device, size.dtype)
+        teacher = teacher_of(size, name, size.dtype)
         teacher.stages, whole = teacher.stages[:4], teacher.stages
         cfg = max(teacher.default_cfg, 1.5)
         found[f"{name}, four stages"] = longest(

@@ -65,6 +65,11 @@ def reserved_device(num_gpus: float) -> str:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+NetworkDtype = Annotated[
+    Dtype,
+    Field(description="of the networks; auto = bfloat16 on a GPU that has it, else float32"),
+]
+
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
 
 Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(parse_list)]

@@ -7,10 +7,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config.base import (
     CountT,
-    Dtype,
     Job,
     Location,
     ModelName,
+    NetworkDtype,
     NodePool,
     SeedT,
     WaitS,
@@ -49,9 +49,7 @@ class EvaluateConfig(Job):
         None, description="on a cluster; absent = 1, elsewhere all cores"
     )
     num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="1 = on a GPU; 0 = on CPUs")
-    dtype: Dtype = Field(
-        "auto", description="of the networks; auto = bfloat16 on a GPU that has it, else float32"
-    )
+    dtype: NetworkDtype = "auto"
     node_pool: NodePool = None
     wait_s: WaitS = None
 

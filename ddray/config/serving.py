@@ -7,12 +7,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config.base import (
     CountT,
-    Dtype,
     EncoderName,
     Job,
     LocalFile,
     Location,
     ModelNames,
+    NetworkDtype,
     NodePool,
     Texts,
     WaitS,
@@ -88,9 +88,7 @@ class ServeConfig(Job):
     ingress_replicas: CountT = Field(1, description="processes that take requests")
     threads: CountT = Field(1, description="CPU threads of a replica")
     num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of a replica")
-    dtype: Dtype = Field(
-        "auto", description="of the networks; auto = bfloat16 on a GPU that has it, else float32"
-    )
+    dtype: NetworkDtype = "auto"
     models_per_replica: CountT = Field(4, description="students in memory; the rest on demand")
     node_pool: NodePool = None
     wait_s: WaitS = None

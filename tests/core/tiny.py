@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddray.distillation.losses import distillation_loss
+from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
@@ -129,6 +131,29 @@ def write_text_encoder(folder: Path, width: int) -> str:
         model = transformers.T5EncoderModel(transformers.T5Config(d_model=width, **sizes))
     model.save_pretrained(folder)
     return str(folder)
+
+
+def gradient_errors(name: str, device: str) -> dict[str, float]:
+    """How far a bundled student's gradients in bfloat16 are from those in float32, relative."""
+    student = load_student(name, device=device)
+    network, codebook, rows = student.model.train().requires_grad_(True), student.codebook, 64
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(len(codebook), (rows, student.num_tokens), generator=generator)
+    start = noise(3, range(rows), (student.num_tokens, codebook.shape[1]), device)
+    index = torch.arange(rows, device=device)
+    t_B = torch.tensor(student.config["schedule"], device=device)[index % 2]
+
+    def gradients(in_bfloat16: bool) -> dict[str, Tensor]:
+        network.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
+            losses = distillation_loss(
+                network, student.stages, codebook, start, tokens.to(device), index % 10, t_B
+            )
+        losses.total.backward()
+        return {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+
+    exact, rounded = gradients(False), gradients(True)
+    return {k: float((rounded[k] - g).norm() / g.norm()) for k, g in exact.items()}
 
 
 def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:

@@ -7,7 +7,6 @@ import torch
 
 import ddray
 from ddray.config.evaluation import EvaluateConfig
-from ddray.distillation.losses import distillation_loss
 from ddray.distillation.stream import TrajectoryStream
 from ddray.evaluation.evaluate import evaluate
 from ddray.method.flow import Transport, transport
@@ -16,7 +15,7 @@ from ddray.method.seeding import normals, standard_normal
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.sets.trajectories.test_trajectory_set import fill, plan_of
-from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
+from tests.core.tiny import gradient_errors, tiny_student, tiny_teacher, tiny_var
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,21 +163,5 @@ def test_images_of_the_service_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("name", ["digits-var-dd", "digits-llamagen-dd"])
 def test_gradients_in_bfloat16_are_those_of_float32(name):
-    student = ddray.load_student(name, device="cuda")
-    network, codebook = student.model.train().requires_grad_(True), student.codebook
-    index = torch.arange(64, device="cuda")
-    tokens = torch.randint(len(codebook), (64, student.num_tokens), device="cuda")
-    start = standard_normal(3, index, (student.num_tokens, codebook.shape[1]))
-
-    def gradients(in_bfloat16):
-        network.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=in_bfloat16):
-            losses = distillation_loss(
-                network, student.stages, codebook, start, tokens, index % 10, index % 2
-            )
-        losses.total.backward()
-        return {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
-
-    exact, rounded = gradients(False), gradients(True)
-    errors = {k: float((rounded[k] - g).norm() / g.norm()) for k, g in exact.items()}
+    errors = gradient_errors(name, "cuda")
     assert max(errors.values()) <= 0.03, max(errors, key=errors.get)

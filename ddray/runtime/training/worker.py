@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ddray import __version__
+from ddray.config.base import reserved_device
 from ddray.config.distillation import DistillConfig
 from ddray.cost import mfu, step_flops
 from ddray.distillation.critics import new_critics
@@ -118,7 +119,7 @@ class _Run:
         self.board, self.watchdog = board, watchdog
         if not config.use_gpu:
             torch.set_num_threads(config.threads)
-        device = torch.device("cuda" if config.use_gpu else "cpu")
+        device = torch.device(reserved_device(config.use_gpu))
         self.trajectories = TrajectorySet.open(config.data)
         plan = self.trajectories.plan
         self.teacher = load_teacher(config.teacher or plan.teacher, device=device)

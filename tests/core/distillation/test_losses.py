@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import ddray
 from ddray.distillation.losses import distillation_loss
 from ddray.method.student import given_tokens, keep_data
-from ddray.models.zoo import load_student, new_student
-from tests.core.tiny import tiny_teacher
+from ddray.models.zoo import new_student
+from tests.core.tiny import gradient_errors, tiny_teacher
 
 STAGES = (1, 2, 3)
 CODEBOOK = F.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
@@ -163,23 +163,5 @@ def test_a_few_steps_lower_the_loss():
 @pytest.mark.parametrize("name", ["digits-var-dd", "digits-llamagen-dd"])
 def test_gradients_in_bfloat16_are_those_of_float32(name):
     """Of every parameter; a sum of thousands of rows in bfloat16 would stop growing."""
-    student = load_student(name, device="cpu")
-    network, codebook, rows = student.model.train().requires_grad_(True), student.codebook, 64
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(len(codebook), (rows, student.num_tokens), generator=generator)
-    start = ddray.noise(3, range(rows), (student.num_tokens, codebook.shape[1]))
-    index = torch.arange(rows)
-    t_B = torch.tensor(student.config["schedule"])[index % 2]
-
-    def gradients(in_bfloat16):
-        network.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
-            losses = distillation_loss(
-                network, student.stages, codebook, start, tokens, index % 10, t_B
-            )
-        losses.total.backward()
-        return {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
-
-    exact, rounded = gradients(False), gradients(True)
-    errors = {name: float((rounded[name] - g).norm() / g.norm()) for name, g in exact.items()}
+    errors = gradient_errors(name, "cpu")
     assert max(errors.values()) <= 0.02, max(errors, key=errors.get)

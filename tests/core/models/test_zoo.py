@@ -235,7 +235,9 @@ def test_the_fingerprint_changes_with_one_weight():
 def test_an_unknown_device_or_dtype_is_refused():
     with pytest.raises(ConfigError, match="device='gpu' is unknown"):
         load(device="gpu")
-    with pytest.raises(ConfigError, match="dtype='int8' is not one of auto, float32"):
+    with pytest.raises(
+        ConfigError, match="dtype='int8' is not one of auto, float32, bfloat16, float16"
+    ):
         load(dtype="int8")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device='cuda', but there is no CUDA device"):

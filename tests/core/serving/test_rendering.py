@@ -82,13 +82,13 @@ def _check_company(
 def test_an_image_does_not_depend_on_its_company(renderer: Renderer, family: str) -> None:
     jobs = [ImageJob(k % 3, k % 4, 7 + k // 4) for k in range(17)]
     for schedule in ALONE[family]:
-        _check_company(renderer, jobs, schedule, (1, 2, 3, 5, 8, 11, 16, 17))
+        _check_company(renderer, jobs, schedule, range(1, 18))
 
 
 def test_nor_where_the_teacher_takes_part(renderer: Renderer, family: str) -> None:
-    jobs = [ImageJob(k % 3, k, 7) for k in range(5)]
+    jobs = [ImageJob(k % 3, k, 7) for k in range(7)]
     for schedule in TAUGHT[family]:
-        _check_company(renderer, jobs, schedule, (2, 5))
+        _check_company(renderer, jobs, schedule, (2, 3, 7))
 
 
 def test_images_are_those_of_the_student(renderer: Renderer, family: str) -> None:
