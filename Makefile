@@ -46,9 +46,10 @@ test: test-core test-ray ## the core tier, then the ray tier
 test-core: $(READY) ## fast tests on the CPU, without Ray; ARGS="-k noise" goes to pytest
 	$(BIN)/python -m pytest tests/core -n auto --maxprocesses 8 $(ARGS)
 
-# Two processes, each with a Ray of its own: most of this tier waits for processes to start.
-test-ray: $(READY) ## tests on a real local Ray
-	$(BIN)/python -m pytest tests/runtime -m "ray and not chaos" -n 2 --dist loadfile $(ARGS)
+# Two processes, each with a Ray of its own: most of this tier waits for processes to start. So the slow ones of the
+# core's tests are run beside it.
+test-ray: $(READY) ## tests on a real local Ray, and the slow ones without
+	$(BIN)/python -m pytest tests/runtime tests/core -m "(ray or slow) and not chaos" -n 2 --dist loadfile $(ARGS)
 
 # pytest exits with 5 when it collected no test: for an optional tier that is no failure.
 optional_tier = $(BIN)/python -m pytest -m "$(1)" $(ARGS) || { rc=$$?; [ $$rc -eq 5 ] || exit $$rc; echo "No $(1) tests here: nothing to run."; }

@@ -485,6 +485,7 @@ def test_without_the_teacher_nothing_is_recomputed_unless_asked_for(
     assert capsys.readouterr().err.endswith("`ddray models` lists the names\n")
 
 
+@pytest.mark.slow
 def test_rows_of_the_bundled_teacher_are_recomputed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -36,6 +36,8 @@ from ddray.sets.images.orders import RowsOrder
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
 
+pytestmark = pytest.mark.slow
+
 FAMILIES: dict[str, tuple[Callable[[], Teacher], Callable[[], Student], str]] = {
     "llamagen": (tiny_teacher, tiny_student, "0,2"),
     "var": (tiny_var, lambda: tiny_var("var-dd"), "0,1"),

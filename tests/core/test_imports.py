@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import ddray
 from tests.paths import ROOT
 from tests.patience import PATIENCE_S
@@ -56,6 +58,8 @@ sys.meta_path.insert(0, Blocker())
 
 import ddray
 # The compiler is a second of every worker's start.
+import pytest
+
 from ddray.models.zoo import empty_network, empty_tokenizer
 ddray.load_teacher("digits-llamagen", device="cpu")
 ddray.load_student("digits-llamagen-dd", device="cpu")
@@ -130,6 +134,7 @@ def test_importing_the_package_loads_nothing_heavy():
     run(LIGHT_IMPORT)
 
 
+@pytest.mark.slow
 def test_models_load_without_torchs_compiler_and_run_without_ray_deepspeed_and_mlxtend():
     run(TOY_RUN)
 

@@ -105,6 +105,7 @@ def answers() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_ray_accepts_the_file_and_adds_nothing_to_install(answers, name):
     config = answers[name]

@@ -29,6 +29,7 @@ def test_straight_through_has_the_code_that_is_read_and_the_gradient_of_the_mean
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TEACHERS)
 def test_at_first_real_and_fake_look_the_same_and_then_no_more(family):
     teacher = TEACHERS[family]()

@@ -160,6 +160,7 @@ def test_a_few_steps_lower_the_loss():
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-var-dd", "digits-llamagen-dd"])
 def test_gradients_in_bfloat16_are_those_of_float32(name):
     """Of every parameter; a sum of thousands of rows in bfloat16 would stop growing."""

@@ -163,6 +163,7 @@ def lpips_file(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_lpips_is_that_of_the_package(lpips_file):
     network = Lpips(lpips_file)
     images, targets = (torch.rand(2, 1, 28, 28) * 2 - 1 for _ in range(2))

@@ -19,6 +19,8 @@ from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.tiny import chi_square_p_value
 
+pytestmark = pytest.mark.slow
+
 BUNDLED_TEACHERS = ("digits-llamagen", "digits-var")
 SHORT = {"student": "digits-var-dd", "speed_batches": (1,), "speed_seconds": 0.01}
 

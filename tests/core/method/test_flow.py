@@ -102,6 +102,7 @@ def mixture_256():
     return noise, logits, codes, exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["ab4", "ab2", "rk4"])
 def test_the_default_agrees_with_the_exact_map(mixture_256, solver):
     noise, logits, codes, exact = mixture_256

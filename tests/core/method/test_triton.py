@@ -11,6 +11,8 @@ import torch
 from ddray.method.fused import can_fuse
 from tests.patience import PATIENCE_S
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton", reason="triton comes with torch for CUDA")
 
 # A process of its own: triton reads TRITON_INTERPRET when it is imported.

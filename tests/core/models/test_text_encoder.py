@@ -11,6 +11,8 @@ from ddray.models.text_encoder import T5TextEncoder, encoder_width
 from ddray.storage.caption_file import clean_caption
 from tests.core.tiny import tiny_teacher, write_text_encoder
 
+pytestmark = pytest.mark.slow
+
 TEXT = {"cls_token_num": 5, "caption_dim": 3}
 
 

@@ -260,6 +260,7 @@ BODIES = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(st.binary(max_size=60) | BODIES.map(lambda body: json.dumps(body).encode()), st.booleans())
 def test_whatever_is_sent_becomes_an_order_or_a_refusal(body: bytes, urls: bool) -> None:

@@ -29,6 +29,8 @@ from tests.core.tiny import (
     write_text_encoder,
 )
 
+pytestmark = pytest.mark.slow
+
 TEXT = {"cls_token_num": 5, "caption_dim": 3}
 # Wide enough that a CPU sums several rows in another order than one. The students read half of
 # their tokens only, so that every bit of the codes behind shows in the image.
