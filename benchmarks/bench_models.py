@@ -47,6 +47,9 @@ COLUMNS = (
     Column("pixels_per_s", "class to pixels", "images/s", ".3f"),
 )
 
+EAGER = ", kernel by kernel"
+"""End of a row's name: without CUDA graphs."""
+
 
 class PeakGrowth:
     """Growth of memory at its peak while the block runs, in bytes."""
@@ -115,14 +118,15 @@ def student_of(teacher: Teacher, dtype: torch.dtype) -> Student:
 
 
 def median_seconds(make: Callable[[], Any], device: torch.device, least: float) -> float:
-    """Median time of at least two runs after a warm-up."""
+    """Median time of at least two runs after a warm-up; on a GPU the second records a graph."""
 
     def run() -> None:
         make()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    run()
+    for _ in range(1 + (device.type == "cuda")):
+        run()
     times: list[float] = []
     while len(times) < 2 or (sum(times) <= least and len(times) < 63):
         times.append(frame.seconds_of(run))
@@ -207,10 +211,14 @@ def bench(
         "student, 2 steps": (2, lambda: student.generate(cond, index=index, schedule=jumps)),
         "decode": (1, lambda: teacher.decode(codes)),
     }
+    if device.type == "cuda":
+        eager = {f"{what}{EAGER}": maker for what, maker in makers.items() if what != "AR"}
+        makers = {**makers, **eager}
     rows: list[dict[str, Any]] = []
     for what, (count, make) in makers.items():
         if only and not any(what.startswith(prefix) for prefix in only):
             continue
+        teacher.graphs.enabled = student.graphs.enabled = not what.endswith(EAGER)
         with PeakGrowth(device) as growth:
             seconds = median_seconds(make, device, least)
         row = {
@@ -228,13 +236,14 @@ def bench(
             rows_of_network = batch * (2 if "guided" in what else 1)
             row["floor_ratio"] = seconds / read_floor(teacher, rows_of_network, least)
         rows.append(row)
-    plain = next((row["seconds"] for row in rows if row["what"] == "AR, guided"), None)
+    seconds_of = {row["what"]: row["seconds"] for row in rows}
+    plain = seconds_of.get(f"AR, guided{EAGER}", seconds_of.get("AR, guided"))
     for row in rows:
-        if plain and row["what"] != "decode":
+        if plain and not row["what"].startswith("decode"):
             row["speedup"] = plain / row["seconds"]
-    decoding = next((row["seconds"] for row in rows if row["what"] == "decode"), None)
+    decoding = seconds_of.get("decode")
     for row in rows:
-        if decoding and row["what"] != "decode":
+        if decoding and not row["what"].startswith("decode"):
             row["pixels_seconds"] = row["seconds"] + decoding
             row["pixels_per_s"] = batch / row["pixels_seconds"]
     return rows

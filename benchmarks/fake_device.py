@@ -307,6 +307,7 @@ class FakeDevice:
         tokenizer = Tokenizer(codec)
         vars(tokenizer)["codebook"] = self.tensor(codebook, codec_on)
         carried = type(model)(network, tokenizer, model.config, model.name)
+        carried.graphs.enabled = False  # only a driver records
         if codebook.is_meta:
             vars(carried)["_maps"] = {("ab4", None): _fused_transport}
             return carried

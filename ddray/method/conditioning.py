@@ -3,6 +3,7 @@
 Shapes: B batch, T caption positions, D feature width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,3 +118,13 @@ def concatenate(first: Condition, second: Condition) -> Condition:
         )
     assert isinstance(first, Tensor) and isinstance(second, Tensor)
     return torch.cat((first, second))
+
+
+def as_tensors(cond: Condition) -> tuple[Tensor, ...]:
+    """A condition as the tensors that it is made of."""
+    return (cond.features_BTD, cond.mask_BT) if isinstance(cond, Captions) else (cond,)
+
+
+def from_tensors(parts: Sequence[Tensor]) -> Condition:
+    """The condition that is made of tensors, as `as_tensors` gave them."""
+    return parts[0] if len(parts) == 1 else Captions(*parts)

@@ -1,7 +1,8 @@
 """The transport on a GPU as one kernel: rows go through all evaluations without leaving it.
 
-A program owns a few rows, a warp each, whose states and latest velocities stay on the chip from the
-noise to the token. An evaluation reads the rows' logits once, and the codebook, which the L2 cache
+A program owns a few rows, whose states and latest velocities stay on the chip from the noise to the
+token: four with a warp each, or where there are few rows one with eight warps, so that they spread
+over the chip. An evaluation reads the rows' logits once, and the codebook, which the L2 cache
 holds; it writes nothing. The softmax is online, as in FlashAttention (Dao et al., arXiv
 2205.14135), with a running maximum for each column of the chunk in place of one for each row: a
 chunk then needs no exchange between threads, and columns are merged once an evaluation. Products
@@ -23,10 +24,14 @@ from torch import Tensor
 
 from ddray.errors import ConfigError
 
-_ROWS = 4  # and warps
 _LANES = 32
+_ROWS = 4  # of a program, and warps
+# Up to so many rows a program has one, with so many warps. A GPU of a data centre has more than a
+# hundred multiprocessors: four rows a program would leave three quarters of them idle. Of more rows
+# each would read the codebook from the L2 cache alone, four times as often.
+_FEW, _WARPS_OF_FEW = 128, 8
 # Sums that a thread keeps, E for each of its columns. Compiled for compute capability 9.0 it takes
-# 127 registers at E = 8, and spills none up to E = 64.
+# at most 234 registers for widths up to this, and spills none.
 _SUMS = 32
 _MOST_COLUMNS = 4
 
@@ -111,11 +116,18 @@ def transport_kernel(
     tl.store(tokens + row_R, token_R.to(tl.int64), mask=row_R < rows)
 
 
-def tile(width: int) -> dict[str, int]:
-    """The kernel's compile-time sizes for a code width: rows, padded width, codes of a chunk."""
+def tile(width: int, rows: int) -> dict[str, int]:
+    """The kernel's compile-time sizes: rows R, padded width E and codes W of a chunk, warps.
+
+    Args:
+        width: of the codes.
+        rows: of noise.
+    """
     padded = triton.next_power_of_2(width)
     columns = min(max(_SUMS // padded, 1), _MOST_COLUMNS)
-    return {"R": _ROWS, "E": padded, "W": _LANES * columns}
+    of_program, warps = (1, _WARPS_OF_FEW) if rows <= _FEW and padded <= _SUMS else (_ROWS, _ROWS)
+    codes = _LANES * columns * warps // of_program
+    return {"R": of_program, "E": padded, "W": codes, "num_warps": warps}
 
 
 def solve(
@@ -147,11 +159,12 @@ def solve(
     if not rows:
         return tokens_N
     logits_NV = logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
+    sizes = tile(width, rows)
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(noise_NE):
-        transport_kernel[(triton.cdiv(rows, _ROWS),)](
+        transport_kernel[(triton.cdiv(rows, sizes["R"]),)](
             tokens_N, noise_NE.float().contiguous(), logits_NV, keys_FV, lambdas, weights_TK,
             rows, vocab_size, width, steps, logits_NV.stride(0),
-            **tile(width), K=order, num_warps=_ROWS,
+            K=order, **sizes,
         )  # fmt: skip
     return tokens_N

@@ -121,4 +121,6 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 def _draw_rows(logits_NV: Tensor, uniform_N1: Tensor) -> Tensor:
     # float64 sums: at V = 16384 a float32 running sum is off by more than the rarest tokens' mass.
     cumulative = torch.softmax(logits_NV, -1, dtype=torch.float64).cumsum_(-1)
-    return torch.searchsorted(cumulative, uniform_N1 * cumulative[:, -1:], right=True)
+    found = torch.searchsorted(cumulative, uniform_N1 * cumulative[:, -1:], right=True)
+    # Past the end lies what a uniform number next to 1 rounds to, and what is not a number.
+    return found.clamp_max_(logits_NV.shape[1] - 1)

@@ -3,7 +3,7 @@
 Shapes: B batch, L all tokens, V codebook size, E code width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddray.errors import ConfigError
 from ddray.method.conditioning import Condition, class_ids, left_padded
+from ddray.method.graphs import Graphs, Pass
 from ddray.method.seeding import index_tensor
 from ddray.storage.checkpoint import fingerprint
 
@@ -99,6 +100,7 @@ class Model:
         self.tokenizer = tokenizer
         self.config = config
         self.name = name
+        self.graphs = Graphs(name)
         self.stages: tuple[int, ...] = model.stages
         self.num_tokens = sum(self.stages)
         self.num_classes: int = model.config.num_classes
@@ -119,6 +121,7 @@ class Model:
         """sha256 of the network's weights."""
         return fingerprint(self.model)
 
+    @torch.no_grad()
     def decode(self, tokens_or_codes: Tensor) -> Tensor:
         """Images in [0, 1], float32 [B, channels, H, W], of tokens [B, L] or codes [B, L, E]."""
         content = torch.as_tensor(tokens_or_codes, device=self.device)
@@ -129,7 +132,11 @@ class Model:
                 f"codes are {[*content.shape]}, expected "
                 f"{['B', self.num_tokens, self.codebook.shape[1]]}"
             )
-        return self.tokenizer.decode(content)
+        (images,) = self.replayed("decode", self._decode, content)
+        return images
+
+    def _decode(self, content: Tensor) -> tuple[Tensor]:
+        return (self.tokenizer.decode(content),)
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens int64 [B, L] of images float [B, channels, H, W] in [0, 1].
@@ -159,6 +166,14 @@ class Model:
             return class_ids(cond_B, self.num_classes, self.device)
         sizes = self.model.config
         return left_padded(cond_B, sizes.cls_token_num, sizes.caption_dim, self.device)
+
+    def replayed(self, kind: Hashable, work: Pass, *given: Tensor) -> tuple[Tensor, ...]:
+        """`work(*given)`, from a CUDA graph where there is one: see `ddray.method.graphs`."""
+        if not given[0].is_cuda or not self.graphs.enabled:
+            return work(*given)
+        # Of weights that have moved, a graph would read what lies there now.
+        where = tuple(weight.data_ptr() for weight in self.model.parameters())
+        return self.graphs.run((kind, where), work, *given)
 
     def _index(self, index: Sequence[int] | Tensor | None, count: int) -> Tensor:
         index_B = index_tensor(range(count) if index is None else index, self.device)

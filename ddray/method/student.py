@@ -7,14 +7,14 @@ Shapes: B batch, L all tokens, l tokens of this stage, V codebook size, E code w
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddray.errors import ConfigError, is_finite, is_integer
-from ddray.method.conditioning import Condition
+from ddray.method.conditioning import Condition, as_tensors, from_tensors
 from ddray.method.guidance import check_filters
 from ddray.method.model import Model
 from ddray.method.schedule import TeacherStages, parse_schedule
@@ -34,7 +34,7 @@ def given_tokens(stages: Sequence[int], t_B: Tensor) -> Tensor:
     return stage_of_tokens(tuple(stages), t_B.device)[None] < t_B[:, None]
 
 
-@lru_cache(maxsize=64)
+@cache  # and kept: CUDA graphs read it where it lies
 def stage_of_tokens(stages: tuple[int, ...], device: torch.device) -> Tensor:
     """The stage that each token is fixed in, int64 [L]; made once for a device."""
     # First asked for inside somebody's inference mode, it must also serve a later training.
@@ -165,11 +165,16 @@ class Student(Model):
                     teacher, step, x_BLE, cond, seed=seed, index=index_B, **teacher_sampling
                 )
             else:
-                x_BLE = self._jump(x_BLE, noise_BLE, cond, step, cut)
+                jump = partial(self._jump, step, cut)
+                given = x_BLE, noise_BLE, *as_tensors(cond)
+                (x_BLE,) = self.replayed(("jump", step, cut), jump, *given)
         return x_BLE
 
-    def _jump(self, x_BLE: Tensor, noise_BLE: Tensor, cond: Condition, t: int, cut: int) -> Tensor:
+    def _jump(
+        self, t: int, cut: int, x_BLE: Tensor, noise_BLE: Tensor, *parts: Tensor
+    ) -> tuple[Tensor]:
         """Keep the first t stages of x, fill X_t up with the noise, predict everything behind t."""
+        cond = from_tensors(parts)
         t_B = torch.full((len(cond),), t, device=self.device)
         given_BL = given_tokens(self.stages, t_B)
         x_BLE = keep_data(x_BLE, noise_BLE, given_BL)
@@ -179,7 +184,7 @@ class Student(Model):
             nearest = self.tokenizer.module.nearest(x_BLE[:, :cut])
             tokens = torch.where(given_BL[:, :cut], nearest, tokens)
         behind = keep_data(x_BLE, codes_BLE, given_BL)[:, cut:]
-        return torch.cat((self.codebook[tokens], behind), 1)
+        return (torch.cat((self.codebook[tokens], behind), 1),)
 
     def _read(self, logits_BlV: Tensor, codes_BlE: Tensor) -> Tensor:
         """Most likely tokens int64 [B, l] under both heads, as `code_precision` weighs them."""

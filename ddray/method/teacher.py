@@ -9,13 +9,14 @@ width.
 
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ddray.errors import ConfigError, is_finite, is_integer
-from ddray.method.conditioning import Condition, concatenate
+from ddray.method.conditioning import Condition, as_tensors, concatenate, from_tensors
 from ddray.method.flow import Transport
 from ddray.method.guidance import check_filters, draw, filter_logits
 from ddray.method.model import Model
@@ -34,6 +35,34 @@ SAMPLING = {
     "unmasked_prefix": False,
 }
 """Settings of a teacher's part of a schedule, with their defaults: all of them off."""
+
+
+Choice = Callable[[Tensor, Tensor], Tensor]
+"""Tokens int64 [B, l] of filtered logits [B, l, V] and of the random numbers of the same tokens:
+uniform [B, l] or normal [B, l, E]."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a distribution is made of a teacher's logits; `Teacher.sample` says what each means."""
+
+    cfg: float | None
+    cfg_interval: int
+    top_k: int
+    top_p: float
+    temperature: float
+    unmasked_prefix: bool = False
+
+
+@dataclass(frozen=True)
+class _Carry:
+    """The choice that the transport makes of normal noise."""
+
+    solve: Transport
+
+    def __call__(self, logits_BlV: Tensor, noise_BlE: Tensor) -> Tensor:
+        tokens_N = self.solve(noise_BlE.flatten(0, 1), logits_BlV.flatten(0, 1))
+        return tokens_N.unflatten(0, logits_BlV.shape[:2])
 
 
 class Decoder(Protocol):
@@ -112,15 +141,15 @@ class Teacher(Model):
 
         Returns:
             int64 tokens [B, L].
+
+        Raises:
+            ConfigError: if the network's logits are NaN or infinite, as an overflow makes them.
         """
         cond = self.condition(cond_B)
         index_B = self._index(index, len(cond))
         uniform_BL = uniforms(seed, index_B, self.num_tokens)
-
-        def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
-            return draw(logits_BlV, uniform_BL[:, start:stop])
-
-        return self._roll_out(cond, choose, cfg, cfg_interval, top_k, top_p, temperature)
+        rules = Rules(cfg, cfg_interval, top_k, top_p, temperature)
+        return self._roll_out(cond, draw, uniform_BL, rules)
 
     def trajectories(
         self,
@@ -161,23 +190,8 @@ class Teacher(Model):
         cond = self.condition(cond_B)
         index = self._index(index_B, len(cond))
         noise_BLE = standard_normal(seed, index, (self.num_tokens, self.codebook.shape[1]))
-        solve = self.transport(solver, num_evals)
-        finite: list[Tensor] = []
-
-        def choose(logits_BlV: Tensor, start: int, stop: int) -> Tensor:
-            # Looked at once all is done: on a GPU a look at every stage would wait for it.
-            finite.append(logits_BlV.amax(-1).isfinite().all())
-            rows = noise_BLE[:, start:stop].flatten(0, 1), logits_BlV.flatten(0, 1)
-            return solve(*rows).unflatten(0, logits_BlV.shape[:2])
-
-        tokens = self._roll_out(cond, choose, cfg, -1, top_k, top_p, temperature)
-        if not bool(torch.stack(finite).all()):
-            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"{self.name} gives logits that are not finite in {dtype}; use another dtype, or "
-                "mend the checkpoint"
-            )
-        return tokens
+        rules = Rules(cfg, -1, top_k, top_p, temperature)
+        return self._roll_out(cond, _Carry(self.transport(solver, num_evals)), noise_BLE, rules)
 
     def continue_from(
         self,
@@ -192,13 +206,8 @@ class Teacher(Model):
         """Sample on from tokens of the first stages up to stage `last_stage`, int64 [B, tokens]."""
         refuse_unknown(sampling, SAMPLING)
         uniform_BL = uniforms(seed, index, self.num_tokens)
-        return self._roll_out(
-            cond,
-            lambda logits, start, stop: draw(logits, uniform_BL[:, start:stop]),
-            **{**SAMPLING, **sampling},
-            prefix_BP=prefix_BP,
-            last_stage=last_stage,
-        )
+        rules = Rules(**{**SAMPLING, **sampling})
+        return self._roll_out(cond, draw, uniform_BL, rules, prefix_BP, last_stage)
 
     def guides(self, cfg: float | None) -> bool:
         """Whether guidance `cfg` does anything; refuses what is no number."""
@@ -217,39 +226,76 @@ class Teacher(Model):
     def _roll_out(
         self,
         cond: Condition,
-        choose: Callable[[Tensor, int, int], Tensor],
-        cfg: float | None,
-        cfg_interval: int,
-        top_k: int,
-        top_p: float,
-        temperature: float,
+        choose: Choice,
+        random: Tensor,
+        rules: Rules,
         prefix_BP: Tensor | None = None,
         last_stage: int | None = None,
-        unmasked_prefix: bool = False,
     ) -> Tensor:
-        """Stage by stage: logits, guidance, filters, `choose(logits_BlV, first, last token)`."""
-        check_filters(temperature, top_k, top_p)
-        if not is_integer(cfg_interval):
-            raise ConfigError(f"cfg_interval={cfg_interval!r} must be an integer; -1 = all stages")
-        starts = self.stage_starts()
-        first = 0 if prefix_BP is None else starts.index(prefix_BP.shape[1])
-        guided = self.guides(cfg)
+        """Tokens of the stages before `last_stage`, those of the prefix among them, int64."""
+        check_filters(rules.temperature, rules.top_k, rules.top_p)
+        if not is_integer(rules.cfg_interval):
+            raise ConfigError(
+                f"cfg_interval={rules.cfg_interval!r} must be an integer; -1 = all stages"
+            )
+        guided = self.guides(rules.cfg)
         if guided:
             cond = concatenate(cond, self.model.null(cond))
+        first = 0 if prefix_BP is None else self.stage_starts().index(prefix_BP.shape[1])
+        stages = range(first, len(self.stages) if last_stage is None else last_stage)
+
+        def write(random: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            prefix = () if prefix_BP is None else given[:1]
+            asked = from_tensors(given[len(prefix) :])
+            return self._write(asked, choose, random, rules, guided, stages, *prefix)
+
+        prefix = () if prefix_BP is None else (prefix_BP,)
+        tokens, finite = self.replayed(
+            (choose, rules, guided, stages), write, random, *prefix, *as_tensors(cond)
+        )
+        # Looked at once all is done: on a GPU a look at every stage would wait for it.
+        if not bool(finite):
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{self.name} gives logits that are not finite in {dtype}; use another dtype, or "
+                "mend the checkpoint"
+            )
+        return tokens
+
+    def _write(
+        self,
+        cond: Condition,
+        choose: Choice,
+        random: Tensor,
+        rules: Rules,
+        guided: bool,
+        stages: range,
+        prefix_BP: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Stage by stage logits, guidance, filters, choice; and whether all logits were finite."""
+        starts = self.stage_starts()
         tokens = [] if prefix_BP is None else [prefix_BP]
-        decoder: Decoder = self.model.decoder(cond, prefix_BP, unmasked_prefix=unmasked_prefix)
-        for stage in range(first, len(self.stages) if last_stage is None else last_stage):
+        finite = []
+        decoder: Decoder = self.model.decoder(
+            cond, prefix_BP, unmasked_prefix=rules.unmasked_prefix
+        )
+        for stage in stages:
             logits = decoder.logits()
             if guided:
                 conditional, null = logits.chunk(2)
                 # Counted from where sampling begins, as upstream does behind a prefix too.
-                off = 0 <= cfg_interval < stage - first - 1
-                logits = conditional if off else self.model.guide(conditional, null, cfg, stage)
+                off = 0 <= rules.cfg_interval < stage - stages.start - 1
+                logits = (
+                    conditional if off else self.model.guide(conditional, null, rules.cfg, stage)
+                )
                 del conditional, null
-            logits = filter_logits(logits, temperature, top_k, top_p, self.model.top_p_filter)
-            tokens.append(choose(logits, starts[stage], starts[stage + 1]))
+            logits = filter_logits(
+                logits, rules.temperature, rules.top_k, rules.top_p, self.model.top_p_filter
+            )
+            finite.append(logits.amax(-1).isfinite().all())
+            tokens.append(choose(logits, random[:, starts[stage] : starts[stage + 1]]))
             decoder.append(tokens[-1])
-        return torch.cat(tokens, 1)
+        return torch.cat(tokens, 1), torch.stack(finite).all()
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:

@@ -76,13 +76,13 @@ def test_a_teacher_is_looked_at_once_a_batch(pair: Pair) -> None:
     with gpu.here() as meter:
         tokens = teacher.sample([1, 2], cfg=2.0, seed=1, top_k=3, top_p=0.9)
         assert gpu.holds(tokens) and tokens.shape == (2, teacher.num_tokens)
-        assert not meter.waits
+        assert meter.looks == {"teacher.py:_roll_out": 1}  # whether all logits were finite
         assert gpu.holds(teacher.trajectories([1, 2], [0, 1], cfg=2.0, seed=1))
-        assert meter.looks == {"teacher.py:trajectories": 1}  # whether all logits were finite
+        assert meter.looks == {"teacher.py:_roll_out": 2}
         images = teacher.decode(tokens)
         assert gpu.holds(teacher.guided_logits([1, 2], tokens, 2.0), images, teacher.encode(images))
         # Whether tokens that come from the device are in range.
-        assert meter.looks == {"teacher.py:trajectories": 1, "model.py:_tokens": 2}
+        assert meter.looks == {"teacher.py:_roll_out": 2, "model.py:_tokens": 2}
         assert not meter.moves["to host"]
 
 
@@ -91,11 +91,12 @@ def test_a_student_jumps_without_a_look(pair: Pair) -> None:
     with gpu.here() as meter:
         codes = student.generate([1, 2], seed=1, schedule=pair.schedule)
         assert gpu.holds(codes, student.decode(codes))
+        assert not meter.waits
         first, last = pair.jumps
         turns = f"{first},teacher:1-2,{max(2, last)}"
         with_teacher = {"teacher": pair.teacher, "cfg": 2.0}
         assert gpu.holds(student.generate([1, 2], seed=1, schedule=turns, **with_teacher))
-        assert not meter.waits
+        assert meter.looks == {"teacher.py:_roll_out": 1} and meter.waits == 1
         assert gpu.holds(*student.predict(codes, [0, 1], torch.ones(2, device="cuda")))
 
 

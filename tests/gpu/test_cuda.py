@@ -165,3 +165,38 @@ def test_images_of_the_service_are_those_of_the_cpu():
 def test_gradients_in_bfloat16_are_those_of_float32(name):
     errors = gradient_errors(name, "cuda")
     assert max(errors.values()) <= 0.03, max(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_what_is_replayed_has_the_bits_of_kernels_one_by_one(family):
+    name = f"digits-{family}"
+    teacher, student = ddray.load_teacher(name), ddray.load_student(f"{name}-dd")
+    plain = ddray.load_teacher(name), ddray.load_student(f"{name}-dd")
+    for model in plain:
+        model.graphs.enabled = False
+
+    def made(teacher, student, seed):
+        index = range(seed, seed + 5)
+        return (
+            teacher.trajectories([1, 2, 3, 4, 5], index, seed=seed, cfg=2.0),
+            teacher.sample([1, 2, 3, 4, 5], index=index, seed=seed, top_k=20, top_p=0.9),
+            student.decode(student.generate([1, 2, 3, 4, 5], index=index, seed=seed)),
+        )
+
+    for seed in range(5):  # plain, recorded, and three times replayed
+        for replayed, expected in zip(
+            made(teacher, student, seed), made(*plain, seed), strict=True
+        ):
+            assert torch.equal(replayed, expected)
+    assert teacher.graphs.enabled and len(teacher.graphs) == 2
+    assert student.graphs.enabled and len(student.graphs) == 2
+    assert not any(len(model.graphs) for model in plain)
+
+
+def test_a_graph_reads_no_weights_that_have_moved():
+    teacher = ddray.load_teacher("digits-var")
+    calls = [lambda: teacher.trajectories([1, 2], [0, 1], seed=0)] * 3
+    before = [call() for call in calls][-1]
+    for weight in teacher.model.parameters():
+        weight.data = torch.zeros_like(weight)
+    assert not torch.equal(calls[0](), before)

@@ -23,7 +23,8 @@ from ddray.method import flow_triton, seeding, seeding_triton
 from ddray.method.flow import Transport
 
 torch.set_num_threads(1)
-flow_triton._ROWS = 128  # few programs: the interpreter's time goes by operations
+# Few programs: the interpreter's time goes by operations.
+flow_triton._ROWS, flow_triton._FEW = 128, 3
 results = {}
 
 def compare(name, codes, logits, noise, solver="ab4", evals=6):
@@ -44,6 +45,7 @@ for solver in ("euler", "ab2", "ab4"):
     compare(solver, *case(300, 8), solver)
 compare("padded", *case(300, 5, 200))
 compare("wide", *case(100, 32))
+compare("few rows", *case(300, 8, 3))
 codes, logits, noise = case(300, 8)
 compare("bfloat16", codes, logits.bfloat16(), noise)
 compare("strided", codes, logits.T.contiguous().T, noise)
@@ -88,8 +90,8 @@ def interpreted():
 @pytest.mark.parametrize(
     "case",
     [
-        "euler", "ab2", "ab4", "padded", "wide", "bfloat16", "strided", "one row for all",
-        "removed", "ties",
+        "euler", "ab2", "ab4", "padded", "wide", "few rows", "bfloat16", "strided",
+        "one row for all", "removed", "ties",
     ],
 )  # fmt: skip
 def test_the_kernel_gives_the_tokens_of_the_torch_operations(interpreted, case):
@@ -135,8 +137,10 @@ def test_the_kernel_of_noise_compiles_for_gpus_that_are_not_here(capability):
     assert "mul.hi.u32" in kernel.asm["ptx"] and "st.global" in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize(("capability", "width"), [(80, 8), (90, 32)])
-def test_the_kernel_compiles_for_gpus_that_are_not_here(capability, width):
+@pytest.mark.parametrize(
+    ("capability", "width", "rows"), [(80, 8, 1000), (90, 32, 1000), (80, 32, 1), (90, 8, 1)]
+)
+def test_the_kernel_compiles_for_gpus_that_are_not_here(capability, width, rows):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -144,11 +148,12 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(capability, width):
 
     pointers = dict.fromkeys(("noise", "logits", "keys", "lambdas", "weights"), "*fp32")
     sizes = dict.fromkeys(("rows", "vocab_size", "width", "steps", "logits_stride"), "i32")
-    constants = {**tile(width), "K": 4}
+    constants = {**tile(width, rows), "K": 4}
+    options = {"num_warps": constants.pop("num_warps")}
     signature = {"tokens": "*i64", **pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(
         transport_kernel, {name: signature[name] for name in transport_kernel.arg_names}, constants
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     # Tensor cores would round to TF32.
     assert "fma.rn.f32" in kernel.asm["ptx"] and "mma" not in kernel.asm["ptx"]
