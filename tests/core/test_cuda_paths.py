@@ -28,6 +28,7 @@ from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
 from ddray.evaluation import evaluate
 from ddray.method.flow import full_float32
+from ddray.method.model import Model
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.models.zoo import load_teacher
@@ -98,6 +99,30 @@ def test_a_student_jumps_without_a_look(pair: Pair) -> None:
         assert gpu.holds(student.generate([1, 2], seed=1, schedule=turns, **with_teacher))
         assert meter.looks == {"teacher.py:_roll_out": 1} and meter.waits == 1
         assert gpu.holds(*student.predict(codes, [0, 1], torch.ones(2, device="cuda")))
+
+
+def test_what_a_graph_records_asks_nothing_of_the_host(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = set()
+    with pair.gpu.here() as meter:
+
+        def replayed(self: Model, kind: Any, work: Any, *given: Tensor) -> Any:
+            work(*given)  # tables are made that later calls find
+            before = meter.looks.copy(), meter.moves.copy()
+            made = work(*given)
+            assert (meter.looks, meter.moves) == before
+            kinds.add(kind if isinstance(kind, str) else kind[0])
+            return made
+
+        monkeypatch.setattr(Model, "replayed", replayed)
+        pair.teacher.sample([1, 2], cfg=2.0, seed=1, top_k=3, top_p=0.9)
+        pair.teacher.trajectories([1, 2], [0, 1], cfg=2.0, seed=1)
+        first, last = pair.jumps
+        turns = f"{first},teacher:1-2,{max(2, last)}"
+        codes = pair.student.generate([1, 2], schedule=turns, teacher=pair.teacher, cfg=2.0)
+        pair.student.decode(codes)
+    assert len(kinds) == 4, kinds
 
 
 def test_a_pass_of_the_service_is_one_copy_to_the_host(pair: Pair) -> None:
