@@ -4,12 +4,15 @@
 
 Any name of `ddray models` goes; official sizes get random weights, of torch's own initialisation:
 as fast as trained ones, and images with some contrast. The ways take turns, as the speed of a
-machine drifts, and figures are medians. Where other work goes on beside, CPU time says more than
-time. Memory is measured as in bench_models.py, after each way has run once. Ends with status 1 if a
-bar is missed; that of bfloat16's time holds where the processor multiplies bfloat16.
+machine drifts; figures are medians, ratios those of the rounds' own. Where other work goes on
+beside, take one thread and read CPU time: threads that wait for each other burn it. Memory is
+measured as in bench_models.py, after each way has run once. Ends with status 1 if a bar is missed:
+the one of memory is meant for batches of 8 and more, that of bfloat16's time for processors that
+multiply bfloat16.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -94,12 +97,15 @@ def bench(
             images[what] = make().double().cpu()
         memory[what] = growth.bytes / 1e6
     turns = {what: partial(timed, make, device) for what, make in ways.items()}
-    rows = frame.medians(frame.in_turns(turns, rounds), COLUMNS)
+    found = frame.in_turns(turns, rounds)
+    rows = frame.medians(found, COLUMNS)
     for row in rows:
         row |= {"batch": batch, "images_per_s": batch / row["seconds"]}
         row["memory_mb"] = memory[row["what"]]
-    frame.add_ratio(rows, "seconds")
-    frame.add_ratio(rows, "cpu_seconds", "cpu_ratio")
+        for ratio, key in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds")):
+            # Of neighbours in time: what slows the machine slows both.
+            pairs = zip(found[row["what"]], found[PLAIN], strict=True)
+            row[ratio] = statistics.median(own[key] / plain[key] for own, plain in pairs)
     float32, bfloat16 = (images[row["what"]] - images[PLAIN] for row in rows[1:])
     psnr = -10 * math.log10(max(float(bfloat16.square().mean()), 1e-20))
     on_cpu = device.type == "cpu"
