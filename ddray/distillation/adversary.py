@@ -18,6 +18,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.distillation.learning_critic import LearningCritic
 from ddray.distillation.losses import Prediction
 from ddray.method.conditioning import Condition
+from ddray.method.guidance import likeliest
 from ddray.method.student import token_scores
 from ddray.method.teacher import Teacher
 
@@ -25,7 +26,7 @@ from ddray.method.teacher import Teacher
 def straight_through(scores_BLV: Tensor, codebook_VE: Tensor) -> Tensor:
     """Codes of the likeliest tokens, float32 [B, L, E]; gradients are those of the mean code."""
     mean_BLE = scores_BLV.softmax(-1) @ codebook_VE
-    return codebook_VE[scores_BLV.argmax(-1)] + mean_BLE - mean_BLE.detach()
+    return codebook_VE[likeliest(scores_BLV)] + mean_BLE - mean_BLE.detach()
 
 
 def sequence_codes(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddray.errors import ConfigError
 from ddray.method.conditioning import Condition
+from ddray.method.guidance import likeliest
 from ddray.method.student import given_tokens, keep_data
 
 
@@ -110,7 +111,7 @@ def distillation_loss(
     code_error = mean_where(asked_BL, square_BL)
     scale = codebook_VE.square().mean()
     total = logits_weight * cross_entropy + code_weight * code_error / scale
-    right_BL = logits_BLV.detach().argmax(-1) == tokens_BL
+    right_BL = likeliest(logits_BLV.detach()) == tokens_BL
     return Losses(
         total,
         cross_entropy.detach(),

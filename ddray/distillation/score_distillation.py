@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.learning_critic import LearningCritic
 from ddray.distillation.losses import Prediction, computing_in, mean_where, token_nats
+from ddray.method.guidance import likeliest
 from ddray.method.student import token_scores
 from ddray.method.teacher import Teacher
 
@@ -76,7 +77,7 @@ class ScoreDistillation(LearningCritic):
         scores_BLV = token_scores(
             prediction.logits_BLV, prediction.codes_BLE.float(), codebook_VE, self._precision
         )
-        own_BL = scores_BLV.detach().argmax(-1)
+        own_BL = likeliest(scores_BLV.detach())
         tokens_BL = torch.where(asked_BL, own_BL, prediction.tokens_BL)
         with computing_in(self._config.precision, tokens_BL.device):
             theirs_BLV = self._teacher.forced_logits(prediction.cond, tokens_BL, self._cfg)

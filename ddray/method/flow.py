@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ddray.errors import ConfigError
 from ddray.method.fused import can_fuse
+from ddray.method.guidance import likeliest
 
 Velocity = Callable[[float, Tensor, Tensor], Tensor]
 """velocity(lambda, y, out) -> dy / dlambda, written to out, which has the shape of y."""
@@ -297,7 +298,7 @@ class Transport:
             y_EN = rk4(velocity, noise_NE.T, self.grid, self._steps)
         else:
             y_EN = adams_bashforth(velocity, noise_NE.T, self.grid, self._weights)
-        return exponent(self.grid.at(1.0), y_EN).argmax(-1)
+        return likeliest(exponent(self.grid.at(1.0), y_EN))
 
 
 def transport(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddray.errors import ConfigError, is_finite, is_integer
 from ddray.method.conditioning import Condition, as_tensors, from_tensors
-from ddray.method.guidance import check_filters
+from ddray.method.guidance import check_filters, likeliest
 from ddray.method.model import Model
 from ddray.method.schedule import TeacherStages, parse_schedule
 from ddray.method.seeding import standard_normal
@@ -188,13 +188,16 @@ class Student(Model):
 
     def _read(self, logits_BlV: Tensor, codes_BlE: Tensor) -> Tensor:
         """Most likely tokens int64 [B, l] under both heads, as `code_precision` weighs them."""
+        if self.code_precision == 0:
+            return likeliest(logits_BlV)
         # A few images at once: float32 logits of a whole batch would be its largest tensor by far.
         rows = max(1, _READ_ELEMENTS // max(1, logits_BlV[0].numel()))
         parts = zip(logits_BlV.split(rows), codes_BlE.split(rows), strict=True)
         return torch.cat([self._most_likely(*part) for part in parts])
 
     def _most_likely(self, logits_BlV: Tensor, codes_BlE: Tensor) -> Tensor:
-        return token_scores(logits_BlV, codes_BlE, self.codebook, self.code_precision).argmax(-1)
+        scores = token_scores(logits_BlV, codes_BlE, self.codebook, self.code_precision)
+        return likeliest(scores)
 
     def _let_teacher_continue(
         self, teacher: Teacher, part: TeacherStages, x_BLE: Tensor, cond: Condition, **sampling: Any

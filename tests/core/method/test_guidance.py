@@ -11,6 +11,7 @@ from ddray.method.guidance import (
     classifier_free_guidance,
     draw,
     filter_logits,
+    likeliest,
     top_k_filter,
     top_p_filter,
 )
@@ -158,3 +159,16 @@ def test_bad_settings_are_refused(settings, message):
 def test_temperature_zero_is_greedy():
     kept = filter_logits(torch.tensor([1.0, 1.01, 0.0]), 0.0, 0, 1.0).softmax(-1)
     assert kept.tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 100, 128, 384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_the_largest(vocab_size, dtype):
+    generator = torch.Generator().manual_seed(vocab_size)
+    # Few values: most rows have several of the largest.
+    scores = torch.randint(8, (40, 3, vocab_size), generator=generator).to(dtype)
+    scores[5] = -torch.inf
+    scores[6, :, vocab_size // 2] = torch.nan
+    assert torch.equal(likeliest(scores), scores.argmax(-1))
+    assert torch.equal(likeliest(scores[:, 0].T.contiguous().T), scores[:, 0].argmax(-1))
+    assert likeliest(scores[:0]).shape == (0, 3)
