@@ -25,7 +25,8 @@ from plain_decoder import plain_decode
 from torch import Tensor
 
 from ddray.method.model import Tokenizer
-from ddray.models.zoo import empty_network, empty_tokenizer, load_teacher, resolve
+from ddray.models.families import empty_network, empty_tokenizer
+from ddray.models.zoo import load_teacher, resolve
 from ddray.report.table import Column
 
 COLUMNS = (

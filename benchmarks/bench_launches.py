@@ -25,7 +25,8 @@ from ddray.method.model import Tokenizer
 from ddray.method.seeding import standard_normal
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
-from ddray.models.zoo import empty_network, empty_student, empty_tokenizer, resolve
+from ddray.models.families import empty_network, empty_tokenizer
+from ddray.models.zoo import empty_student, resolve
 from ddray.report.table import Column
 
 LLAMAGEN, VAR = "llamagen-l-256", "var-d16"

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from ddray.method.schedule import default_schedule
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
+from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.linear import Linear, linear
 from ddray.models.llamagen import LlamaGen
-from ddray.models.zoo import empty_network, empty_tokenizer, load_teacher, new_student, resolve
+from ddray.models.zoo import load_teacher, new_student, resolve
 from ddray.report.table import Column
 
 COLUMNS = (

@@ -23,13 +23,8 @@ from ddray.config.serving import ServeConfig
 from ddray.errors import DDRayError, ShardError, StorageError, one_line
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.models.catalog import BUNDLED_MODELS
-from ddray.models.zoo import (
-    empty_network,
-    empty_student,
-    empty_tokenizer,
-    image_side,
-    resolve,
-)
+from ddray.models.families import empty_network, empty_tokenizer
+from ddray.models.zoo import empty_student, image_side, resolve
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.checkpoint import read_config
 

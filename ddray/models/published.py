@@ -15,15 +15,8 @@ from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
-from ddray.models.zoo import (
-    FAMILIES,
-    empty_network,
-    empty_tokenizer,
-    image_side,
-    load_student,
-    load_teacher,
-    resolve,
-)
+from ddray.models.families import FAMILIES, empty_network, empty_tokenizer
+from ddray.models.zoo import image_side, load_student, load_teacher, resolve
 from ddray.storage.checkpoint import (
     load_folder,
     read_config,

@@ -278,8 +278,24 @@ def test_dtypes_on_a_gpu_are_looked_at_before_any_weight(monkeypatch: pytest.Mon
     ):
         with pytest.raises(ConfigError, match=refusal):
             load_teacher("digits-var", device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_attention_by_cudnn_is_off_wherever_a_gpu_is_taken(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # It would plan anew for every number of keys of a decoder, and give other bits elsewhere.
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        with pytest.raises(ConfigError, match="dtype='int8' is not one of"):
+            load_teacher("digits-var", device=device, dtype="int8")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_true_float32_is_of_convolutions_too() -> None:

@@ -60,7 +60,7 @@ import ddray
 # The compiler is a second of every worker's start.
 import pytest
 
-from ddray.models.zoo import empty_network, empty_tokenizer
+from ddray.models.families import empty_network, empty_tokenizer
 ddray.load_teacher("digits-llamagen", device="cpu")
 ddray.load_student("digits-llamagen-dd", device="cpu")
 sizes = dict(depth=2, embed_dim=16, num_heads=2, patch_nums=(1, 2), tokenizer=dict(ch=32))

@@ -15,10 +15,11 @@ from ddray.distillation.losses import distillation_loss
 from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
+from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
-from ddray.models.zoo import empty_network, empty_tokenizer, load_student, load_teacher
+from ddray.models.zoo import load_student, load_teacher
 from tests.paths import GOLDEN
 
 SIZES = {

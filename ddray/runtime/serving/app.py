@@ -28,8 +28,9 @@ from ddray.config.loading import load_config
 from ddray.config.serving import MAX_IMAGES, ServeConfig
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
+from ddray.models.families import FAMILIES, empty_network
 from ddray.models.text_encoder import FLAN_T5_XL, encoder_width
-from ddray.models.zoo import FAMILIES, empty_network, image_side, resolve
+from ddray.models.zoo import image_side, resolve
 from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.doctor import preflight
 from ddray.runtime.serving.ingress import Doors, Ingress

@@ -6,7 +6,8 @@ import torch
 from ddray.errors import ConfigError
 from ddray.method.conditioning import left_padded
 from ddray.method.student import Student
-from ddray.models.zoo import empty_network, load_teacher, new_student
+from ddray.models.families import empty_network
+from ddray.models.zoo import load_teacher, new_student
 from tests.core.tiny import VQ_SIZES, random_state, tiny_teacher, tokenizer_state
 
 CPU = torch.device("cpu")

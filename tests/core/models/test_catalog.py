@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddray.models.catalog import PUBLISHED
-from ddray.models.zoo import FAMILIES, empty_network, empty_tokenizer
+from ddray.models.families import FAMILIES, empty_network, empty_tokenizer
 from tests.core.tiny import GOLDEN
 
 KEY_FILES = {

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from ddray.cli import main
 from ddray.errors import CheckpointError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
+from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.published import describe, export, verify
-from ddray.models.zoo import empty_network, empty_tokenizer, load_student, load_teacher
+from ddray.models.zoo import load_student, load_teacher
 from ddray.storage.checkpoint import read_weights, save_folder
 from tests.core.tiny import (
     VAR_SIZES,

@@ -7,11 +7,10 @@ import torch
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.models.catalog import PUBLISHED
+from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.zoo import (
     BUNDLED,
     continue_student,
-    empty_network,
-    empty_tokenizer,
     image_side,
     load_student,
     load_teacher,

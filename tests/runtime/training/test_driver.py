@@ -21,7 +21,8 @@ from ddray.distillation.optimization import (
 )
 from ddray.distillation.stream import TrajectoryStream
 from ddray.errors import ConfigError, DDRayError, ShardError, StorageError, TrainingError
-from ddray.models.zoo import empty_network, empty_tokenizer, new_student
+from ddray.models.families import empty_network, empty_tokenizer
+from ddray.models.zoo import new_student
 from ddray.runtime.training.driver import distill, read_history
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows

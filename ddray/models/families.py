@@ -1,0 +1,198 @@
+"""Families: what a config's sizes mean, and networks of these sizes, without weights."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ddray.errors import ConfigError
+from ddray.models.llamagen import LlamaGen, LlamaGenConfig
+from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
+from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.meta import on_meta
+from ddray.models.var import VAR, VARConfig
+from ddray.models.var_dd import VARStudent, VARStudentConfig
+from ddray.models.var_vq import VARVQ, VARVQConfig
+
+Source = str | Path | Mapping[str, Any]
+"""Weights: a file, or a state dict in memory."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes behind a family name.
+
+    Attributes:
+        kind: "teacher" or "student".
+        config: dataclass of the network's sizes.
+        network: module class.
+        tokenizer_config: dataclass of the tokenizer's sizes.
+        tokenizer: module class.
+        tokenizer_statistics: names in the tokenizer's files that mean nothing at inference.
+        container: keys under which published files of the family hold the weights.
+    """
+
+    kind: str
+    config: type
+    network: type
+    tokenizer_config: type
+    tokenizer: type
+    tokenizer_statistics: frozenset[str]
+    container: tuple[str, ...]
+
+
+_LLAMAGEN_VQ = (LlamaGenVQConfig, LlamaGenVQ, frozenset({"quantize.codebook_used"}))
+
+
+_VAR_VQ = (VARVQConfig, VARVQ, frozenset({"quantize.ema_vocab_hit_SV"}))
+
+
+FAMILIES = {
+    "llamagen": Family("teacher", LlamaGenConfig, LlamaGen, *_LLAMAGEN_VQ, ("model",)),
+    "llamagen-dd": Family(
+        "student", LlamaGenStudentConfig, LlamaGenStudent, *_LLAMAGEN_VQ, ("ema",)
+    ),
+    "var": Family("teacher", VARConfig, VAR, *_VAR_VQ, ()),
+    "var-dd": Family(
+        "student", VARStudentConfig, VARStudent, *_VAR_VQ, ("trainer", "ema_parameters")
+    ),
+}
+
+
+STUDENT_OF = {"llamagen": "llamagen-dd", "var": "var-dd"}
+"""Which family is distilled into which."""
+
+
+# What a config.json says beside the sizes.
+_CARD_FIELDS = {
+    "family",
+    "tokenizer",
+    "name",
+    "default_cfg",
+    "class_names",
+    "schedule",
+    "split",
+    "code_precision",
+    "step",
+    "teacher",
+    "teacher_fingerprint",
+    "tokenizer_fingerprint",
+    "ddray_version",
+    "quality",
+}
+
+
+def family_of(kind: str, config: Mapping[str, Any], name: str) -> Family:
+    """The family that a config names.
+
+    Args:
+        kind: "teacher" or "student", or "model" for either.
+        config: of the model.
+        name: of the model, for messages.
+
+    Raises:
+        ConfigError: if there is no such family, or it is of another kind.
+    """
+    family_name = config.get("family")
+    valid = [n for n, family in FAMILIES.items() if kind in ("model", family.kind)]
+    if not isinstance(family_name, str):
+        raise ConfigError(f"{name}: family={family_name!r} is unknown; choose {', '.join(valid)}")
+    if family_name in FAMILIES and family_name not in valid:
+        raise ConfigError(f"{name} is of family {family_name!r}, which is no {kind}")
+    if family_name not in valid:
+        raise ConfigError(f"{name}: family={family_name!r} is unknown; choose {', '.join(valid)}")
+    return FAMILIES[family_name]
+
+
+def _any_family(config: Mapping[str, Any], name: str) -> Family:
+    """The family of a teacher or a student."""
+    return family_of("model", config, name)
+
+
+def empty_network(config: Mapping[str, Any], name: str = "the given model") -> Any:
+    """A network of the sizes of a config, on the meta device: names and shapes without memory.
+
+    Raises:
+        ConfigError: if the sizes do not fit together, or contradict the tokenizer's.
+    """
+    family = _any_family(config, name)
+    with on_meta(name):
+        sizes = _network_sizes(family, config, _tokenizer_sizes(family, config, name), name)
+        return family.network(sizes)
+
+
+def empty_tokenizer(config: Mapping[str, Any], name: str = "the given model") -> Any:
+    """The tokenizer of a config, on the meta device; None where the config says so.
+
+    Raises:
+        ConfigError: if the sizes do not fit together.
+    """
+    family = _any_family(config, name)
+    with on_meta(f"the tokenizer of {name}"):
+        sizes = _tokenizer_sizes(family, config, name)
+        return None if sizes is None else family.tokenizer(sizes)
+
+
+def _tokenizer_sizes(family: Family, config: Mapping[str, Any], name: str) -> Any:
+    values = config.get("tokenizer", {})
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name}: tokenizer={values!r} must hold the tokenizer's sizes, or None")
+    if family.tokenizer is VARVQ and "patch_nums" in config:
+        values = {"patch_nums": config["patch_nums"], **values}
+    return sizes_of(family.tokenizer_config, values, f"the tokenizer of {name}")
+
+
+def _network_sizes(family: Family, config: Mapping[str, Any], codec: Any, name: str) -> Any:
+    """The network's sizes, refused where they contradict its tokenizer's."""
+    values = {k: v for k, v in config.items() if k not in _CARD_FIELDS}
+    stated = {"codebook_dim": values.get("codebook_dim")}
+    if family.network is LlamaGen:
+        # For this teacher it is a statement about its tokenizer: it reads ids, not codes.
+        values.pop("codebook_dim", None)
+    elif codec is not None:
+        values.setdefault("codebook_dim", codec.code_width)
+    if family.tokenizer is VARVQ and codec is not None:
+        values.setdefault("vocab_size", codec.num_codes)
+        values.setdefault("patch_nums", codec.patch_nums)
+    sizes = sizes_of(family.config, values, f"the config of {name}")
+    if codec is None:
+        return sizes
+    stated |= {"vocab_size": sizes.vocab_size, "patch_nums": getattr(sizes, "patch_nums", None)}
+    actual = {
+        "codebook_dim": codec.code_width,
+        "vocab_size": codec.num_codes,
+        "patch_nums": getattr(codec, "patch_nums", None),
+    }
+    for field, value in stated.items():
+        if value is not None and value != actual[field]:
+            raise ConfigError(
+                f"{name}: {field}={value}, but its tokenizer has {field}={actual[field]}"
+            )
+    return sizes
+
+
+def sizes_of(config_class: type, values: Mapping[str, Any], what: str) -> Any:
+    """Build a config dataclass from a dictionary; unknown and missing fields are refused."""
+    known = {field.name: field for field in fields(config_class)}
+    for name in values:
+        if name not in known:
+            hint = nearest(name, list(known))
+            raise ConfigError(
+                f"{what} has an unknown field {name!r}; {hint}known are {', '.join(sorted(known))}"
+            )
+    missing = [n for n, field in known.items() if field.default is MISSING and n not in values]
+    if missing:
+        raise ConfigError(f"{what} lacks {', '.join(missing)}")
+    try:
+        return config_class(**values)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def nearest(value: str, valid: list[str]) -> str:
+    """A question for the name that was perhaps meant, or nothing."""
+    near = difflib.get_close_matches(value, valid, 1)
+    return f"did you mean {near[0]!r}? " if near else ""
