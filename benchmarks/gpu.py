@@ -75,11 +75,11 @@ PUBLISHED = ((16384, 8), (4096, 32))
 SIZES = {
     "full": Size(
         *("cuda", ("llamagen-b-256", LLAMAGEN, VAR), LLAMAGEN, VAR, (1, 8, 64, 256), 32),
-        *((1, 64, 256, 2112, 16384), PUBLISHED, 0.3, RANDOM, "bfloat16", 1.0),
+        *((1, 64, 128, 129, 2112, 16384), PUBLISHED, 0.3, RANDOM, "bfloat16", 1.0),
     ),
     "quick": Size(
         *("cuda", (LLAMAGEN, VAR), LLAMAGEN, VAR, (1, 64), 32),
-        *((1, 256, 16384), PUBLISHED, 0.05, RANDOM, "bfloat16", 0.35),
+        *((1, 128, 129, 16384), PUBLISHED, 0.05, RANDOM, "bfloat16", 0.35),
     ),
     "tiny": Size(
         *("cpu", ("digits-var",), "digits-llamagen", "digits-var", (1,), 2),
