@@ -1,16 +1,26 @@
-"""nn.Linear with the faster of torch's two matrix products on a CPU.
+"""nn.Linear with the fastest of torch's matrix products on a CPU.
 
 torch gives float32 products to MKL, which does poorly by a few rows on processors other than
 Intel's. oneDNN, which comes with torch too and has the bfloat16 products, is faster there for a few
 rows of a large weight, and as fast for thousands. By small weights its longer way to the call costs
 more than it saves.
+
+Both lay a weight out anew in every product. By the few rows of a token that is a good part of it,
+so a decoder that reads the same weights hundreds of times lays them out once (`packed`).
 """
+
+import copy
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 _LARGE = 2**19
+# More than that is not held twice.
+_MOST_PACKED_BYTES = 2**31
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,17 +39,70 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def linear_onto(x: Tensor, weight: Tensor, onto: Tensor) -> Tensor:
-    """`onto` + `linear(x, weight)`, [..., out]; on a GPU in place, in the product's own kernel."""
-    if x.is_cuda and x.dtype == weight.dtype == onto.dtype and not torch.is_grad_enabled():
-        onto.flatten(0, -2).addmm_(x.flatten(0, -2), weight.T)
-        return onto
-    return onto + linear(x, weight, None)
-
-
 class Linear(nn.Linear):
     """A linear layer under torch's name, layout and initialisation."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [..., in] to [..., out]."""
         return linear(input, self.weight, self.bias)
+
+    def onto(self, x: Tensor, onto: Tensor) -> Tensor:
+        """`onto` + this layer's product of x, [..., out]; on a GPU in place, in one kernel.
+
+        The layer has no bias.
+        """
+        if x.is_cuda and x.dtype == self.weight.dtype == onto.dtype and not torch.is_grad_enabled():
+            onto.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T)
+            return onto
+        return onto + self(x)
+
+
+class PackedLinear(Linear):
+    """A linear layer whose weight lies in the order in which oneDNN reads it for some rows.
+
+    Attributes:
+        packed: the weight in that order; opaque, and not in the state dict.
+    """
+
+    packed: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [..., in] to [..., out]; any number of rows goes."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input, self.packed, self.bias, "none", [], ""
+        )
+        return out
+
+
+def packed(module: M, rows: int) -> M:
+    """The module with its large weights packed, where that is faster; else the module itself.
+
+    The copy shares all tensors with the original, and has a second one of each packed weight: it is
+    for a pass over many tokens, and not to be kept while the weights may change.
+
+    Args:
+        module: linear layers, alone or in others.
+        rows: that most products will have.
+    """
+    layers = [layer for layer in module.modules() if type(layer) is Linear and _packs(layer.weight)]
+    held = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    if not 0 < held <= _MOST_PACKED_BYTES or torch.is_grad_enabled():
+        return module
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    copied = copy.deepcopy(module, shared)
+    for layer in copied.modules():
+        if type(layer) is Linear and _packs(layer.weight):
+            layer.__class__ = PackedLinear
+            assert isinstance(layer, PackedLinear)
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+    return copied
+
+
+def _packs(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.numel() < _LARGE:
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )

@@ -19,7 +19,10 @@ from ddray.errors import ConfigError, positive_integers
 from ddray.method.conditioning import Captions, Condition
 from ddray.method.guidance import classifier_free_guidance, top_p_filter
 from ddray.models.kv_cache import KeyValueCache
-from ddray.models.linear import Linear, linear_onto
+from ddray.models.linear import Linear, packed
+
+# On a CPU a decoder packs its weights at this token: fewer would not make up for it.
+_PACKED_FROM = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +223,8 @@ class Block(nn.Module):
         """One block over the next positions [B, l, C], which it may overwrite."""
         attention, feed_forward = self.attention, self.feed_forward
         mixed = attention.mixed(self.attention_norm(x_BlC), rotation_l31D, mask, cache)
-        x_BlC = linear_onto(mixed, attention.wo.weight, x_BlC)
-        return linear_onto(feed_forward.gated(self.ffn_norm(x_BlC)), feed_forward.w2.weight, x_BlC)
+        x_BlC = attention.wo.onto(mixed, x_BlC)
+        return feed_forward.w2.onto(feed_forward.gated(self.ffn_norm(x_BlC)), x_BlC)
 
 
 class ClassEmbedding(nn.Module):
@@ -403,6 +406,8 @@ class LlamaGenDecoder:
         length = sizes.cls_token_num + sizes.block_size
         shape = (len(cond), sizes.n_head, length, sizes.head_dim)
         self._caches = [KeyValueCache(shape, condition) for _ in model.layers]
+        self._layers, self._output = model.layers, model.output
+        self._written = 0
         turned = model.rotation(condition.device)
         # Of queries, keys and values.
         self._rotation_S31D = torch.stack((turned, turned, torch.ones_like(turned)), 1)[:, :, None]
@@ -414,9 +419,14 @@ class LlamaGenDecoder:
         end = start + x_BlC.shape[1]
         rotation = self._rotation_S31D[start:end]
         mask = None if self._mask is None else self._mask[:, :, start:end, :end]
-        for layer, cache in zip(self._model.layers, self._caches, strict=True):
+        if self._written == _PACKED_FROM:
+            rows = len(x_BlC)
+            self._layers, self._output = packed(self._layers, rows), packed(self._output, rows)
+        for layer, cache in zip(self._layers, self._caches, strict=True):
             x_BlC = layer.step(x_BlC, rotation, mask, cache)  # type: ignore[operator]
-        return self._model.logits(x_BlC[:, -1:]).float()
+        self._written += 1
+        logits: Tensor = self._output(self._model.norm(x_BlC[:, -1:]))
+        return logits.float()
 
     def append(self, tokens_Bl: Tensor) -> None:
         """Give the tokens of the stage whose logits were read, int64 [B, 1]."""

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddray.models.linear import Linear
+from ddray.models.linear import Linear, PackedLinear, packed
+from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 
 
 @pytest.mark.parametrize("shape", [(1, 768), (16, 768), (2, 33, 768)])
@@ -31,3 +32,48 @@ def test_it_starts_as_torchs_layer_does():
     torch.manual_seed(0)
     theirs = nn.Linear(8, 4).state_dict()
     assert ours.keys() == theirs.keys() and torch.equal(ours["weight"], theirs["weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_module_computes_the_same_from_the_same_weights(dtype):
+    torch.manual_seed(0)
+    module = nn.Sequential(Linear(768, 1024, bias=False), Linear(1024, 8), nn.LayerNorm(8)).to(
+        dtype
+    )
+    with torch.no_grad():
+        copied = packed(module, 16)
+        for rows in (1, 16, 33):
+            x = torch.randn(rows, 768).to(dtype)
+            expected = nn.functional.linear(x, module[0].weight)
+            torch.testing.assert_close(copied[0](x), expected)
+            base = torch.randn(rows, 1024).to(dtype)
+            torch.testing.assert_close(copied[0].onto(x, base), base + copied[0](x))
+    kinds = [type(layer) for layer in copied]
+    assert kinds in ([PackedLinear, Linear, nn.LayerNorm], [Linear, Linear, nn.LayerNorm])
+    assert [type(layer) for layer in module] == [Linear, Linear, nn.LayerNorm]
+    for name, tensor in copied.state_dict().items():
+        assert tensor.data_ptr() == module.state_dict()[name].data_ptr()
+
+
+def test_what_is_small_trained_or_too_large_is_not_packed(monkeypatch):
+    module = Linear(768, 1024)
+    assert packed(module, 16) is module  # gradients are wanted
+    with torch.no_grad():
+        assert packed(nn.Sequential(Linear(8, 8)), 16)[0].__class__ is Linear
+        monkeypatch.setattr("ddray.models.linear._MOST_PACKED_BYTES", 4 * 768 * 1024 - 1)
+        assert packed(module, 16) is module
+
+
+def test_a_decoder_goes_on_with_packed_weights():
+    sizes = {"dim": 512, "n_layer": 2, "n_head": 8, "vocab_size": 1024, "num_classes": 3}
+    torch.manual_seed(0)
+    model = LlamaGen(LlamaGenConfig(**sizes, block_size=25)).eval()
+    cond, tokens = torch.tensor([0, 2]), torch.randint(1024, (2, 25))
+    with torch.no_grad():
+        decoder = model.decoder(cond)
+        steps = []
+        for k in range(25):
+            steps.append(decoder.logits())
+            decoder.append(tokens[:, k : k + 1])
+        torch.testing.assert_close(torch.cat(steps, 1), model(cond, tokens), rtol=1e-4, atol=1e-4)
+    assert type(decoder._output) in (Linear, PackedLinear)
