@@ -63,11 +63,19 @@ def reserved_device(num_gpus: float) -> str:
     return "cuda" if num_gpus else "cpu"
 
 
+def decoder_dtype(dtype: str) -> str:
+    """Of the decoder beside networks of a dtype: the same, but for float16, where it overflows."""
+    return "float32" if dtype == "float16" else dtype
+
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 NetworkDtype = Annotated[
     Dtype,
-    Field(description="of the networks; auto = bfloat16 on a GPU that has it, else float32"),
+    Field(
+        description="of networks and decoder (of that float32 where float16 is asked for); auto = "
+        "bfloat16 on a GPU that has it, else float32"
+    ),
 ]
 
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddray.config.base import CountT, Dtype, Location, ModelName, SetConfig
+from ddray.config.base import CountT, Dtype, Location, ModelName, SetConfig, decoder_dtype
 
 
 class GenerateConfig(SetConfig):
@@ -46,6 +46,10 @@ class GenerateConfig(SetConfig):
         "auto",
         description="of the student; part of the plan; auto = bfloat16 on GPUs, float32 on CPUs",
     )
+    decode_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of its decoder; part of the plan; auto = the same, but float32 for float16",
+    )
     shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
     batch_size: CountT = Field(64, description="images made together; part of the plan")
     engine: Literal["serve", "data"] = Field(
@@ -59,6 +63,12 @@ class GenerateConfig(SetConfig):
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if self.num_gpus else "float32"
+
+    @property
+    def pixel_dtype(self) -> str:
+        """The dtype of the decoder that the plan has."""
+        chosen = self.decode_dtype
+        return decoder_dtype(self.student_dtype) if chosen == "auto" else chosen
 
     @model_validator(mode="after")
     def _writable(self) -> Self:

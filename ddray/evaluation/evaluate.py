@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddray.config.base import reserved_device
+from ddray.config.base import decoder_dtype, reserved_device
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError
@@ -138,11 +138,12 @@ def independent_tokens(
 
 def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:
     device = reserved_device(config.num_gpus)
-    student = load_student(config.student, device=device, dtype=config.dtype)
+    dtypes = {"dtype": config.dtype, "decode_dtype": decoder_dtype(config.dtype)}
+    student = load_student(config.student, device=device, **dtypes)
     name = config.teacher or student.config.get("teacher")
     if not name:
         raise ConfigError(f"{config.student} does not name its teacher; give teacher=")
-    teacher = load_teacher(name, device=device, dtype=config.dtype)
+    teacher = load_teacher(name, device=device, **dtypes)
     if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
         raise ConfigError(f"{config.student} and {name} have different tokenizers")
     if not makes_digits(teacher):

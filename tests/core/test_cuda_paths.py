@@ -20,6 +20,7 @@ import ddray
 from benchmarks.fake_device import FakeDevice
 from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
+from ddray.config.generation import GenerateConfig
 from ddray.distillation.critics import new_critics
 from ddray.distillation.optimization import batch_loss
 from ddray.distillation.perceptual import Perceptual
@@ -28,10 +29,12 @@ from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
 from ddray.evaluation import evaluate
 from ddray.method.flow import full_float32
+from ddray.method.model import Tokenizer
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
-from ddray.models.zoo import load_teacher
+from ddray.models.zoo import load_student, load_teacher
 from ddray.serving.rendering import ImageJob, Renderer
+from ddray.sets.images.making import make_plan, planned_student
 from ddray.sets.images.orders import RowsOrder
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
@@ -254,6 +257,33 @@ def test_dtypes_on_a_gpu_are_looked_at_before_any_weight(monkeypatch: pytest.Mon
             load_teacher("digits-var", device="cuda", dtype=dtype)
     # It would plan anew for every number of keys of a decoder, and give other bits elsewhere.
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+DECODERS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+
+
+@pytest.mark.parametrize("dtype", DECODERS)
+def test_who_serves_decodes_in_the_dtype_of_the_networks(dtype: str) -> None:
+    config = GenerateConfig(student="digits-var-dd", dtype=dtype)
+    plan = make_plan(config, load_student(config.student, device="cpu", dtype=dtype))
+    evaluated = evaluate._load(EvaluateConfig(student=config.student, dtype=dtype))[:2]
+    models = [
+        Renderer.load(config.student, dtype=dtype).student,
+        planned_student(plan, "cpu"),
+        *evaluated,
+    ]
+    assert plan.decode_dtype == DECODERS[dtype]
+    for model in models:
+        assert model.tokenizer.decode_dtype == getattr(torch, DECODERS[dtype])
+
+
+def test_a_decoder_of_16_bits_stays_on_the_device_and_gives_float32(pair: Pair) -> None:
+    tokenizer = Tokenizer(pair.student.tokenizer.module, decode_dtype=torch.bfloat16)
+    shape = (2, pair.student.num_tokens, pair.student.codebook.shape[1])
+    with pair.gpu.here() as meter:
+        images = tokenizer.decode(torch.zeros(shape, device="cuda"))
+        assert pair.gpu.holds(images) and images.dtype == torch.float32
+        assert not meter.waits
 
 
 def test_true_float32_is_of_convolutions_too() -> None:

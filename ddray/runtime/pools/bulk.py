@@ -10,6 +10,7 @@ from ddray.errors import ConfigError
 from ddray.metrics.fd_digits import DigitsMetric
 from ddray.models.zoo import load_student
 from ddray.runtime.cluster.connection import connect
+from ddray.runtime.pools.device import SHARDS_AT_ONCE
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
@@ -21,9 +22,6 @@ from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
 
 STATISTICS_FILE = "statistics.npz"
-
-# While one shard is written, the device is busy with the next.
-_SHARDS_AT_ONCE = 2
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
@@ -118,7 +116,7 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
         # Ray Serve reads its environment when it is imported, so Ray comes first.
         from ddray.runtime.pools.fleet import asking_crew
 
-        return asking_crew(images, config, _SHARDS_AT_ONCE)
+        return asking_crew(images, config, SHARDS_AT_ONCE)
     crew = Crew(
         StudentWorker,
         {
@@ -130,7 +128,7 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
         config.num_gpus,
         config.node_pool,
         [images.plan.student],
-        _SHARDS_AT_ONCE,
+        SHARDS_AT_ONCE,
     )
     return nullcontext(crew)
 

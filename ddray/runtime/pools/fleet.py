@@ -132,6 +132,7 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
         in_memory=1,
         device=reserved_device(config.num_gpus),
         dtype=plan.dtype,
+        decode_dtype=plan.decode_dtype,
     )
     if not serve.status().proxies:
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ddray.errors import ClusterError, one_line
+from ddray.prefetch import in_order
+from ddray.runtime.pools.device import BATCHES_AHEAD, Device
 from ddray.sets.images.encoding import ShardMaker
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.orders import RowsOrder
@@ -31,20 +32,15 @@ class StudentWorker:
     """
 
     def __init__(self, uri: str, device: str, encoders: int, statistics: bool):
-        import torch
-
         images = ImageSet.open(uri)
-        # Shards overlap, and OpenMP's number of threads belongs to a thread: one runs the model.
-        self._device = ThreadPoolExecutor(
-            1, "device", torch.set_num_threads, (images.plan.threads,)
-        )
-        self._renderer: Renderer = self._device.submit(_load, images, device).result()
+        self._device = Device(images.plan.threads)
+        self._renderer = self._device.load(lambda: _load(images, device))
         self._maker = ShardMaker(images, encoders, statistics)
 
     def do(self, shard: int) -> int:
         """Generate and write one shard."""
         return self._maker.make(
-            shard, lambda order: self._device.submit(self._renderer.rows, order)
+            shard, lambda orders: self._device.batches(self._renderer.rows, orders)
         )
 
 
@@ -79,7 +75,9 @@ class HandleWorker:
 
     def do(self, shard: int) -> int:
         """Have one shard generated, and write it."""
-        return self._maker.make(shard, self._ask, self._model)
+        return self._maker.make(
+            shard, lambda orders: in_order(self._ask, orders, BATCHES_AHEAD), self._model
+        )
 
     def _ask(self, order: RowsOrder) -> "_Reply":
         return _Reply(lambda: self._rows.remote(order), self._retries)

@@ -3,12 +3,13 @@
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from ddray import __version__
 from ddray.config.base import PoolConfig, reserved_device
 from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher
+from ddray.runtime.pools.device import SHARDS_AT_ONCE, Device
 from ddray.runtime.pools.pool import Crew, fill, tell_found
 from ddray.sets.conditions import load_encoder, open_captions, read_conditions
 from ddray.sets.making import create_set
@@ -19,7 +20,7 @@ from ddray.storage.run_folder import SUMMARY_FILE, write_json
 
 
 class TrajectoryWorker:
-    """An actor's teacher, which writes whole shards.
+    """An actor's teacher, which samples the next shard while the last one is written.
 
     Args:
         uri: of the trajectory set.
@@ -28,22 +29,23 @@ class TrajectoryWorker:
 
     def __init__(self, uri: str, device: str):
         self._set = TrajectorySet.open(uri)
-        torch.set_num_threads(self._set.plan.threads)
-        self._teacher = planned_teacher(self._set.plan, device)
-        self._encode = load_encoder(self._set.plan, self._teacher)
+        plan = self._set.plan
+        self._device = Device(plan.threads)
+        self._teacher = self._device.load(lambda: planned_teacher(plan, device))
+        self._encode = self._device.load(lambda: load_encoder(plan, self._teacher))
 
     def do(self, shard: int) -> int:
         """Sample and write one shard."""
         plan = self._set.plan
         conditions = read_conditions(self._set, [shard], self._encode)
         index = np.asarray(plan.shard_range(shard))
-        tokens = [
-            sample_rows(self._teacher, plan, rows, conditions.of(np.asarray(rows) - index[0]))
-            for rows in plan.batches(shard)
-        ]
-        self._set.write_shard(
-            shard, index, conditions.label, np.concatenate(tokens).astype(plan.token_dtype)
-        )
+
+        def tokens(rows: range) -> npt.NDArray[np.unsignedinteger]:
+            asked = conditions.of(np.asarray(rows) - index[0])
+            return sample_rows(self._teacher, plan, rows, asked).astype(plan.token_dtype)
+
+        batches = [*self._device.batches(tokens, plan.batches(shard))]
+        self._set.write_shard(shard, index, conditions.label, np.concatenate(batches))
         return len(index)
 
 
@@ -114,6 +116,7 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         pool.num_gpus,
         pool.node_pool,
         [plan.teacher],
+        SHARDS_AT_ONCE,
     )
     filled = fill("trajectories", trajectories, crew, pool, note_devices)
     summary = {

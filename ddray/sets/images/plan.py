@@ -31,6 +31,7 @@ class ImagePlan(SetPlan):
         quality: Of lossy WebP, 1 to 100; None is lossless.
         class_names: A name for each class, or empty; new in format 2.
         dtype: Of the student, such as `float32`.
+        decode_dtype: Of its decoder; of sets that were begun before it was a setting, float32.
     """
 
     KIND: ClassVar[str] = "images"
@@ -38,7 +39,16 @@ class ImagePlan(SetPlan):
     ROWS: ClassVar[str] = "images"
     SHOWN: ClassVar[tuple[str, ...]] = (
         *("student", "conditioning", "num_classes", "seed", "schedule", "encoding", "content"),
-        *("image_format", "quality", "dtype", "threads", "batch_size", "shard_rows", "vocab_size"),
+        *(
+            "image_format",
+            "quality",
+            "dtype",
+            "decode_dtype",
+            "threads",
+            "batch_size",
+            "shard_rows",
+        ),
+        "vocab_size",
     )
     MADE_BY: ClassVar[str] = "ddray generate"
     MODEL: ClassVar[str] = "student"
@@ -49,9 +59,10 @@ class ImagePlan(SetPlan):
         "noise_scheme",
         "schedule",
         "dtype",
+        "decode_dtype",
     )
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset({"student", "count", "earlier_counts"})
-    JOINED_LATER: ClassVar[frozenset[str]] = frozenset({"class_names", "dtype"})
+    JOINED_LATER: ClassVar[frozenset[str]] = frozenset({"class_names", "dtype", "decode_dtype"})
     FORMATS: ClassVar[tuple[int, ...]] = (1, 2)
 
     student: str
@@ -63,6 +74,7 @@ class ImagePlan(SetPlan):
     quality: int | None
     class_names: tuple[str, ...] = ()
     dtype: str = "float32"
+    decode_dtype: str = "float32"
     format: int = 2
 
     @property

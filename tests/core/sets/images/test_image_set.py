@@ -54,6 +54,13 @@ def images_like(**changes: Any) -> ImagePlan:
     return dataclasses.replace(PLAN, **changes)
 
 
+def test_a_set_from_before_decode_dtype_is_the_set_that_it_was() -> None:
+    values = json.loads(PLAN.to_json())
+    assert "decode_dtype" not in values and ImagePlan.from_json(PLAN.to_json()) == PLAN
+    other = images_like(decode_dtype="bfloat16")
+    assert json.loads(other.to_json())["decode_dtype"] == "bfloat16" and other.hash != PLAN.hash
+
+
 def pixels_of(count: int = 7, *, colour: bool = False) -> np.ndarray:
     shape = (count, 4, 6, 3) if colour else (count, 4, 6)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
