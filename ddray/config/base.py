@@ -33,6 +33,16 @@ def parse_list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def parse_auto_count(value: Any) -> Any:
+    """A number from 1 on, or the word `auto`."""
+    if value == "auto":
+        return value
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.isdecimal() or not 0 < int(text) < 2**63:
+        raise ValueError("must be auto, or a whole number from 1 on")
+    return int(text)
+
+
 def parse_off(value: Any) -> Any:
     """The word `off`, which YAML reads as a truth value."""
     return "off" if value is False else value
@@ -103,6 +113,17 @@ EncoderName = Annotated[str, _spelled(hub_location)]
 Locations = Annotated[tuple[Location, ...], BeforeValidator(parse_list)]
 
 ModelNames = Annotated[tuple[ModelName, ...], BeforeValidator(parse_list)]
+
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(parse_auto_count)]
+
+GpuGigabytes = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="memory of the smallest GPU that may work, for batch_size=auto; it is not "
+        "looked at, so that every machine finds the same plan",
+    ),
+]
 
 NodePool = Annotated[
     str | None, Field(description="label ddray.io/node-pool of the nodes to work on; absent = any")

@@ -5,7 +5,16 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddray.config.base import CountT, Dtype, Location, ModelName, SetConfig, decoder_dtype
+from ddray.config.base import (
+    AutoCount,
+    CountT,
+    Dtype,
+    GpuGigabytes,
+    Location,
+    ModelName,
+    SetConfig,
+    decoder_dtype,
+)
 
 
 class GenerateConfig(SetConfig):
@@ -51,7 +60,12 @@ class GenerateConfig(SetConfig):
         description="of its decoder; part of the plan; auto = the same, but float32 for float16",
     )
     shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
-    batch_size: CountT = Field(64, description="images made together; part of the plan")
+    batch_size: AutoCount = Field(
+        "auto",
+        description="images made together; part of the plan; auto = 64 on CPUs, on GPUs what fits, "
+        "and of a set that is there its own",
+    )
+    gpu_gb: GpuGigabytes = 24
     engine: Literal["serve", "data"] = Field(
         "data", description="a Ray Data pool of students, or replicas of Ray Serve"
     )

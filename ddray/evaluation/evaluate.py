@@ -31,6 +31,7 @@ from ddray.metrics.digits import load_digits, reference_digits
 from ddray.metrics.fd_digits import DigitsMetric, makes_digits
 from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
 from ddray.progress import Progress
+from ddray.sets.batch_size import batch_size
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 PICTURE_COLUMNS = 10
@@ -328,7 +329,8 @@ class Evaluator:
     def _transport_cost(self) -> float:
         """Time of trajectories over that of plain sampling, in turn, as an actor runs them."""
         actor = SampleConfig()
-        labels, index = self.labels[: actor.batch_size], self.index[: actor.batch_size]
+        rows = batch_size(actor, self.teacher.model)
+        labels, index = self.labels[:rows], self.index[:rows]
         threads = torch.get_num_threads()
         torch.set_num_threads(actor.threads)
         try:

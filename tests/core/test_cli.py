@@ -173,7 +173,12 @@ def test_the_cost_of_sampling_is_a_comment_behind_the_config(
 ) -> None:
     assert main(["sample", "--preset", "tiny", "--dry-run"]) == 0
     comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
-    assert comments == ["# shards: 2", "# stages_per_image: 49", "# megabytes: 0.02"]
+    assert comments == [
+        "# shards: 2",
+        "# batch_size: 50",
+        "# stages_per_image: 49",
+        "# megabytes: 0.02",
+    ]
 
 
 @pytest.mark.parametrize(
