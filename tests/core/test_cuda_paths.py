@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ddray.models.zoo import load_student, load_teacher
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.images.making import make_plan, planned_student
 from ddray.sets.images.orders import RowsOrder
+from ddray.sets.makers import Maker, maker_on
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
 
@@ -257,6 +259,23 @@ def test_dtypes_on_a_gpu_are_looked_at_before_any_weight(monkeypatch: pytest.Mon
             load_teacher("digits-var", device="cuda", dtype=dtype)
     # It would plan anew for every number of keys of a decoder, and give other bits elsewhere.
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_what_makes_bits_on_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA L40S")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92000)
+    monkeypatch.setattr("torch.backends.cuda.cudnn_sdp_enabled", lambda: False)
+    maker = maker_on(torch.device("cuda"))
+    assert maker == Maker(
+        "cuda", "NVIDIA L40S", torch.__version__, "13.0", "92000", "flash, efficient, math"
+    )
+    newer = replace(maker, cudnn="92100", attention="math")
+    assert newer.is_like(maker) and not maker.is_like(replace(maker, device="NVIDIA A10G"))
+    assert maker.differences(newer) == [
+        "cudnn 92000 there, 92100 here",
+        "attention flash, efficient, math there, math here",
+    ]
 
 
 DECODERS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}

@@ -10,6 +10,7 @@ from ddray.runtime.pools.device import BATCHES_AHEAD, Device
 from ddray.sets.images.encoding import ShardMaker
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.orders import RowsOrder
+from ddray.sets.makers import maker_on
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -35,11 +36,12 @@ class StudentWorker:
         images = ImageSet.open(uri)
         self._device = Device(images.plan.threads)
         self._renderer = self._device.load(lambda: _load(images, device))
-        self._maker = ShardMaker(images, encoders, statistics)
+        self._shards = ShardMaker(images, encoders, statistics)
+        self.maker = maker_on(self._renderer.student.device)
 
     def do(self, shard: int) -> int:
         """Generate and write one shard."""
-        return self._maker.make(
+        return self._shards.make(
             shard, lambda orders: self._device.batches(self._renderer.rows, orders)
         )
 
@@ -70,12 +72,12 @@ class HandleWorker:
         from ray import serve
 
         self._model, self._retries = model, retries
-        self._maker = ShardMaker(ImageSet.open(uri), encoders, statistics)
+        self._shards = ShardMaker(ImageSet.open(uri), encoders, statistics)
         self._rows = serve.get_deployment_handle(deployment, application).rows
 
     def do(self, shard: int) -> int:
         """Have one shard generated, and write it."""
-        return self._maker.make(
+        return self._shards.make(
             shard, lambda orders: in_order(self._ask, orders, BATCHES_AHEAD), self._model
         )
 

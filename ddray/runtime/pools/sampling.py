@@ -12,8 +12,9 @@ from ddray.models.zoo import load_teacher
 from ddray.runtime.pools.device import SHARDS_AT_ONCE, Device
 from ddray.runtime.pools.pool import Crew, fill, tell_found
 from ddray.sets.conditions import load_encoder, open_captions, read_conditions
+from ddray.sets.makers import MakersOfSet, kinds_of, maker_on
 from ddray.sets.making import create_set
-from ddray.sets.trajectories.making import made_on, make_plan, planned_teacher, sample_rows
+from ddray.sets.trajectories.making import make_plan, planned_teacher, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
@@ -32,6 +33,7 @@ class TrajectoryWorker:
         plan = self._set.plan
         self._device = Device(plan.threads)
         self._teacher = self._device.load(lambda: planned_teacher(plan, device))
+        self.maker = maker_on(self._teacher.device)
         self._encode = self._device.load(lambda: load_encoder(plan, self._teacher))
 
     def do(self, shard: int) -> int:
@@ -100,14 +102,14 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
     tell_found(plan, missing)
     found = plan.num_shards - len(missing)
     device = reserved_device(pool.num_gpus)
-    devices = made_on(storage) if found else []
+    devices, makers = kinds_of(storage) if found else [], MakersOfSet(storage, found > 0)
     # Of shards that nobody took note of, nothing is known, and this run cannot mend that.
     if missing and (devices or not found):
         devices = sorted({*devices, device})
 
     def note_devices() -> None:
         # Before the first shard: a run that is killed has made some too.
-        write_json(storage, SUMMARY_FILE, {"devices": devices})
+        write_json(storage, SUMMARY_FILE, {"devices": devices, "made_by": makers.known})
 
     crew = Crew(
         TrajectoryWorker,
@@ -118,7 +120,7 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         [plan.teacher],
         SHARDS_AT_ONCE,
     )
-    filled = fill("trajectories", trajectories, crew, pool, note_devices)
+    filled = fill("trajectories", trajectories, crew, pool, note_devices, makers.note)
     summary = {
         "uri": trajectories.uri,
         "ddray_version": __version__,
@@ -126,6 +128,7 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         "teacher": plan.teacher,
         "rows": plan.count,
         "devices": devices,
+        "made_by": makers.known,
         **filled.summary(),
     }
     # A rerun that finds all there does not take the place of the one that made it.

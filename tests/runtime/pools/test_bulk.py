@@ -67,6 +67,7 @@ def sets(
     for encoding in FORMATS:
         summary = generate(generating(student, folder / encoding, format=encoding, seed=4))
         assert (summary["images"], summary["shards_made"], summary["format"]) == (25, 3, encoding)
+        assert [maker["kind"] for maker in summary["made_by"]] == ["cpu"]
     return {encoding: folder / encoding for encoding in FORMATS}
 
 

@@ -1,5 +1,6 @@
 """Trajectory sets made by a pool of actors on a real Ray, from a tiny teacher."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -21,6 +22,7 @@ from ddray.runtime.pools.device import SHARDS_AT_ONCE
 from ddray.runtime.pools.pool import Crew, _explain, fill
 from ddray.runtime.pools.repair import repair
 from ddray.runtime.pools.sampling import TrajectoryWorker, sample
+from ddray.sets.makers import maker_on
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.recompute import recompute
@@ -241,9 +243,36 @@ def test_a_recomputation_finds_the_rows_as_the_actors_wrote_them(
     whole: tuple[Path, dict],
 ) -> None:
     outcome = recompute(str(whole[0]), 50)
+    name = outcome.here.device
     assert outcome.lines() == [
-        "recomputed 50 rows (8 batches) on cpu: all as written (made on cpu)"
+        f"recomputed 50 rows (8 batches) on {name}: all as written (made on {name})"
     ]
+
+
+def test_a_summary_names_what_made_the_bits_and_another_model_is_judged_by_most_of_them(
+    whole: tuple[Path, dict], copy: Path, teacher: str
+) -> None:
+    here = maker_on(torch.device("cpu"))
+    written = json.loads((copy / "summary.json").read_text())
+    assert written["made_by"] == whole[1]["made_by"] == [dataclasses.asdict(here)]
+    assert (written["devices"], here.torch) == (["cpu"], torch.__version__)
+    events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    assert {e["device"] for e in events if e["event"] == "shard"} == {here.device}
+    written["made_by"][0]["device"] = "NVIDIA H100 80GB HBM3"
+    (copy / "summary.json").write_text(json.dumps(written))
+    # One token of one row, as another GPU may round it.
+    trajectories = TrajectorySet.open(str(copy))
+    index, label, tokens = trajectories.read_shard(0)
+    tokens = tokens.copy()
+    tokens[3, 15] ^= 1
+    trajectories.write_shard(0, index, label, tokens)
+    outcome = recompute(str(copy), 50)
+    assert outcome.ok and not outcome.comparable and outcome.parted == {15: 1}
+    # A run that goes on adds its own to those that are known, before it is done.
+    (copy / shard_name(2)).unlink()
+    summary = sample(sampling(teacher, copy, count=50))
+    devices = [maker["device"] for maker in summary["made_by"]]
+    assert sorted(devices) == sorted(["NVIDIA H100 80GB HBM3", here.device])
 
 
 def test_an_extension_leaves_full_shards_alone(
