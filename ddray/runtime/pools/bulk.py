@@ -125,7 +125,7 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
         StudentWorker,
         {
             "device": reserved_device(config.num_gpus),
-            "encoders": config.encoders,
+            "encoders": config.encoder_threads,
             "statistics": config.statistics,
         },
         config.threads,

@@ -63,7 +63,7 @@ def asking_crew(images: ImageSet, config: GenerateConfig, shards_at_once: int) -
                 "deployment": STUDENTS,
                 "model": model or _MODEL,
                 "retries": config.max_retries,
-                "encoders": config.encoders,
+                "encoders": config.encoder_threads,
                 "statistics": config.statistics,
             },
             _ASKING_CPUS,

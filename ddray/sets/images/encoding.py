@@ -97,8 +97,9 @@ class ShardMaker:
     def _encode(self, pixels: npt.NDArray[np.uint8]) -> Encoded:
         """Files of a batch, and its statistics if they are wanted."""
         plan = self._images.plan
+        fast = plan.compression == "fast"
         if plan.image_format == "png":
-            files = [encode_png(image) for image in pixels]
+            files = [encode_png(image, fast=fast) for image in pixels]
         else:
-            files = [encode_webp(image, plan.quality) for image in pixels]
+            files = [encode_webp(image, plan.quality, fast=fast) for image in pixels]
         return files, [self._metric.sums(pixels)] if self._metric else []

@@ -46,6 +46,7 @@ def make_plan(
         content=config.content,
         image_format=config.image_format,
         quality=config.quality,
+        compression=config.compression,
         class_names=_class_names(student),
         dtype=config.student_dtype,
         decode_dtype=config.pixel_dtype,

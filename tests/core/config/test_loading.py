@@ -168,6 +168,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
             "content=tokens is written as",
         ),
         (GenerateConfig, ["content=tokens", "statistics=true"], "content=tokens has no images: no"),
+        (
+            GenerateConfig,
+            ["content=tokens", "compression=fast"],
+            "content=tokens has no images: no",
+        ),
         (GenerateConfig, ["format=npz", "image_format=webp"], "format=npz holds pixels, not files"),
         (GenerateConfig, ["quality=80"], "quality=80 is of image_format=webp; png has no loss"),
         (GenerateConfig, ["image_format=webp", "quality=0"], "quality=0: input should be greater"),
