@@ -1,6 +1,7 @@
 """Images in bulk: a plan, a pool that has students or asks replicas for batches, shards."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from ddray import __version__
@@ -17,7 +18,7 @@ from ddray.sets.conditions import open_captions
 from ddray.sets.images.image_set import SAMPLES, ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
 from ddray.sets.images.samples import write_samples
-from ddray.sets.makers import MakersOfSet
+from ddray.sets.makers import MakersOfSet, makers_of
 from ddray.sets.making import create_set
 from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
@@ -54,8 +55,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     images = create_set(ImageSet, config, plan, student, captions)
     images.with_statistics = config.statistics
     plan = images.plan
-    makers = MakersOfSet(storage, begun=len(images.missing()) < plan.num_shards)
-    filled = _fill(images, config, makers)
+    filled = _fill(images, config)
     summary = {
         "uri": images.uri,
         "ddray_version": __version__,
@@ -66,7 +66,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "format": plan.encoding,
         "content": plan.content,
         "engine": config.engine,
-        "made_by": makers.known,
+        "made_by": [asdict(maker) for maker in makers_of(storage)],
         **({"samples": images.storage.join(SAMPLES)} if plan.encoding == "npz" else {}),
         **(_statistics(images, metric) if metric else {}),
         **filled.summary(),
@@ -97,17 +97,17 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
     config = GenerateConfig(
         **{**pool.model_dump(), "threads": images.plan.threads, "engine": "data"}
     )
-    begun = len(images.missing()) < images.plan.num_shards
-    return _fill(images, config, MakersOfSet(images.storage, begun)).summary()
+    return _fill(images, config).summary()
 
 
-def _fill(images: ImageSet, config: GenerateConfig, makers: MakersOfSet) -> Filled:
+def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
     """Make what is missing, and what is made of all shards."""
     missing = images.missing()
     tell_found(images.plan, missing)
     filled = Filled()
     if missing:
         with connect(), _crew(images, config) as crew:
+            makers = MakersOfSet(images.storage, len(missing) < images.plan.num_shards)
             filled = fill("images", images, crew, config, images.begin, makers.note)
     if images.lacking():
         write_samples(images)

@@ -26,6 +26,8 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 # Differing rows that a report names one by one.
 _NAMED = 5
+# Stages that it tells of: there may be hundreds.
+_STAGES_NAMED = 10
 # Of tokens with the same past, the share that another device must find again. Of the bundled
 # models 0.96 and 0.98 are where bfloat16 stands for float32, which is more than a device does;
 # 0.08 and 0.54 are by other noise, 0.15 and 0.67 by other classes (100 rows each).
@@ -95,14 +97,20 @@ class Recomputation:
         differ = f"{self.differing_rows} rows and {self.differing_tokens} of {self.tokens} tokens"
         lines = [f"{head}: {differ} differ ({self._origin()})"]
         if not self.comparable:
-            places = ", ".join(f"{n} in stage {stage}" for stage, n in sorted(self.parted.items()))
             equal = 1 - self.differing_tokens / self.tokens
             lines.append(
                 f"on another model of device some may: {equal:.1%} of all tokens are equal, and of "
                 f"those with the same past {self.agreement:.1%}, where {LEAST_AGREEMENT:.0%} must "
-                f"be; rows part first: {places or 'nowhere'}"
+                f"be; rows part first: {self._places()}"
             )
         return [*lines, *self.named]
+
+    def _places(self) -> str:
+        """Stages in which rows part, the first ones by number."""
+        stages = sorted(self.parted.items())
+        told = [f"{rows} in stage {stage}" for stage, rows in stages[:_STAGES_NAMED]]
+        later = sum(rows for _, rows in stages[_STAGES_NAMED:])
+        return ", ".join([*told, *([f"{later} later"] if later else [])]) or "nowhere"
 
     def _origin(self) -> str:
         """Where the set was made, and what was another version there."""
