@@ -172,7 +172,7 @@ def test_gradients_in_bfloat16_are_those_of_float32(name):
 
 
 def test_what_makes_bits_here_is_named():
-    maker = maker_on(torch.device("cuda"))
+    maker = maker_on(ddray.load_teacher("digits-var", device="cuda").device)
     assert maker.device == torch.cuda.get_device_name()
     assert maker.cuda and maker.cudnn and "cudnn" not in maker.attention.split(", ")
 
