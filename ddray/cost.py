@@ -25,6 +25,7 @@ from ddray.method.schedule import num_steps, parse_schedule
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.zoo import empty_student, image_side, resolve
+from ddray.sets.batch_size import batch_size, image_bytes
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.checkpoint import read_config
 
@@ -214,6 +215,7 @@ def estimate_sample(
     bytes_per_token = 2 if codes <= 2**16 else 4
     told: dict[str, Any] = {
         "shards": -(-config.count // config.shard_rows),
+        "batch_size": _batch(config, student),
         "stages_per_image": len(student.stages),
         "megabytes": round(config.count * tokens * bytes_per_token / 1e6, 2),
     }
@@ -244,6 +246,7 @@ def estimate_generate(config: GenerateConfig) -> dict[str, Any]:
         return {"cost": f"unknown without the student: {one_line(error)}"}
     told: dict[str, Any] = {
         "shards": -(-config.count // config.shard_rows),
+        "batch_size": _batch(config, model.network),
         "forward_passes_per_image": steps,
         "gigabytes_an_actor": f"{_rounded(model.gigabytes):g} of weights",
     }
@@ -312,11 +315,21 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
+def _batch(config: SampleConfig | GenerateConfig, network: nn.Module) -> str:
+    """Rows of a batch, and on a GPU what they need there."""
+    rows = batch_size(config, network)
+    if not config.num_gpus:
+        return str(rows)
+    needed = rows * image_bytes(config, network) / 1e9
+    return f"{rows} ({_rounded(needed):g} GB beside the weights)"
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """What the sizes of a model come to.
 
     Attributes:
+        network: without weights.
         stages: tokens of each.
         gigabytes: of float32 weights, the tokenizer's included.
         pixels: bytes of an image without compression.
@@ -325,6 +338,7 @@ class _Sizes:
         teacher: that it names, of a student.
     """
 
+    network: nn.Module
     stages: tuple[int, ...]
     gigabytes: float
     pixels: int
@@ -346,6 +360,7 @@ def _described(model: str) -> _Sizes:
     numbers = sum(p.numel() for part in modules for p in part.parameters())
     channels = getattr(codec.config, "in_channels", 3) if codec is not None else 0
     return _Sizes(
+        network=network,
         stages=tuple(network.stages),
         gigabytes=4 * numbers / 1e9,
         pixels=channels * image_side(config, model) ** 2 if codec is not None else 0,

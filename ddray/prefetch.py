@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
@@ -20,7 +20,7 @@ class Pending(Protocol[ResultT]):
 
 def in_order(
     begin: Callable[[T], Pending[ResultT]], items: Iterable[T], depth: int
-) -> Iterator[ResultT]:
+) -> Generator[ResultT, None, None]:
     """Results in the order of the items, of which so many are under way at once.
 
     Args:

@@ -33,6 +33,16 @@ def parse_list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def parse_auto_count(value: Any) -> Any:
+    """A number from 1 on, or the word `auto`."""
+    if value == "auto":
+        return value
+    text = str(value).strip()
+    if isinstance(value, bool) or not text.isdecimal() or not 0 < int(text) < 2**63:
+        raise ValueError("must be auto, or a whole number from 1 on")
+    return int(text)
+
+
 def parse_off(value: Any) -> Any:
     """The word `off`, which YAML reads as a truth value."""
     return "off" if value is False else value
@@ -63,11 +73,19 @@ def reserved_device(num_gpus: float) -> str:
     return "cuda" if num_gpus else "cpu"
 
 
+def decoder_dtype(dtype: str) -> str:
+    """Of the decoder beside networks of a dtype: the same, but for float16, where it overflows."""
+    return "float32" if dtype == "float16" else dtype
+
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 NetworkDtype = Annotated[
     Dtype,
-    Field(description="of the networks; auto = bfloat16 on a GPU that has it, else float32"),
+    Field(
+        description="of networks and decoder (of that float32 where float16 is asked for); auto = "
+        "bfloat16 on a GPU that has it, else float32"
+    ),
 ]
 
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
@@ -95,6 +113,17 @@ EncoderName = Annotated[str, _spelled(hub_location)]
 Locations = Annotated[tuple[Location, ...], BeforeValidator(parse_list)]
 
 ModelNames = Annotated[tuple[ModelName, ...], BeforeValidator(parse_list)]
+
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(parse_auto_count)]
+
+GpuGigabytes = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="memory of the smallest GPU that may work, for batch_size=auto; it is not "
+        "looked at, so that every machine finds the same plan",
+    ),
+]
 
 NodePool = Annotated[
     str | None, Field(description="label ddray.io/node-pool of the nodes to work on; absent = any")

@@ -115,6 +115,8 @@ def _values(field: FieldInfo) -> str:
 def choices_of(field: FieldInfo) -> list[str]:
     """The words that a key takes; none where it takes anything else."""
     kinds = (field.annotation, *get_args(field.annotation))
+    if int in kinds:  # or a number
+        return []
     found = (get_args(kind) for kind in kinds if get_origin(kind) is Literal)
     return [str(choice) for choice in next(found, ())]
 

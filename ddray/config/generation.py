@@ -5,7 +5,16 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ddray.config.base import CountT, Dtype, Location, ModelName, SetConfig
+from ddray.config.base import (
+    AutoCount,
+    CountT,
+    Dtype,
+    GpuGigabytes,
+    Location,
+    ModelName,
+    SetConfig,
+    decoder_dtype,
+)
 
 
 class GenerateConfig(SetConfig):
@@ -37,6 +46,11 @@ class GenerateConfig(SetConfig):
     quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
         None, description="of WebP with loss; absent = without loss"
     )
+    compression: Literal["small", "fast"] = Field(
+        "small",
+        description="of PNG and WebP; part of the plan; fast: the same pixels (of WebP with loss "
+        "nearly) in a fraction of the time",
+    )
     statistics: bool = Field(
         False,
         description="mean and covariance of the bundled digit classifier's features: fd_digits, "
@@ -46,12 +60,23 @@ class GenerateConfig(SetConfig):
         "auto",
         description="of the student; part of the plan; auto = bfloat16 on GPUs, float32 on CPUs",
     )
+    decode_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of its decoder; part of the plan; auto = the same, but float32 for float16",
+    )
     shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
-    batch_size: CountT = Field(64, description="images made together; part of the plan")
+    batch_size: AutoCount = Field(
+        "auto",
+        description="images made together; part of the plan; auto = 64 on CPUs, on GPUs what fits, "
+        "and of a set that is there its own",
+    )
+    gpu_gb: GpuGigabytes = 24
     engine: Literal["serve", "data"] = Field(
         "data", description="a Ray Data pool of students, or replicas of Ray Serve"
     )
-    encoders: CountT = Field(1, description="threads of a worker that compress images")
+    encoders: CountT | None = Field(
+        None, description="threads of a worker that compress images; absent = its CPUs (threads)"
+    )
 
     @property
     def student_dtype(self) -> str:
@@ -60,13 +85,26 @@ class GenerateConfig(SetConfig):
             return self.dtype
         return "bfloat16" if self.num_gpus else "float32"
 
+    @property
+    def encoder_threads(self) -> int:
+        """As many as the CPUs that a worker reserves, unless it is told."""
+        return self.encoders or self.threads
+
+    @property
+    def pixel_dtype(self) -> str:
+        """The dtype of the decoder that the plan has."""
+        chosen = self.decode_dtype
+        return decoder_dtype(self.student_dtype) if chosen == "auto" else chosen
+
     @model_validator(mode="after")
     def _writable(self) -> Self:
         if self.content == "tokens":
             if self.format != "parquet":
                 raise ValueError(f"content=tokens is written as parquet, not as {self.format}")
-            if self.image_format != "png" or self.statistics:
-                raise ValueError("content=tokens has no images: no image_format, no statistics")
+            if self.image_format != "png" or self.compression != "small" or self.statistics:
+                raise ValueError(
+                    "content=tokens has no images: no image_format, no compression, no statistics"
+                )
         if self.statistics and self.count < 2:
             raise ValueError(f"statistics needs at least 2 images, not count={self.count}")
         if self.format == "npz" and (self.image_format != "png" or self.quality is not None):

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ddray.config.base import CountT, Location, ModelName, SetConfig
+from ddray.config.base import AutoCount, CountT, GpuGigabytes, Location, ModelName, SetConfig
 
 
 class SampleConfig(SetConfig):
@@ -36,4 +36,9 @@ class SampleConfig(SetConfig):
         "float32", description="of the teacher"
     )
     shard_rows: CountT = Field(500, description="rows of a shard: what a crash can cost")
-    batch_size: CountT = Field(100, description="images sampled together; part of the plan")
+    batch_size: AutoCount = Field(
+        "auto",
+        description="images sampled together; part of the plan; auto = 100 on CPUs, on GPUs what "
+        "fits, and of a set that is there its own",
+    )
+    gpu_gb: GpuGigabytes = 24

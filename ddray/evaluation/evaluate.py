@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddray.config.base import reserved_device
+from ddray.config.base import decoder_dtype, reserved_device
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError
@@ -31,6 +31,7 @@ from ddray.metrics.digits import load_digits, reference_digits
 from ddray.metrics.fd_digits import DigitsMetric, makes_digits
 from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
 from ddray.progress import Progress
+from ddray.sets.batch_size import batch_size
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 PICTURE_COLUMNS = 10
@@ -138,11 +139,12 @@ def independent_tokens(
 
 def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:
     device = reserved_device(config.num_gpus)
-    student = load_student(config.student, device=device, dtype=config.dtype)
+    dtypes = {"dtype": config.dtype, "decode_dtype": decoder_dtype(config.dtype)}
+    student = load_student(config.student, device=device, **dtypes)
     name = config.teacher or student.config.get("teacher")
     if not name:
         raise ConfigError(f"{config.student} does not name its teacher; give teacher=")
-    teacher = load_teacher(name, device=device, dtype=config.dtype)
+    teacher = load_teacher(name, device=device, **dtypes)
     if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
         raise ConfigError(f"{config.student} and {name} have different tokenizers")
     if not makes_digits(teacher):
@@ -327,7 +329,8 @@ class Evaluator:
     def _transport_cost(self) -> float:
         """Time of trajectories over that of plain sampling, in turn, as an actor runs them."""
         actor = SampleConfig()
-        labels, index = self.labels[: actor.batch_size], self.index[: actor.batch_size]
+        rows = batch_size(actor, self.teacher.model)
+        labels, index = self.labels[:rows], self.index[:rows]
         threads = torch.get_num_threads()
         torch.set_num_threads(actor.threads)
         try:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddray.config.base import decoder_dtype
 from ddray.errors import ConfigError
 from ddray.method.schedule import TEACHER_ALONE
 from ddray.method.seeding import noise
@@ -85,6 +86,7 @@ class Renderer:
         rows: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "float32",
+        decode_dtype: str | None = None,
     ) -> "Renderer":
         """Load a student by its name or folder, and if wanted the teacher that its config names.
 
@@ -95,12 +97,14 @@ class Renderer:
             rows: see the class.
             device: where to compute.
             dtype: of the networks; "auto" as `load_student` means it.
+            decode_dtype: of the decoder; None = `decoder_dtype(dtype)`.
 
         Raises:
             ConfigError: if there is no such model, or the config names no teacher.
             CheckpointError: if a model or the text encoder cannot be loaded.
         """
-        loaded = load_student(student, device=device, dtype=dtype)
+        pixels = decode_dtype or decoder_dtype(dtype)
+        loaded = load_student(student, device=device, dtype=dtype, decode_dtype=pixels)
         encoder = None
         if loaded.conditioning == "text":
             length = loaded.model.config.cls_token_num
@@ -108,7 +112,9 @@ class Renderer:
         name = loaded.config.get("teacher")
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")
-        beside = load_teacher(str(name), device=device, dtype=dtype) if teacher else None
+        if not teacher:
+            return cls(loaded, None, encoder, rows)
+        beside = load_teacher(str(name), device=device, dtype=dtype, decode_dtype=pixels)
         return cls(loaded, beside, encoder, rows)
 
     @cached_property

@@ -4,6 +4,7 @@ Shapes: N rows, V codes.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ddray.sets.captions import read_captions
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
 from ddray.sets.images.shard import ImageRows
+from ddray.sets.makers import makers_of
 from ddray.sets.plan import SetPlan
 from ddray.sets.sharded_set import VerifyReport, manifest_kind, shard_name
 from ddray.sets.trajectories.shard import Rows
@@ -71,6 +73,7 @@ def describe(uri: str) -> dict[str, Any]:
         "unexpected_files": len(found.unexpected),
         "bytes": size,
         "bytes_per_row": round(size / rows, 1) if rows else None,
+        "made_by": [asdict(maker) for maker in makers_of(opened.storage)] or "unknown",
     }
     if isinstance(opened, ImageSet):
         return {**told, **_planned_labels(plan, found.sizes)}

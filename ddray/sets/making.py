@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ddray.config.generation import GenerateConfig
@@ -9,6 +10,7 @@ from ddray.config.sampling import SampleConfig
 from ddray.errors import ShardError
 from ddray.method.model import Model
 from ddray.method.seeding import SCHEME
+from ddray.sets.batch_size import batch_size
 from ddray.sets.captions import cut_captions
 from ddray.sets.card import write_card
 from ddray.sets.conditions import check_encoder, encoder_name
@@ -34,7 +36,7 @@ def planned_fields(
         "threads": config.threads,
         "count": config.count,
         "shard_rows": config.shard_rows,
-        "batch_size": config.batch_size,
+        "batch_size": batch_size(config, model.model),
         "stages": model.stages,
         "vocab_size": len(model.codebook),
         "classes": config.classes,
@@ -79,6 +81,8 @@ def create_set(
         StorageError: the URI cannot be written, or the captions not read.
     """
     storage = open_storage(config.out)
+    if config.batch_size == "auto":
+        plan = _with_its_own_batches(kind, config.out, plan)
     if captions is not None:
         check_encoder(plan, model)
         captions.check(plan.count)
@@ -88,3 +92,11 @@ def create_set(
     write_json(storage, CONFIG_FILE, config.model_dump(mode="json"))
     write_card(storage, made.plan, model.config)
     return made
+
+
+def _with_its_own_batches(kind: type[SetT], uri: str, plan: SetPlan) -> SetPlan:
+    """The plan, with the batch size of the set that is there, whatever `auto` was when it began."""
+    try:
+        return replace(plan, batch_size=kind.open(uri).plan.batch_size)
+    except ShardError:  # none, or one that is refused where it is taken up
+        return plan

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import ddray
 from benchmarks.fake_device import FakeDevice
 from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
+from ddray.config.generation import GenerateConfig
 from ddray.distillation.critics import new_critics
 from ddray.distillation.optimization import batch_loss
 from ddray.distillation.perceptual import Perceptual
@@ -28,12 +30,14 @@ from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
 from ddray.evaluation import evaluate
 from ddray.method.flow import full_float32
-from ddray.method.model import Model
+from ddray.method.model import Model, Tokenizer
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
-from ddray.models.zoo import load_teacher
+from ddray.models.zoo import load_student, load_teacher
 from ddray.serving.rendering import ImageJob, Renderer
+from ddray.sets.images.making import make_plan, planned_student
 from ddray.sets.images.orders import RowsOrder
+from ddray.sets.makers import Maker, maker_on
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
 
@@ -296,6 +300,50 @@ def test_attention_by_cudnn_is_off_wherever_a_gpu_is_taken(
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_what_makes_bits_on_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA L40S")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92000)
+    monkeypatch.setattr("torch.backends.cuda.cudnn_sdp_enabled", lambda: False)
+    maker = maker_on(torch.device("cuda"))
+    assert maker == Maker(
+        "cuda", "NVIDIA L40S", torch.__version__, "13.0", "92000", "flash, efficient, math"
+    )
+    newer = replace(maker, cudnn="92100", attention="math")
+    assert newer.is_like(maker) and not maker.is_like(replace(maker, device="NVIDIA A10G"))
+    assert maker.differences(newer) == [
+        "cudnn 92000 there, 92100 here",
+        "attention flash, efficient, math there, math here",
+    ]
+
+
+DECODERS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+
+
+@pytest.mark.parametrize("dtype", DECODERS)
+def test_who_serves_decodes_in_the_dtype_of_the_networks(dtype: str) -> None:
+    config = GenerateConfig(student="digits-var-dd", dtype=dtype)
+    plan = make_plan(config, load_student(config.student, device="cpu", dtype=dtype))
+    evaluated = evaluate._load(EvaluateConfig(student=config.student, dtype=dtype))[:2]
+    models = [
+        Renderer.load(config.student, dtype=dtype).student,
+        planned_student(plan, "cpu"),
+        *evaluated,
+    ]
+    assert plan.decode_dtype == DECODERS[dtype]
+    for model in models:
+        assert model.tokenizer.decode_dtype == getattr(torch, DECODERS[dtype])
+
+
+def test_a_decoder_of_16_bits_stays_on_the_device_and_gives_float32(pair: Pair) -> None:
+    tokenizer = Tokenizer(pair.student.tokenizer.module, decode_dtype=torch.bfloat16)
+    shape = (2, pair.student.num_tokens, pair.student.codebook.shape[1])
+    with pair.gpu.here() as meter:
+        images = tokenizer.decode(torch.zeros(shape, device="cuda"))
+        assert pair.gpu.holds(images) and images.dtype == torch.float32
+        assert not meter.waits
 
 
 def test_true_float32_is_of_convolutions_too() -> None:

@@ -7,12 +7,17 @@ import torch
 
 import ddray
 from ddray.config.evaluation import EvaluateConfig
+from ddray.config.sampling import SampleConfig
 from ddray.distillation.stream import TrajectoryStream
 from ddray.evaluation.evaluate import evaluate
 from ddray.method.flow import Transport, transport
 from ddray.method.fused import can_fuse
 from ddray.method.seeding import normals, standard_normal
+from ddray.models.families import empty_network, empty_tokenizer
+from ddray.models.zoo import resolve
 from ddray.serving.rendering import ImageJob, Renderer
+from ddray.sets.batch_size import image_bytes
+from ddray.sets.makers import maker_on
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.sets.trajectories.test_trajectory_set import fill, plan_of
 from tests.core.tiny import gradient_errors, tiny_student, tiny_teacher, tiny_var
@@ -200,3 +205,41 @@ def test_a_graph_reads_no_weights_that_have_moved():
     for weight in teacher.model.parameters():
         weight.data = torch.zeros_like(weight)
     assert not torch.equal(calls[0](), before)
+
+
+def test_what_makes_bits_here_is_named():
+    maker = maker_on(ddray.load_teacher("digits-var", device="cuda").device)
+    assert maker.device == torch.cuda.get_device_name()
+    assert maker.cuda and maker.cudnn and "cudnn" not in maker.attention.split(", ")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_images_of_the_service_in_16_bits_are_close_to_those_of_the_cpu(dtype):
+    jobs = [ImageJob(k, k, 7) for k in range(10)]
+    here = Renderer.load("digits-var-dd").images(jobs, "0").astype(int)
+    renderer = Renderer.load("digits-var-dd", device="cuda", dtype=dtype)
+    kept = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    assert renderer.student.tokenizer.decode_dtype == kept
+    assert abs(here - renderer.images(jobs, "0").astype(int)).mean() < 10  # of 255
+
+
+@pytest.mark.parametrize("name", ["var-d16", "llamagen-b-256"])
+def test_an_image_of_a_batch_takes_no_more_than_is_reckoned(name):
+    sizes = resolve(name)
+    states = [
+        {
+            key: 0.02 * torch.randn(weight.shape)
+            for key, weight in module.state_dict().items()
+            if key not in getattr(module, "constants", dict)()
+        }
+        for module in (empty_network(sizes), empty_tokenizer(sizes))
+    ]
+    there = {"device": "cuda", "dtype": "bfloat16"}
+    teacher = ddray.load_teacher(sizes, checkpoint=states[0], tokenizer=states[1], **there)
+    peaks = []
+    for count in (8, 8, 40):  # the first one pays what is paid once
+        torch.cuda.reset_peak_memory_stats()
+        teacher.trajectories(torch.arange(count), torch.arange(count), seed=0, cfg=2.0)
+        peaks.append(torch.cuda.max_memory_allocated())
+    config = SampleConfig(num_gpus=1, dtype="bfloat16")
+    assert (peaks[2] - peaks[1]) / 32 <= image_bytes(config, teacher.model)

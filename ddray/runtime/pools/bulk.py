@@ -1,6 +1,7 @@
 """Images in bulk: a plan, a pool that has students or asks replicas for batches, shards."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from ddray import __version__
@@ -10,20 +11,19 @@ from ddray.errors import ConfigError
 from ddray.metrics.fd_digits import DigitsMetric
 from ddray.models.zoo import load_student
 from ddray.runtime.cluster.connection import connect
+from ddray.runtime.pools.device import SHARDS_AT_ONCE
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
 from ddray.sets.images.image_set import SAMPLES, ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
 from ddray.sets.images.samples import write_samples
+from ddray.sets.makers import MakersOfSet, makers_of
 from ddray.sets.making import create_set
 from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
 
 STATISTICS_FILE = "statistics.npz"
-
-# While one shard is written, the device is busy with the next.
-_SHARDS_AT_ONCE = 2
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "format": plan.encoding,
         "content": plan.content,
         "engine": config.engine,
+        "made_by": [asdict(maker) for maker in makers_of(storage)],
         **({"samples": images.storage.join(SAMPLES)} if plan.encoding == "npz" else {}),
         **(_statistics(images, metric) if metric else {}),
         **filled.summary(),
@@ -106,7 +107,8 @@ def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
     filled = Filled()
     if missing:
         with connect(), _crew(images, config) as crew:
-            filled = fill("images", images, crew, config, images.begin)
+            makers = MakersOfSet(images.storage, len(missing) < images.plan.num_shards)
+            filled = fill("images", images, crew, config, images.begin, makers.note)
     if images.lacking():
         write_samples(images)
     return filled
@@ -118,19 +120,19 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
         # Ray Serve reads its environment when it is imported, so Ray comes first.
         from ddray.runtime.pools.fleet import asking_crew
 
-        return asking_crew(images, config, _SHARDS_AT_ONCE)
+        return asking_crew(images, config, SHARDS_AT_ONCE)
     crew = Crew(
         StudentWorker,
         {
             "device": reserved_device(config.num_gpus),
-            "encoders": config.encoders,
+            "encoders": config.encoder_threads,
             "statistics": config.statistics,
         },
         config.threads,
         config.num_gpus,
         config.node_pool,
         [images.plan.student],
-        _SHARDS_AT_ONCE,
+        SHARDS_AT_ONCE,
     )
     return nullcontext(crew)
 

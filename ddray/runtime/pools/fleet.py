@@ -63,7 +63,7 @@ def asking_crew(images: ImageSet, config: GenerateConfig, shards_at_once: int) -
                 "deployment": STUDENTS,
                 "model": model or _MODEL,
                 "retries": config.max_retries,
-                "encoders": config.encoders,
+                "encoders": config.encoder_threads,
                 "statistics": config.statistics,
             },
             _ASKING_CPUS,
@@ -132,6 +132,7 @@ def _start(application: str, plan: ImagePlan, config: GenerateConfig) -> None:
         in_memory=1,
         device=reserved_device(config.num_gpus),
         dtype=plan.dtype,
+        decode_dtype=plan.decode_dtype,
     )
     if not serve.status().proxies:
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})

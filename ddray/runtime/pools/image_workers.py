@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ddray.errors import ClusterError, one_line
+from ddray.prefetch import in_order
+from ddray.runtime.pools.device import BATCHES_AHEAD, Device
 from ddray.sets.images.encoding import ShardMaker
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.orders import RowsOrder
+from ddray.sets.makers import maker_on
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,20 +33,16 @@ class StudentWorker:
     """
 
     def __init__(self, uri: str, device: str, encoders: int, statistics: bool):
-        import torch
-
         images = ImageSet.open(uri)
-        # Shards overlap, and OpenMP's number of threads belongs to a thread: one runs the model.
-        self._device = ThreadPoolExecutor(
-            1, "device", torch.set_num_threads, (images.plan.threads,)
-        )
-        self._renderer: Renderer = self._device.submit(_load, images, device).result()
-        self._maker = ShardMaker(images, encoders, statistics)
+        self._device = Device(images.plan.threads)
+        self._renderer = self._device.load(lambda: _load(images, device))
+        self._shards = ShardMaker(images, encoders, statistics)
+        self.maker = maker_on(self._renderer.student.device)
 
     def do(self, shard: int) -> int:
         """Generate and write one shard."""
-        return self._maker.make(
-            shard, lambda order: self._device.submit(self._renderer.rows, order)
+        return self._shards.make(
+            shard, lambda orders: self._device.batches(self._renderer.rows, orders)
         )
 
 
@@ -74,12 +72,14 @@ class HandleWorker:
         from ray import serve
 
         self._model, self._retries = model, retries
-        self._maker = ShardMaker(ImageSet.open(uri), encoders, statistics)
+        self._shards = ShardMaker(ImageSet.open(uri), encoders, statistics)
         self._rows = serve.get_deployment_handle(deployment, application).rows
 
     def do(self, shard: int) -> int:
         """Have one shard generated, and write it."""
-        return self._maker.make(shard, self._ask, self._model)
+        return self._shards.make(
+            shard, lambda orders: in_order(self._ask, orders, BATCHES_AHEAD), self._model
+        )
 
     def _ask(self, order: RowsOrder) -> "_Reply":
         return _Reply(lambda: self._rows.remote(order), self._retries)

@@ -6,6 +6,7 @@ listing its storage, not by what actors returned.
 
 import dataclasses
 import gc
+import json
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ from ddray.runtime.cluster.connection import connect
 from ddray.runtime.cluster.doctor import preflight
 from ddray.runtime.cluster.machine import Probe
 from ddray.runtime.pools.tally import Done, Tally
+from ddray.sets.makers import Maker
 from ddray.sets.sharded_set import MANIFEST
 from ddray.storage.base import Storage
 from ddray.storage.run_folder import METRICS_FILE, EventLog, LineLog
@@ -42,7 +44,8 @@ _FRUITLESS_POOLS = 2
 class ShardWorker(Protocol):
     """Writes shards; built in the actor, from a URI and the arguments of its crew.
 
-    It limits its own threads, as its plan says: Ray sets OMP_NUM_THREADS by whole CPUs alone.
+    It limits its own threads, as its plan says: Ray sets OMP_NUM_THREADS by whole CPUs alone. What
+    knows who computes says so, by an attribute `maker`.
     """
 
     def do(self, shard: int) -> int:
@@ -164,6 +167,7 @@ def fill(
     crew: Crew,
     config: PoolConfig,
     ready: Callable[[], None] | None = None,
+    note: Callable[[Maker | None], None] | None = None,
 ) -> Filled:
     """Make the shards that a set lacks, and prove from its storage that it is whole.
 
@@ -173,6 +177,7 @@ def fill(
         crew: its actors.
         config: size of the pool.
         ready: called once it is sure that the cluster can run it, before the first shard.
+        note: called with who has made a shard, for each that came.
 
     Raises:
         ClusterError: Ray cannot start, has too little, or actors keep dying.
@@ -207,12 +212,14 @@ def fill(
             ready()
         for done in _persist(config, label, crew, shards, events):
             now = time.monotonic()
+            if note is not None:
+                note(done.maker)
             if not tally.add(done, now):
-                events.add("retry", **dataclasses.asdict(done))
+                events.add("retry", **done.event())
                 continue
             if first_shard_s is None:
                 first_shard_s = now - started
-            events.add("shard", **dataclasses.asdict(done))
+            events.add("shard", **done.event())
             bar.begin(tally.began)
             bar.advance_to(bar.done + done.rows, tally.note(crew.num_gpus))
             if now - noted_at > _METRICS_EVERY_S or bar.done == plan.count:
@@ -247,7 +254,9 @@ class _Actor:
 
         self._worker: ShardWorker = worker(**arguments)
         context = ray.get_runtime_context()
+        maker: Maker | None = getattr(self._worker, "maker", None)
         self._who = {
+            "made_by": json.dumps(dataclasses.asdict(maker)) if maker else "",
             "node": ray.util.get_node_ip_address(),
             "actor": context.get_actor_id(),
             "pid": os.getpid(),

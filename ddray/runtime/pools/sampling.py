@@ -3,23 +3,25 @@
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from ddray import __version__
 from ddray.config.base import PoolConfig, reserved_device
 from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher
+from ddray.runtime.pools.device import SHARDS_AT_ONCE, Device
 from ddray.runtime.pools.pool import Crew, fill, tell_found
 from ddray.sets.conditions import load_encoder, open_captions, read_conditions
+from ddray.sets.makers import MakersOfSet, kinds_of, maker_on
 from ddray.sets.making import create_set
-from ddray.sets.trajectories.making import made_on, make_plan, planned_teacher, sample_rows
+from ddray.sets.trajectories.making import make_plan, planned_teacher, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 from ddray.storage.run_folder import SUMMARY_FILE, write_json
 
 
 class TrajectoryWorker:
-    """An actor's teacher, which writes whole shards.
+    """An actor's teacher, which samples the next shard while the last one is written.
 
     Args:
         uri: of the trajectory set.
@@ -28,22 +30,24 @@ class TrajectoryWorker:
 
     def __init__(self, uri: str, device: str):
         self._set = TrajectorySet.open(uri)
-        torch.set_num_threads(self._set.plan.threads)
-        self._teacher = planned_teacher(self._set.plan, device)
-        self._encode = load_encoder(self._set.plan, self._teacher)
+        plan = self._set.plan
+        self._device = Device(plan.threads)
+        self._teacher = self._device.load(lambda: planned_teacher(plan, device))
+        self.maker = maker_on(self._teacher.device)
+        self._encode = self._device.load(lambda: load_encoder(plan, self._teacher))
 
     def do(self, shard: int) -> int:
         """Sample and write one shard."""
         plan = self._set.plan
         conditions = read_conditions(self._set, [shard], self._encode)
         index = np.asarray(plan.shard_range(shard))
-        tokens = [
-            sample_rows(self._teacher, plan, rows, conditions.of(np.asarray(rows) - index[0]))
-            for rows in plan.batches(shard)
-        ]
-        self._set.write_shard(
-            shard, index, conditions.label, np.concatenate(tokens).astype(plan.token_dtype)
-        )
+
+        def tokens(rows: range) -> npt.NDArray[np.unsignedinteger]:
+            asked = conditions.of(np.asarray(rows) - index[0])
+            return sample_rows(self._teacher, plan, rows, asked).astype(plan.token_dtype)
+
+        batches = [*self._device.batches(tokens, plan.batches(shard))]
+        self._set.write_shard(shard, index, conditions.label, np.concatenate(batches))
         return len(index)
 
 
@@ -98,14 +102,14 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
     tell_found(plan, missing)
     found = plan.num_shards - len(missing)
     device = reserved_device(pool.num_gpus)
-    devices = made_on(storage) if found else []
+    devices, makers = kinds_of(storage) if found else [], MakersOfSet(storage, found > 0)
     # Of shards that nobody took note of, nothing is known, and this run cannot mend that.
     if missing and (devices or not found):
         devices = sorted({*devices, device})
 
     def note_devices() -> None:
         # Before the first shard: a run that is killed has made some too.
-        write_json(storage, SUMMARY_FILE, {"devices": devices})
+        write_json(storage, SUMMARY_FILE, {"devices": devices, "made_by": makers.known})
 
     crew = Crew(
         TrajectoryWorker,
@@ -114,8 +118,9 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         pool.num_gpus,
         pool.node_pool,
         [plan.teacher],
+        SHARDS_AT_ONCE,
     )
-    filled = fill("trajectories", trajectories, crew, pool, note_devices)
+    filled = fill("trajectories", trajectories, crew, pool, note_devices, makers.note)
     summary = {
         "uri": trajectories.uri,
         "ddray_version": __version__,
@@ -123,6 +128,7 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         "teacher": plan.teacher,
         "rows": plan.count,
         "devices": devices,
+        "made_by": makers.known,
         **filled.summary(),
     }
     # A rerun that finds all there does not take the place of the one that made it.

@@ -1,9 +1,13 @@
 """Who in a pool has done how much, from what its actors say with every shard."""
 
+import dataclasses
+import json
 import math
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
+
+from ddray.sets.makers import Maker
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Done:
         pid: process of the actor; one that is restarted has another.
         busy_s: time that this process has spent on shards so far.
         alive_s: time since its model was loaded.
+        made_by: a `Maker` as JSON; empty where the actor does not know who computes.
     """
 
     shard: int
@@ -29,6 +34,18 @@ class Done:
     pid: int
     busy_s: float
     alive_s: float
+    made_by: str = ""
+
+    @property
+    def maker(self) -> Maker | None:
+        """Who made its bits; None if unknown."""
+        return Maker(**json.loads(self.made_by)) if self.made_by else None
+
+    def event(self) -> dict[str, Any]:
+        """As the log has it: of who made it the device alone."""
+        values = dataclasses.asdict(self)
+        del values["made_by"]
+        return {**values, "device": self.maker.device if self.maker else None}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Done":

@@ -45,6 +45,7 @@ class Stock:
         in_memory: students that are kept loaded.
         device: "cpu", or "cuda" where a GPU is reserved.
         dtype: of the networks, as `load_student` takes it.
+        decode_dtype: of the decoder, likewise; None = what suits the networks'.
     """
 
     students: dict[str, str]
@@ -55,6 +56,7 @@ class Stock:
     in_memory: int
     device: str
     dtype: str
+    decode_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class StudentReplica:
         return {
             "student_fingerprint": student.fingerprint,
             "tokenizer_fingerprint": student.tokenizer.fingerprint,
+            "decode_dtype": str(student.tokenizer.decode_dtype).removeprefix("torch."),
             "threads": self._stock.threads,
             "text_encoder": self._stock.text_encoder or "",
         }
@@ -236,6 +239,7 @@ class StudentReplica:
             rows=stock.rows,
             device=stock.device,
             dtype=stock.dtype,
+            decode_dtype=stock.decode_dtype,
         )
         loaded = time.perf_counter()
         prompt = 0 if renderer.student.conditioning == "class" else "a photo"

@@ -6,8 +6,9 @@ meanwhile.
 Shapes: N rows of a shard, B rows of a batch, L all tokens, H and W pixels.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ddray.prefetch import Pending, in_order
+from ddray.prefetch import in_order
 from ddray.report.image_file import encode_png, encode_webp
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.orders import RowsOrder, orders_of
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from ddray.metrics.fd_digits import DigitsMetric
     from ddray.metrics.frechet import FeatureSums
 
-# One batch under way and the next one waiting for it: the student never waits for us.
-_ASKED = 2
+Batches = Generator[npt.NDArray[Any], None, None]
+# Files of a batch, and its statistics if they are wanted.
+Encoded = tuple[list[bytes], list["FeatureSums"]]
 
 
 class ShardMaker:
@@ -55,46 +57,49 @@ class ShardMaker:
 
         self._pool = ThreadPoolExecutor(encoders, "encode", initializer)
 
-    def make(
-        self, k: int, ask: Callable[[RowsOrder], Pending[npt.NDArray[Any]]], model: str = ""
-    ) -> int:
+    def make(self, k: int, ask: Callable[[Iterator[RowsOrder]], Batches], model: str = "") -> int:
         """Make shard `k`, and say how many rows it has.
 
         Args:
             k: which shard.
-            ask: begins a batch, which will be pixels uint8 [B, H, W] or [B, H, W, 3], or tokens
+            ask: has batches made in their order: pixels uint8 [B, H, W] or [B, H, W, 3], or tokens
                 [B, L].
             model: name of the student where it is asked.
         """
         labels = []
+        asked_for = orders_of(self._images, k, model)
 
-        def begin(order: RowsOrder) -> Pending[npt.NDArray[Any]]:
-            labels.append(order.labels)
-            return ask(order)
+        def orders() -> Iterator[RowsOrder]:
+            for order in asked_for:
+                labels.append(order.labels)
+                yield order
 
-        batches = in_order(begin, orders_of(self._images, k, model), _ASKED)
         content: Sequence[bytes] | npt.NDArray[Any]
         sums: list[FeatureSums] = []
-        if self._images.plan.content == "tokens":
-            content = np.concatenate([*batches])
-        else:
-            content = []
-            for files, measured in in_order(
-                lambda pixels: self._pool.submit(self._encode, pixels), batches, self._encoders + 1
-            ):
-                content += files
-                sums += measured
+        # A shard that fails here must not keep its turn on the device.
+        with closing(ask(orders())) as batches:
+            if self._images.plan.content == "tokens":
+                content = np.concatenate([*batches])
+            else:
+                content = []
+                for files, measured in in_order(self._begin, batches, self._encoders + 1):
+                    content += files
+                    sums += measured
         statistics = None
         if self._metric is not None:
             statistics = reduce(add, sums).to_bytes(self._metric.fingerprint)
         self._images.write_shard(k, np.concatenate(labels), content, statistics)
         return len(content)
 
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> tuple[list[bytes], list["FeatureSums"]]:
+    def _begin(self, pixels: npt.NDArray[np.uint8]) -> Future[Encoded]:
+        return self._pool.submit(self._encode, pixels)
+
+    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Encoded:
         """Files of a batch, and its statistics if they are wanted."""
         plan = self._images.plan
+        fast = plan.compression == "fast"
         if plan.image_format == "png":
-            files = [encode_png(image) for image in pixels]
+            files = [encode_png(image, fast=fast) for image in pixels]
         else:
-            files = [encode_webp(image, plan.quality) for image in pixels]
+            files = [encode_webp(image, plan.quality, fast=fast) for image in pixels]
         return files, [self._metric.sums(pixels)] if self._metric else []

@@ -46,8 +46,10 @@ def make_plan(
         content=config.content,
         image_format=config.image_format,
         quality=config.quality,
+        compression=config.compression,
         class_names=_class_names(student),
         dtype=config.student_dtype,
+        decode_dtype=config.pixel_dtype,
         **planned_fields(config, student, captions),
     )
 
@@ -59,13 +61,15 @@ def _class_names(student: Student) -> tuple[str, ...]:
 
 
 def planned_student(plan: ImagePlan, device: str | torch.device) -> Student:
-    """Load the student that a plan names, in the plan's dtype.
+    """Load the student that a plan names, in the plan's dtypes.
 
     Raises:
         ConfigError: if there is no such student here.
         ShardError: if it has other weights than the plan's.
     """
-    student = load_student(plan.student, device=device, dtype=plan.dtype)
+    student = load_student(
+        plan.student, device=device, dtype=plan.dtype, decode_dtype=plan.decode_dtype
+    )
     require_planned(student, plan.student, plan.student_fingerprint, plan)
     return student
 

@@ -42,7 +42,7 @@ class RowsOrder:
 
 
 def orders_of(images: ImageSet, k: int, model: str = "") -> Iterator[RowsOrder]:
-    """Shard `k` in the plan's batches.
+    """Shard `k` in the plan's batches, each made when it is taken; captions are read before.
 
     Args:
         images: the set.
@@ -61,9 +61,9 @@ def orders_of(images: ImageSet, k: int, model: str = "") -> Iterator[RowsOrder]:
         labels, features = np.array(captions.captions, dtype=object), captions.features
         if features is None and not plan.text_encoder:
             raise ShardError(f"captions in {images.uri} lack the features that its plan tells of")
-    for start in range(0, len(index), plan.batch_size):
-        rows = slice(start, start + plan.batch_size)
-        yield RowsOrder(
+    cuts = [slice(i, i + plan.batch_size) for i in range(0, len(index), plan.batch_size)]
+    return (
+        RowsOrder(
             model,
             labels[rows],
             index[rows],
@@ -72,3 +72,5 @@ def orders_of(images: ImageSet, k: int, model: str = "") -> Iterator[RowsOrder]:
             "tokens" if plan.content == "tokens" else "pixels",
             None if features is None else padded(features[rows]),
         )
+        for rows in cuts
+    )

@@ -6,21 +6,16 @@ in this process.
 Shapes: B rows of a batch, L all tokens.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ddray.config.sampling import SampleConfig
-from ddray.file_kind import json_value
 from ddray.method.teacher import AskedFor, Teacher
 from ddray.models.zoo import load_teacher
 from ddray.sets.making import planned_fields, require_planned
 from ddray.sets.trajectories.plan import TrajectoryPlan
-from ddray.storage.base import NotFoundError, Storage
 from ddray.storage.caption_file import CaptionFile
-from ddray.storage.run_folder import SUMMARY_FILE
 
 
 def make_plan(
@@ -77,17 +72,3 @@ def sample_rows(
         num_evals=plan.num_evals,
     )
     return tokens.cpu().numpy()
-
-
-def made_on(storage: Storage) -> list[str]:
-    """Kinds of device ("cpu", "cuda") that made a set's shards, as its summary says; [] if unknown.
-
-    Raises:
-        StorageError: if the storage cannot be read.
-    """
-    try:
-        summary: Any = json_value(storage.read(SUMMARY_FILE))
-    except (NotFoundError, ValueError):
-        return []
-    devices = summary.get("devices") if isinstance(summary, dict) else None
-    return sorted(map(str, devices)) if isinstance(devices, list) else []

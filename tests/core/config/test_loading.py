@@ -44,7 +44,7 @@ def test_later_sources_win_key_by_key(tmp_path: Path) -> None:
         flags={"top_k": "4"},
     )
     assert (config.shard_rows, config.count, config.seed, config.top_k) == (1, 2, 3, 4)
-    assert config.batch_size == SampleConfig().batch_size
+    assert config.batch_size == SampleConfig().batch_size == "auto"
 
 
 def test_nested_keys_are_merged_not_replaced(tmp_path: Path) -> None:
@@ -155,6 +155,12 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         (DistillConfig, ["schedule=4,8"], "schedule=[4, 8] must begin with 0"),
         (DistillConfig, ["batch_size=9", "workers=2"], "must be a multiple of workers=2"),
         (DistillConfig, ["zero=4"], "zero=4: input should be less than or equal to 3"),
+        *(
+            (kind, [f"batch_size={value}"], "must be auto, or a whole number from 1 on")
+            for kind in (SampleConfig, GenerateConfig)
+            for value in ("0", "-3", "1.5", "many", "true")
+        ),
+        (SampleConfig, ["gpu_gb=0"], "gpu_gb=0: input should be greater than 0"),
         (GenerateConfig, ["format=zip"], "format='zip': input should be 'parquet'"),
         (
             GenerateConfig,
@@ -162,6 +168,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
             "content=tokens is written as",
         ),
         (GenerateConfig, ["content=tokens", "statistics=true"], "content=tokens has no images: no"),
+        (
+            GenerateConfig,
+            ["content=tokens", "compression=fast"],
+            "content=tokens has no images: no",
+        ),
         (GenerateConfig, ["format=npz", "image_format=webp"], "format=npz holds pixels, not files"),
         (GenerateConfig, ["quality=80"], "quality=80 is of image_format=webp; png has no loss"),
         (GenerateConfig, ["image_format=webp", "quality=0"], "quality=0: input should be greater"),

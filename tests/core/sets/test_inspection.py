@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.models.zoo import load_teacher
 from ddray.sets.inspection import describe, quarantine, verified, verify
+from ddray.sets.makers import Maker, MakersOfSet, kinds_of, maker_on, makers_of
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.picture import write_picture
@@ -158,7 +160,7 @@ def test_random_batches_come_out_as_written(sampled: TrajectorySet) -> None:
     assert 5 <= outcome.rows < 9
     assert outcome.tokens == 4 * outcome.rows
     assert outcome.lines() == [
-        f"recomputed {outcome.rows} rows ({outcome.batches} batches) on {outcome.device}: "
+        f"recomputed {outcome.rows} rows ({outcome.batches} batches) on {outcome.here.device}: "
         "all as written (made on an unknown kind of device)"
     ]
     assert recompute(sampled.uri, 5) == outcome
@@ -177,12 +179,15 @@ def test_a_changed_token_is_reported_by_index_and_stage(sampled: TrajectorySet) 
     outcome = recompute(sampled.uri, 25)
     assert (outcome.differing_rows, outcome.differing_tokens) == (1, 2)
     assert outcome.lines() == [
-        f"recomputed 25 rows (8 batches) on {outcome.device}: 1 rows and 2 of 100 tokens differ "
-        "(made on cuda, where tokens may differ: this proves nothing)",
+        f"recomputed 25 rows (8 batches) on {outcome.here.device}: "
+        "1 rows and 2 of 100 tokens differ "
+        "(made on cuda)",
+        "on another model of device some may: 98.0% of all tokens are equal, and of those with the "
+        "same past 99.0%, where 90% must be; rows part first: 1 in stage 2",
         f"differs: index 13: first in stage 2, token 2: {changed[3, 2]} there, {tokens[3, 2]} here "
         "(1 of the stage's 1 tokens, 2 in all)",
     ]
-    assert outcome.ok == (outcome.device != "cuda") and not outcome.wrong_labels
+    assert outcome.ok and not outcome.wrong_labels
     sampled.storage.write("summary.json", b"{}")
     assert not recompute(sampled.uri, 25).ok
 
@@ -192,6 +197,64 @@ def test_a_changed_label_is_reported(sampled: TrajectorySet) -> None:
     label[4] = 2
     _rewrite(sampled, 0, label=label)
     assert recompute(sampled.uri, 25).named == ["differs: index 4: label 2 there, 1 in the plan"]
+
+
+def test_another_model_of_device_must_agree_on_most_tokens(sampled: TrajectorySet) -> None:
+    here = maker_on(torch.device("cpu"))
+    elsewhere = replace(here, device="CPU of another kind")
+    older = replace(here, torch="2.0.0")
+
+    def made_by(*makers: Maker) -> Any:
+        told = {"devices": ["cpu"], "made_by": [asdict(maker) for maker in makers]}
+        sampled.storage.write("summary.json", json.dumps(told).encode())
+        return recompute(sampled.uri, 25)
+
+    assert made_by(here).ok and made_by(elsewhere).ok
+    tokens = sampled.read_shard(1)[2]
+    changed = tokens.copy()
+    changed[3, 2:] = (tokens[3, 2:] + 1) % 8
+    _rewrite(sampled, 1, tokens=changed)
+    # On the same model every bit counts, whatever else has changed, and that is said.
+    assert not made_by(here).ok
+    same = made_by(older)
+    assert not same.ok
+    assert same.lines()[0].endswith(
+        f"(made on {here.device}; torch 2.0.0 there, {torch.__version__} here)"
+    )
+    outcome = made_by(elsewhere, here)
+    assert outcome.ok and not outcome.comparable
+    assert (outcome.with_same_past, outcome.equal_of_these) == (99, 98)
+    assert outcome.parted == {2: 1}
+    assert outcome.lines()[0].endswith(f"(made on {here.device}, CPU of another kind)")
+    # A set of other noise, or of other weights, is none that a device has rounded.
+    for k in range(3):
+        _rewrite(sampled, k, tokens=(sampled.read_shard(k)[2] + 1) % 8)
+    outcome = made_by(elsewhere)
+    assert (outcome.ok, outcome.agreement) == (False, 0.0)
+
+
+def test_a_summary_by_other_hands_says_nothing_of_makers(sampled: TrajectorySet) -> None:
+    for text in ("[]", "no JSON", '{"made_by": 3}', '{"made_by": [{"kind": "cpu"}, "b"]}', "{}"):
+        sampled.storage.write("summary.json", text.encode())
+        assert makers_of(sampled.storage) == kinds_of(sampled.storage) == []
+
+
+def test_makers_are_noted_once_and_beside_what_stands_there(sampled: TrajectorySet) -> None:
+    here, storage = maker_on(torch.device("cpu")), sampled.storage
+    other = replace(here, device="CPU of another kind")
+    storage.write("summary.json", b'{"rows": 25}')
+    fresh = MakersOfSet(storage, begun=False)
+    for maker in (other, here, other):
+        fresh.note(maker)
+    assert makers_of(storage) == sorted([here, other])
+    assert json.loads(storage.read("summary.json"))["rows"] == 25
+    assert MakersOfSet(storage, begun=True).known == fresh.known
+    # Whoever does not say spoils it, as do shards that nobody took note of.
+    fresh.note(None)
+    assert makers_of(storage) == []
+    late = MakersOfSet(storage, begun=True)
+    late.note(here)
+    assert late.known == []
 
 
 def test_only_the_first_differing_rows_are_named(sampled: TrajectorySet) -> None:

@@ -22,9 +22,11 @@ from ddray.errors import ClusterError, ConfigError, ShardError
 from ddray.metrics.fd_digits import DigitsMetric
 from ddray.metrics.frechet import FeatureStatistics
 from ddray.models.zoo import METRIC_FOLDER
+from ddray.prefetch import in_order
 from ddray.report.image_file import decode_image
 from ddray.report.pictures import to_uint8
 from ddray.runtime.pools.bulk import generate
+from ddray.runtime.pools.device import BATCHES_AHEAD
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.repair import repair
 from ddray.runtime.serving.app import APP_NAME, build_app, run
@@ -65,6 +67,7 @@ def sets(
     for encoding in FORMATS:
         summary = generate(generating(student, folder / encoding, format=encoding, seed=4))
         assert (summary["images"], summary["shards_made"], summary["format"]) == (25, 3, encoding)
+        assert [maker["kind"] for maker in summary["made_by"]] == ["cpu"]
     return {encoding: folder / encoding for encoding in FORMATS}
 
 
@@ -359,13 +362,13 @@ def test_batches_are_made_no_further_ahead_than_they_are_compressed(
     maker._encode = slow  # type: ignore[method-assign]
     device = ThreadPoolExecutor(1)
 
-    def ask(order: Any) -> Future[np.ndarray]:
+    def begin(order: Any) -> Future[np.ndarray]:
         nonlocal asked
         asked += 1
         ahead.append(asked - encoded)
         return device.submit(lambda: np.zeros((len(order.index), 8, 8), np.uint8))
 
-    assert maker.make(0, ask) == 200
+    assert maker.make(0, lambda orders: in_order(begin, orders, BATCHES_AHEAD)) == 200
     assert (asked, encoded) == (100, 100)
     assert max(ahead) <= 5
     assert io.BytesIO(images.read_shard(0).content[0]).read(4) == b"\x89PNG"

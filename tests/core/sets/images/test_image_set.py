@@ -54,6 +54,30 @@ def images_like(**changes: Any) -> ImagePlan:
     return dataclasses.replace(PLAN, **changes)
 
 
+@pytest.mark.parametrize(("name", "value"), [("decode_dtype", "bfloat16"), ("compression", "fast")])
+def test_a_set_from_before_a_setting_is_the_set_that_it_was(name: str, value: str) -> None:
+    assert name not in json.loads(PLAN.to_json()) and ImagePlan.from_json(PLAN.to_json()) == PLAN
+    other = images_like(**{name: value})
+    assert json.loads(other.to_json())[name] == value and other.hash != PLAN.hash
+    assert ImagePlan.from_json(other.to_json()) == other
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_fast_files_hold_the_same_pixels(colour: bool) -> None:
+    # A ramp with some noise: what a photograph is to a compressor.
+    steps = np.arange(64)[:, None] + np.arange(64)[None]
+    noise = np.random.default_rng(1).integers(0, 4, (64, 64, 3))
+    image = (steps[..., None] + noise).astype(np.uint8)
+    image = image if colour else np.ascontiguousarray(image[..., 0])
+    for encode in (encode_png, encode_webp):
+        files = encode(image), encode(image, fast=True)
+        assert files[0] != files[1]
+        for shown in map(decode_image, files):
+            grey = shown if shown.ndim == image.ndim else shown[..., 0]
+            np.testing.assert_array_equal(grey, image)
+    assert encode_webp(image, 90, fast=True) != encode_webp(image, 90)
+
+
 def pixels_of(count: int = 7, *, colour: bool = False) -> np.ndarray:
     shape = (count, 4, 6, 3) if colour else (count, 4, 6)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
