@@ -241,6 +241,7 @@ class VARTrunk(nn.Module):
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
     conditioning = "class"
+    block: type[Block] = Block
 
     def __init__(self, config: VARConfig, levels: tuple[int, ...], *, sees_own_level: bool):
         super().__init__()
@@ -256,7 +257,7 @@ class VARTrunk(nn.Module):
         self.lvl_embed = nn.Embedding(len(levels), width)
         if config.shared_aln:
             self.shared_ada_lin = _modulation_layer(width, 6)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
         self.head = Linear(width, config.vocab_size)
         for name, value in self._level_buffers().items():
@@ -319,12 +320,18 @@ class VARTrunk(nn.Module):
         out: Tensor = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         return out
 
+    def for_blocks(self, condition_BC: Tensor) -> Tensor:
+        """What `Block.modulation` takes of the class."""
+        if not self.config.shared_aln:
+            return condition_BC
+        shared: Tensor = self.shared_ada_lin(condition_BC)[:, None].unflatten(-1, (6, -1))
+        return shared
+
     def modulations(self, condition_BC: Tensor) -> list[tuple[Tensor, ...]]:
         """Gates, factors and shifts of every block."""
-        if self.config.shared_aln:
-            condition_BC = self.shared_ada_lin(condition_BC)[:, None].unflatten(-1, (6, -1))
+        condition = self.for_blocks(condition_BC)
         modulations: list[tuple[Tensor, ...]] = [
-            block.modulation(condition_BC)  # type: ignore[operator]
+            block.modulation(condition)  # type: ignore[operator]
             for block in self.blocks
         ]
         return modulations

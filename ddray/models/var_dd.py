@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddray.errors import ConfigError
 from ddray.models.linear import Linear
 from ddray.models.student_parts import CodeHead, told_apart
-from ddray.models.var import VAR, VARConfig, VARTrunk
+from ddray.models.var import VAR, Block, VARConfig, VARTrunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,30 @@ class VARStudentConfig(VARConfig):
             )
 
 
+class StudentBlock(Block):
+    """A block of the student: all of it that is the same in every block is one call."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BSC: Tensor,
+        condition: Tensor,
+        is_data_BS1: Tensor,
+        mark_2C: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """One block over [B, S, C].
+
+        Args:
+            x_BSC: the input.
+            condition: as `modulation` takes it.
+            is_data_BS1: bool, which positions are data.
+            mark_2C: of noise and of data, added between attention and feed-forward.
+            mask: added to the scores.
+        """
+        between = told_apart(is_data_BS1, mark_2C)
+        return super().forward(x_BSC, self.modulation(condition), mask, between=between)
+
+
 class VARStudent(VARTrunk):
     """All scales in one forward pass.
 
@@ -49,6 +73,8 @@ class VARStudent(VARTrunk):
     Args:
         config: sizes.
     """
+
+    block = StudentBlock
 
     def __init__(self, config: VARStudentConfig):
         super().__init__(config, (1, *config.stages), sees_own_level=False)
@@ -85,9 +111,9 @@ class VARStudent(VARTrunk):
         at_input, *inside, before_heads = self._marks()
         x_BSC = x_BSC + told_apart(is_data_BS1, at_input)
         mask = self.attn_bias_for_masking.to(x_BSC.dtype)
-        blocks = zip(self.blocks, self.modulations(condition), inside, strict=True)
-        for block, modulation, mark in blocks:
-            x_BSC = block(x_BSC, modulation, mask, between=told_apart(is_data_BS1, mark))
+        for_blocks = self.for_blocks(condition)
+        for block, mark in zip(self.blocks, inside, strict=True):
+            x_BSC = block(x_BSC, for_blocks, is_data_BS1, mark, mask)
         x_BLC = (x_BSC + told_apart(is_data_BS1, before_heads))[:, 1:]
         logits_BLV = self.logits(x_BLC, self.head_nm.modulation(condition))
         return logits_BLV, self.final_layer_conti(x_BLC, condition[:, None])

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ddray.config.distillation import DistillConfig
-from ddray.distillation.optimization import MovingAverage, parameter_groups, set_learning_rate
+from ddray.distillation.optimization import (
+    MovingAverage,
+    compile_blocks,
+    parameter_groups,
+    recompute_activations,
+    set_learning_rate,
+)
 from ddray.errors import CheckpointError
 from ddray.models.linear import Linear
 
@@ -100,7 +106,9 @@ class Engine:
         groups = parameter_groups(network, codebook_VE, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
         if config.compile:
-            network.compile()
+            compile_blocks(network)
+        if config.activation_checkpointing:
+            recompute_activations(network)  # what is compiled: the compiler looks into no checkpoint
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,

@@ -25,7 +25,6 @@ from ddray.distillation.log import TrainingLog
 from ddray.distillation.optimization import (
     default_code_precision,
     learning_rate,
-    recompute_activations,
 )
 from ddray.distillation.order import check_state
 from ddray.distillation.step import Agreement, Means, TrainingStep
@@ -171,8 +170,6 @@ class _Run:
             network, self.card = new_student(self.teacher)
         else:
             network, self.card = continue_student(self.config.init, self.teacher)
-        if self.config.activation_checkpointing:
-            recompute_activations(network)
         self._flops = step_flops(network, self.config.batch_size)
         if weights is not None:
             network.load_state_dict(weights, strict=False)
