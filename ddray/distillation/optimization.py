@@ -83,15 +83,19 @@ def recompute_activations(network: nn.Module) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_blocks(network: nn.Module) -> None:
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """Let torch's compiler write the kernels of the blocks: one block's serve all.
 
     Not of the whole network: that would take as much longer to compile as there are blocks, and its
     gradients would all be there at once, behind the backward pass, with nothing left to compute
     while they travel.
+
+    Args:
+        network: a student.
+        backend: of torch.compile.
     """
     for block in blocks(network):
-        block.forward = torch.compile(block.forward, fullgraph=True)
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 
 
 def blocks(network: nn.Module) -> Iterable[nn.Module]:
