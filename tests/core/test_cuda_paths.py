@@ -259,6 +259,6 @@ def test_dtypes_on_a_gpu_are_looked_at_before_any_weight(monkeypatch: pytest.Mon
 def test_true_float32_is_of_convolutions_too() -> None:
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
-    with full_float32():
+    with full_float32(torch.device("cpu")):
         assert convolutions.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert convolutions.fp32_precision == before
