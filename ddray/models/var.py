@@ -171,12 +171,12 @@ class Block(nn.Module):
         """Two gates, factors and shifts, each [B, 1, C]; one pass serves all steps of a batch.
 
         Args:
-            condition: class embedding [B, C], or the shared layer's output [B, 1, 6, C].
+            condition: as `VARTrunk.for_blocks` gives it.
         """
         if hasattr(self, "ada_gss"):
             six = self.ada_gss + condition
         else:
-            six = self.ada_lin(condition)[:, None].unflatten(-1, (6, -1))
+            six = self.ada_lin[1](condition)[:, None].unflatten(-1, (6, -1))
         gate1, gate2, scale1, scale2, shift1, shift2 = six.unbind(2)
         return gate1, gate2, 1 + scale1, 1 + scale2, shift1, shift2
 
@@ -321,9 +321,16 @@ class VARTrunk(nn.Module):
         return out
 
     def for_blocks(self, condition_BC: Tensor) -> Tensor:
-        """What `Block.modulation` takes of the class."""
+        """What `Block.modulation` takes: what is the same in all blocks is done once.
+
+        Args:
+            condition_BC: class embedding.
+
+        Returns:
+            It behind the SiLU [B, C], or the shared layer's output [B, 1, 6, C].
+        """
         if not self.config.shared_aln:
-            return condition_BC
+            return F.silu(condition_BC)
         shared: Tensor = self.shared_ada_lin(condition_BC)[:, None].unflatten(-1, (6, -1))
         return shared
 
