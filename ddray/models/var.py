@@ -10,6 +10,7 @@ size, E code width, C model width, H heads, h head width, K scales.
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from ddray.models.var_vq import (
     MultiScaleQuantizer,
     check_patch_nums,
 )
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _MAX_LOG_SCALE = math.log(100)
 
@@ -116,7 +120,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BlC: Tensor,
-        mask: Tensor | None,
+        mask: "Tensor | BlockMask | None",
         cache: KeyValueCache | None,
         constants: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
@@ -130,7 +134,12 @@ class Attention(nn.Module):
         q, k = q_and_k.unbind()
         if cache is not None:
             k, v = cache.append(k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        if mask is None or isinstance(mask, Tensor):
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        else:
+            from torch.nn.attention.flex_attention import flex_attention  # with torch's compiler
+
+            mixed = flex_attention(q, k, v, block_mask=mask, scale=self.scale)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -184,7 +193,7 @@ class Block(nn.Module):
         self,
         x_BlC: Tensor,
         modulation: tuple[Tensor, ...],
-        mask: Tensor | None,
+        mask: "Tensor | BlockMask | None",
         cache: KeyValueCache | None = None,
         between: Tensor | None = None,
         constants: tuple[Tensor, Tensor | None] | None = None,
@@ -194,7 +203,7 @@ class Block(nn.Module):
         Args:
             x_BlC: the input.
             modulation: as the method of this name gives it.
-            mask: added to the scores.
+            mask: added to the scores, or of tiles.
             cache: of earlier positions.
             between: is added between attention and feed-forward.
             constants: of the attention, where they are at hand.

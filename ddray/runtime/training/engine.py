@@ -28,6 +28,7 @@ from ddray.distillation.optimization import (
 )
 from ddray.errors import CheckpointError
 from ddray.models.linear import Linear
+from ddray.models.var_dd import VARStudent
 
 _TAG = "deepspeed"
 _MATRIX_PRODUCTS = ["torch.nn.Linear", f"{Linear.__module__}.{Linear.__name__}"]
@@ -149,6 +150,9 @@ class Engine:
             self._engine.enable_backward_allreduce = False
             self._parallel = in_parallel(network, config) if world > 1 else None
         self._optimizer = self._engine.optimizer
+        if config.compile and config.use_gpu and isinstance(network, VARStudent):
+            # After the move to the device, before the first block is compiled.
+            network.skip_masked_tiles(getattr(torch, config.precision))
         self._average = MovingAverage(self._masters(), config.ema_decay)
 
     def __call__(self, x_BLE: Tensor, cond: Any, t_B: Tensor) -> tuple[Tensor, Tensor]:
