@@ -27,6 +27,7 @@ from ddray.distillation.optimization import (
     set_learning_rate,
 )
 from ddray.errors import CheckpointError
+from ddray.method.fused import can_fuse
 from ddray.models.linear import Linear
 from ddray.models.var_dd import VARStudent
 
@@ -108,7 +109,7 @@ def in_parallel(network: nn.Module, config: DistillConfig) -> DistributedDataPar
     numbers = bucket_size(sum(parameter.numel() for parameter in network.parameters()))
     parallel = DistributedDataParallel(
         network,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         bucket_cap_mb=4 * numbers / 2**20,
         gradient_as_bucket_view=True,
     )
@@ -135,7 +136,9 @@ class Engine:
         self.network, self._config, self._world = network, config, world
         groups = parameter_groups(network, codebook_VE, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
-        if config.compile:
+        # Without a C compiler on the node, or with a GPU unknown to Triton, one line says why not.
+        compiled = config.compile and (not config.use_gpu or can_fuse(codebook_VE.device))
+        if compiled:
             compile_blocks(network)
         if config.activation_checkpointing:
             recompute_activations(network)  # what is compiled: the compiler looks into no checkpoint
@@ -150,7 +153,7 @@ class Engine:
             self._engine.enable_backward_allreduce = False
             self._parallel = in_parallel(network, config) if world > 1 else None
         self._optimizer = self._engine.optimizer
-        if config.compile and config.use_gpu and isinstance(network, VARStudent):
+        if compiled and config.use_gpu and isinstance(network, VARStudent):
             # After the move to the device, before the first block is compiled.
             network.skip_masked_tiles(getattr(torch, config.precision))
         self._average = MovingAverage(self._masters(), config.ema_decay)
