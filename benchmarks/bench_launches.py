@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddray.config.distillation import DistillConfig
+from ddray.distillation.losses import judged
 from ddray.distillation.optimization import MovingAverage, batch_loss, blocks
 from ddray.distillation.stream import Batch
 from ddray.method.model import Tokenizer
@@ -42,7 +43,7 @@ BEFORE = {
     "LlamaGen-L student, a jump: kernels": 813,
     "VAR-d16 student, a jump: kernels": 824,
     "noise of a batch: kernels": 240,
-    "VAR-d16 student, a training step, blocks compiled: kernels": 4480,
+    "VAR-d16 student, a training step, compiled: kernels": 4480,
 }
 # Half of what a step took at 047246d, its noise, clipping, reduction and update included.
 COMPILED_STEP = 2240
@@ -98,18 +99,18 @@ def of_a_call(name: str) -> Meter:
     return meter
 
 
-def of_a_training_step(name: str, *, stub_blocks: bool = False) -> Meter:
+def of_a_training_step(name: str, *, without_compiled: bool = False) -> Meter:
     """Forward and backward pass in float32, loss included, optimizer not.
 
     Args:
         name: of the teacher.
-        stub_blocks: leave out what happens inside blocks.
+        without_compiled: leave out what happens inside blocks and loss.
     """
     gpu = FakeDevice("meta")
     teacher, student = teacher_of(gpu, name, None), student_of(gpu, name, None)
     config, rows = DistillConfig(), 4
     network = student.model.requires_grad_(True).train()
-    for block in blocks(network) if stub_blocks else ():
+    for block in blocks(network) if without_compiled else ():
         block.forward = _Nothing.apply  # type: ignore[method-assign, assignment]
     with gpu.here() as meter:
         index = torch.arange(rows, device="meta")
@@ -123,6 +124,7 @@ def of_a_training_step(name: str, *, stub_blocks: bool = False) -> Meter:
             schedule=(0, 1),
             logits_weight=config.logits_weight,
             code_weight=config.code_weight,
+            judge=_nothing_judged if without_compiled else None,
         )
         losses.total.backward()
     return meter
@@ -142,10 +144,44 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.empty_like(given) if needs else None for given, needs in needed)
 
 
+class _NoLoss(_Nothing):
+    """A loss that launches nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        ctx.given = given
+        return torch.empty_like(given[0][0, 0, 0])
+
+
+def _nothing_judged(logits: Tensor, codes: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (_NoLoss.apply(logits, codes),) * 5
+
+
+def of_the_compiled_loss(name: str) -> Counter[str]:
+    """Forward and backward pass of what judges both heads."""
+    student = empty_student(name)
+    sizes, length = student.config, sum(student.stages)
+
+    def inputs() -> list[Any]:
+        logits = torch.empty(ROWS, length, sizes.vocab_size, requires_grad=True)
+        codes = torch.empty(ROWS, length, sizes.codebook_dim, requires_grad=True)
+        tokens = torch.empty(ROWS, length, dtype=torch.long)
+        asked = torch.empty(ROWS, length, dtype=torch.bool)
+        return [
+            logits,
+            codes,
+            torch.empty_like(codes).detach(),
+            tokens,
+            asked,
+            1.0,
+            torch.empty(()),
+        ]
+
+    return Counter(launches(judged, inputs))
+
+
 def of_compiled_blocks(name: str) -> tuple[Counter[str], int]:
-    """Forward and backward pass of a block, as a GPU of a job of jobs/configs takes it; and how
-    many there are.
-    """
+    """Forward and backward pass of a block with the rows of a GPU, and how many there are."""
     student = empty_student(name)
     length, width = sum(student.stages), student.config.embed_dim
 
@@ -163,10 +199,11 @@ def of_compiled_blocks(name: str) -> tuple[Counter[str], int]:
 
 
 def of_a_compiled_step(name: str) -> Counter[str]:
-    """Forward and backward pass in float32, loss included, optimizer not; blocks compiled."""
+    """As `of_a_training_step`, with compiled blocks and a compiled loss."""
     of_block, number = of_compiled_blocks(name)
-    rest = of_a_training_step(name, stub_blocks=True).kernels
-    return rest + Counter({f"{key}, in blocks": number * n for key, n in of_block.items()})
+    rest = of_a_training_step(name, without_compiled=True).kernels
+    of_loss = of_the_compiled_loss(name)
+    return rest + Counter({key: number * n + of_loss[key] for key, n in of_block.items()})
 
 
 def of_an_update(name: str) -> Meter:
@@ -221,7 +258,7 @@ def measured() -> tuple[list[Figure], dict[str, Any]]:
         figures.append(Figure(f"{what}: kernels", meter.kernels.total()))
         if "jump" in what:
             figures.append(Figure(f"{what}: waits", meter.waits, most=1))
-    what = "VAR-d16 student, a training step, blocks compiled"
+    what = "VAR-d16 student, a training step, compiled"
     step = of_a_compiled_step(VAR) + of_an_update(VAR).kernels + of_noise().kernels
     kinds[what] = dict(step.most_common())
     figures.append(Figure(f"{what}: kernels", step.total(), most=COMPILED_STEP))

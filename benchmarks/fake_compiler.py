@@ -1,8 +1,8 @@
 """What torch's compiler asks of a GPU, where there is none.
 
-A function is traced with tensors without numbers, forward and backward; the graphs are lowered by
-Inductor for an H100 whose properties are told here, up to the program that would launch its kernels.
-That program is read, not run: a call of a kernel of Inductor's own, or of a library, is one launch.
+A function is traced with tensors without numbers, forward and backward; Inductor lowers the graphs
+for an H100 whose properties are told here, up to the program that would launch its kernels. That
+program is read, not run: a call of a kernel of Inductor's own, or of a library, is one launch.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class _Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry  # a second of imports
 
         self._formulas: Mapping[Any, Any] = flop_registry

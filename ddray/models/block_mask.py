@@ -76,9 +76,10 @@ def _relative_error(
     drawn = torch.randn(shape, generator=generator, device=level_L.device, dtype=dtype)
     by_tiles, plain = drawn.clone().requires_grad_(), drawn.clone().requires_grad_()
     sees = (level_L < level_L[:, None]) | torch.eye(len(level_L), device=level_L.device).bool()
+    (q, k, v), (qp, kp, vp) = by_tiles.unbind(), plain.unbind()
     outputs = (
-        torch.compile(flex_attention, fullgraph=True)(*by_tiles.unbind(), block_mask=mask),
-        F.scaled_dot_product_attention(*plain.unbind(), attn_mask=sees),
+        torch.compile(flex_attention, fullgraph=True)(q, k, v, block_mask=mask),
+        F.scaled_dot_product_attention(qp, kp, vp, attn_mask=sees),
     )
     for output in outputs:
         output.float().square().sum().backward()

@@ -22,12 +22,12 @@ from ddray.config.distillation import DistillConfig
 from ddray.distillation.optimization import (
     MovingAverage,
     compile_blocks,
+    is_compiled,
     parameter_groups,
     recompute_activations,
     set_learning_rate,
 )
 from ddray.errors import CheckpointError
-from ddray.method.fused import can_fuse
 from ddray.models.linear import Linear
 from ddray.models.var_dd import VARStudent
 
@@ -136,12 +136,13 @@ class Engine:
         self.network, self._config, self._world = network, config, world
         groups = parameter_groups(network, codebook_VE, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
-        # Without a C compiler on the node, or with a GPU unknown to Triton, one line says why not.
-        compiled = config.compile and (not config.use_gpu or can_fuse(codebook_VE.device))
+        compiled = is_compiled(config, codebook_VE.device)
         if compiled:
             compile_blocks(network)
         if config.activation_checkpointing:
-            recompute_activations(network)  # what is compiled: the compiler looks into no checkpoint
+            recompute_activations(
+                network
+            )  # what is compiled: the compiler looks into no checkpoint
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,

@@ -22,11 +22,11 @@ from ddray.config.distillation import DistillConfig
 from ddray.cost import mfu
 from ddray.distillation.critics import new_critics
 from ddray.distillation.log import TrainingLog
+from ddray.distillation.operations import step_operations
 from ddray.distillation.optimization import (
     default_code_precision,
     learning_rate,
 )
-from ddray.distillation.operations import step_operations
 from ddray.distillation.order import check_state
 from ddray.distillation.step import Agreement, Means, TrainingStep
 from ddray.distillation.stream import Batch, TrajectoryStream

@@ -185,7 +185,7 @@ def test_compiled_blocks_are_one_graph_and_have_the_gradients_of_plain_ones(
     if recomputed:
         recompute_activations(network)
     found = _gradients(network)
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() and len(expected) > 10
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     assert counters["stats"]["unique_graphs"] == 1

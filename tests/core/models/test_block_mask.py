@@ -1,4 +1,4 @@
-"""Facts about attention by tiles that need no GPU: what it hides, what it gives, how it is given up."""
+"""Facts about attention by tiles that need no GPU: what it hides, what it gives, how it fails."""
 
 import pytest
 import torch
