@@ -48,6 +48,7 @@ def test_they_do_not_depend_on_how_the_batch_is_cut(family: str) -> None:
         assert operations(family, **cut) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TEACHERS)
 def test_critics_count_where_they_run(family: str) -> None:
     critics: dict[str, dict[str, Any]] = {
