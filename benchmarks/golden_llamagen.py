@@ -56,7 +56,7 @@ def lg_c2i(config: dict[str, Any], t: Tensors) -> Pairs:
     yield "training logits", logits, t["out/train.logits"]
     yield "loss", F.cross_entropy(logits.flatten(0, 1), codes.flatten())[None], t["out/train.loss"]
     table = rope_table(teacher.model.config, torch.device("cpu"))
-    yield "rotary table", torch.view_as_real(table), t["out/freqs_cis"]
+    yield "rotary table", table, t["out/freqs_cis"]
     cond = t["in/gen.cond"]
     for name, settings in config["gen"].items():
         tokens, cfg = t[f"out/gen.{name}.tokens"], settings["cfg_scale"]

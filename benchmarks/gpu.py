@@ -205,7 +205,8 @@ def step(size: Size) -> dict[str, Any]:
     from bench_models import median_seconds
 
     from ddray.cost import mfu, step_flops
-    from ddray.distillation.optimization import batch_loss, parameter_groups
+    from ddray.distillation.losses import Judge, judged
+    from ddray.distillation.optimization import batch_loss, compile_blocks, parameter_groups
     from ddray.distillation.stream import Batch
     from ddray.method.schedule import default_schedule
     from ddray.method.seeding import standard_normal
@@ -223,6 +224,8 @@ def step(size: Size) -> dict[str, Any]:
     start = standard_normal(1, index, shape)
     batch = Batch(start, tokens, index % teacher.num_classes, index)
 
+    judge: Judge = judged
+
     def one(first: int = 0) -> None:
         with torch.autocast(size.device, torch.bfloat16):
             losses = batch_loss(
@@ -231,6 +234,7 @@ def step(size: Size) -> dict[str, Any]:
                 schedule=default_schedule(teacher.stages),
                 logits_weight=1.0,
                 code_weight=0.1,
+                judge=judge,
             )
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -244,7 +248,9 @@ def step(size: Size) -> dict[str, Any]:
         if name == "compiled":
             if size.device == "cpu":
                 break
-            network.compile()
+            judge = torch.compile(judged, fullgraph=True)
+            network.skip_masked_tiles(torch.bfloat16)
+            compile_blocks(network)
         if size.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = median_seconds(one, device, size.seconds)

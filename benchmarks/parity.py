@@ -82,7 +82,7 @@ def deviations(case: str) -> tuple[list[Deviation], set[str]]:
     """
     config = json.loads((GOLDEN / "meta" / f"{case}.json").read_text())["config"]
     tensors = Outputs(load_file(GOLDEN / "io" / f"{case}.safetensors"))
-    with full_float32():
+    with full_float32(torch.device("cpu")):
         return [compare(*pair) for pair in CASES[case](config, tensors)], tensors.unread
 
 

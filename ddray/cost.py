@@ -80,9 +80,9 @@ def _times(name: str, condition: int, tokens: int) -> int:
 
 
 def step_flops(student: nn.Module, batch_size: int) -> int:
-    """Operations of a training step of B rows: the backward pass takes twice the forward's.
+    """Operations of a training step of B rows, for estimates: three forward passes'.
 
-    What activation checkpointing computes again is not in it: that is no progress.
+    What a run reports is counted, critics included (ddray.distillation.operations).
     """
     return 3 * forward_flops(student) * batch_size
 
@@ -93,7 +93,7 @@ def mfu(
     """Share of the devices' 16-bit peak that a training reaches; None for an unknown device.
 
     Args:
-        flops_per_step: of `step_flops`, over all workers.
+        flops_per_step: over all workers.
         seconds_per_step: measured.
         device_name: as `torch.cuda.get_device_name()` gives it.
         workers: devices.

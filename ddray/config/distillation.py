@@ -141,7 +141,7 @@ class DistillConfig(Job):
     activation_checkpointing: bool = Field(
         False, description="compute blocks again in the backward pass instead of keeping them"
     )
-    compile: bool = Field(False, description="torch.compile; worth it on GPUs")
+    compile: bool = Field(False, description="blocks by torch's compiler; worth it on GPUs")
     buffer_shards: CountT = Field(1, description="shards whose rows are mixed, in each lane")
     schedule: JumpStages | None = Field(
         None, description="stages at which the student jumps; absent = 0 and a third or half"

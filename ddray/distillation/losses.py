@@ -68,6 +68,9 @@ class Losses(NamedTuple):
     prediction: Prediction
 
 
+Judge = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+
 def distillation_loss(
     student: Callable[..., tuple[Tensor, Tensor]],
     stages: tuple[int, ...],
@@ -79,6 +82,7 @@ def distillation_loss(
     *,
     logits_weight: float = 1.0,
     code_weight: float = 1.0,
+    judge: Judge | None = None,
 ) -> Losses:
     """Loss of a batch of trajectories at the given t.
 
@@ -93,6 +97,7 @@ def distillation_loss(
         logits_weight: weight of the cross entropy.
         code_weight: weight of the squared error, which is divided by the codes' mean square so that
             it has the same meaning for every codebook.
+        judge: `judged`, or what a compiler makes of it; None = the former.
 
     Returns:
         Scalars with gradient in `total`, and the prediction they are of.
@@ -104,21 +109,44 @@ def distillation_loss(
     # On a GPU the host would wait for the answer; there the loss is NaN instead.
     if asked_BL.device.type == "cpu" and not bool(asked_BL.any()):
         raise ConfigError("every t is the number of stages: nothing is left to predict")
+    weights = (logits_weight, code_weight / codebook_VE.square().mean())
+    scores = (judge or judged)(logits_BLV, predicted_BLE, codes_BLE, tokens_BL, asked_BL, *weights)
+    prediction = Prediction(logits_BLV, predicted_BLE, tokens_BL, asked_BL, cond_B, t_B)
+    return Losses(*scores, prediction)
+
+
+def judged(
+    logits_BLV: Tensor,
+    predicted_BLE: Tensor,
+    codes_BLE: Tensor,
+    tokens_BL: Tensor,
+    asked_BL: Tensor,
+    logits_weight: float,
+    code_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both heads against tokens and codes: the first five of `Losses`.
+
+    Args:
+        logits_BLV: of the logits head.
+        predicted_BLE: of the code head.
+        codes_BLE: the teacher's.
+        tokens_BL: int64, the teacher's.
+        asked_BL: bool, the tokens that are judged.
+        logits_weight: weight of the cross entropy.
+        code_weight: weight of the squared error, a scalar.
+    """
     # Masked, not picked: how many tokens a mask picks is a number that a GPU's host waits for.
     nats_BL = token_nats(logits_BLV, tokens_BL)
     cross_entropy = mean_where(asked_BL, nats_BL)
     square_BL = (predicted_BLE.float() - codes_BLE).square().mean(-1)
     code_error = mean_where(asked_BL, square_BL)
-    scale = codebook_VE.square().mean()
-    total = logits_weight * cross_entropy + code_weight * code_error / scale
     right_BL = likeliest(logits_BLV.detach()) == tokens_BL
-    return Losses(
-        total,
+    return (
+        logits_weight * cross_entropy + code_error * code_weight,
         cross_entropy.detach(),
         code_error.detach(),
         mean_where(asked_BL, right_BL),
         torch.where(asked_BL, nats_BL.detach(), 0).sum(1) / asked_BL.sum(1),
-        Prediction(logits_BLV, predicted_BLE, tokens_BL, asked_BL, cond_B, t_B),
     )
 
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddray.distillation.losses import Losses, distillation_loss
+from ddray.config.distillation import DistillConfig
+from ddray.distillation.losses import Judge, Losses, distillation_loss
 from ddray.distillation.stream import Batch
+from ddray.method.fused import can_fuse
 
 
 def jump_stages(schedule: Sequence[int], first: int, count: int, device: torch.device) -> Tensor:
@@ -79,8 +81,37 @@ def recompute_activations(network: nn.Module) -> None:
 
     The gradients are the same; memory falls to that of one block, for a third more work.
     """
-    for block in getattr(network, "layers", None) or network.blocks:  # type: ignore[union-attr]
+    for block in blocks(network):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def is_compiled(config: DistillConfig, device: torch.device) -> bool:
+    """Whether torch's compiler is asked for, and can do its work.
+
+    Where a GPU's node has no C compiler, or a GPU that Triton does not know, one line says so.
+    """
+    return config.compile and (not config.use_gpu or can_fuse(device))
+
+
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
+    """Let torch's compiler write the kernels of the blocks: one block's serve all.
+
+    Not of the whole network: that would take as much longer to compile as there are blocks, and its
+    gradients would all be there at once, behind the backward pass, with nothing left to compute
+    while they travel.
+
+    Args:
+        network: a student.
+        backend: of torch.compile.
+    """
+    for block in blocks(network):
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+
+
+def blocks(network: nn.Module) -> Iterable[nn.Module]:
+    """The blocks of a student of either family."""
+    found: nn.ModuleList = getattr(network, "layers", None) or network.blocks  # type: ignore[assignment]
+    return found
 
 
 class MovingAverage:
@@ -116,6 +147,7 @@ def batch_loss(
     schedule: Sequence[int],
     logits_weight: float,
     code_weight: float,
+    judge: Judge | None = None,
 ) -> Losses:
     """Losses of the rows at stream positions first, ..., first + B - 1."""
     return distillation_loss(
@@ -128,4 +160,5 @@ def batch_loss(
         jump_stages(schedule, first, len(batch.index_B), codebook_VE.device),
         logits_weight=logits_weight,
         code_weight=code_weight,
+        judge=judge,
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.critics import Critic
-from ddray.distillation.losses import Losses, Prediction
-from ddray.distillation.optimization import batch_loss, jump_stages, learning_rate
+from ddray.distillation.losses import Losses, Prediction, judged
+from ddray.distillation.optimization import batch_loss, is_compiled, jump_stages, learning_rate
 from ddray.distillation.stream import Batch
 from ddray.method.student import given_tokens
 from ddray.method.teacher import Teacher
@@ -104,6 +104,8 @@ class TrainingStep:
     ):
         self._engine, self._critics, self._teacher = engine, critics, teacher
         self._config, self._schedule, self._agree = config, schedule, agree
+        compiled = is_compiled(config, teacher.device)
+        self._judge = torch.compile(judged, fullgraph=True) if compiled else judged
         # Rows of a micro batch, and the slot of this worker's first one.
         self._rows = config.batch_size // workers // config.accumulation
         self._slot = rank * self._rows * config.accumulation
@@ -154,6 +156,7 @@ class TrainingStep:
             schedule=self._schedule,
             logits_weight=config.logits_weight,
             code_weight=config.code_weight,
+            judge=self._judge,
         )
         total, figures = losses.total, self._figures(losses)
         judged = self._judged(losses.prediction, first) if self._critics else losses.prediction

@@ -176,11 +176,13 @@ def _neighbour_distances(codes_VE: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Products and convolutions in true float32, whatever the process prefers.
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Products and convolutions of a device in true float32, whatever the process prefers.
 
-    That is without TF32, which is cuDNN's default for convolutions, and without bfloat16.
+    That is without TF32, which is cuDNN's default for convolutions, without bfloat16, and without
+    autocast, which the meta device has not.
     """
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
     mkldnn: Any = torch.backends.mkldnn  # the stubs lack these
     cudnn: Any = torch.backends.cudnn
     backends = (torch.backends.cuda.matmul, mkldnn.matmul, cudnn.conv)
@@ -188,7 +190,8 @@ def full_float32() -> Iterator[None]:
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast(kind, enabled=False):
+            yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
@@ -268,7 +271,7 @@ class Transport:
                 noise_NE, logits_NV, self.keys_FV, self._lambdas, self._weights
             )
         rows = max(1, _BLOCK_ELEMENTS // self.codes_EV.shape[1])
-        with full_float32(), torch.no_grad(), torch.autocast(noise_NE.device.type, enabled=False):
+        with full_float32(noise_NE.device), torch.no_grad():
             tokens = [
                 self._solve(noise.to(self.dtype), logits.to(self.dtype))
                 for noise, logits in zip(noise_NE.split(rows), logits_NV.split(rows), strict=True)

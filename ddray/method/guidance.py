@@ -108,7 +108,12 @@ def likeliest(scores: Tensor) -> Tensor:
     Returns:
         int64 [...].
     """
-    if scores.device.type != "cpu" or scores.shape[-1] % _CHUNK or not scores.numel():
+    if (
+        scores.device.type != "cpu"
+        or scores.shape[-1] % _CHUNK
+        or not scores.numel()
+        or torch.compiler.is_compiling()
+    ):
         return scores.argmax(-1)
     # torch's argmax takes a CPU ten times as long as the largest values do: so first the chunk.
     chunks = scores.unflatten(-1, (-1, _CHUNK))

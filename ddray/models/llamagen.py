@@ -97,14 +97,14 @@ class LlamaGenConfig:
 
 
 def rope_table(config: LlamaGenConfig, device: torch.device) -> Tensor:
-    """Rotations of the 2-D rotary embedding, as complex numbers.
+    """Rotations of the 2-D rotary embedding: cosine and sine.
 
     The first half of the channel pairs turns with the row of a token, the second half with its
     column. Condition tokens have the number 0, not 1: their rotated queries and keys vanish, and
     the official weights were trained so.
 
     Returns:
-        complex64 [cls_token_num + L, D].
+        float32 [cls_token_num + L, D, 2].
     """
     axis_pairs = config.head_dim // 4
     exponent = torch.arange(axis_pairs, device=device).float() / axis_pairs
@@ -113,20 +113,27 @@ def rope_table(config: LlamaGenConfig, device: torch.device) -> Tensor:
     rows = along[:, None].expand(-1, config.grid, -1)
     columns = along[None].expand(config.grid, -1, -1)
     angle = torch.cat((rows, columns), -1).flatten(0, 1)
-    rotation = torch.polar(torch.ones_like(angle), angle)
-    condition = rotation.new_zeros(config.cls_token_num, rotation.shape[1])
+    rotation = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+    condition = rotation.new_zeros(config.cls_token_num, *rotation.shape[1:])
     return torch.cat((condition, rotation))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn interleaved channel pairs (2p, 2p + 1) in float32, and give the input's dtype back.
 
+    A product of complex numbers is one kernel, but torch's compiler has no code for it.
+
     Args:
         x: [..., h].
-        rotation: complex64, broadcast to [..., D].
+        rotation: float32 cosine and sine, broadcast to [..., D, 2].
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -161,24 +168,24 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x_BSC: Tensor, rotation_SD: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BSC: Tensor, rotation_SD2: Tensor, mask: Tensor | None) -> Tensor:
         """Attend causally, or as a mask says."""
         heads = self.wqkv(x_BSC).unflatten(-1, (-1, self.head_dim))
         # Queries and keys turn together: one pass over both is half the cost of two.
         q_and_k, v = heads.split((heads.shape[2] * 2 // 3, heads.shape[2] // 3), dim=2)
-        q, k = rotate(q_and_k, rotation_SD[:, None]).transpose(1, 2).chunk(2, dim=1)
+        q, k = rotate(q_and_k, rotation_SD2[:, None]).transpose(1, 2).chunk(2, dim=1)
         out: Tensor = self.wo(_attend(q, k, v.transpose(1, 2), mask))
         return out
 
     def mixed(
-        self, x_BlC: Tensor, rotation_l31D: Tensor, mask: Tensor | None, cache: KeyValueCache
+        self, x_BlC: Tensor, rotation_l31D2: Tensor, mask: Tensor | None, cache: KeyValueCache
     ) -> Tensor:
         """What the last layer, `wo`, takes of the next positions; keys and values join the cache.
 
         Values turn too, by nothing: so they go to the cache beside the keys, in one copy.
         """
         heads = self.wqkv(x_BlC).unflatten(-1, (3, -1, self.head_dim))
-        turned_3BHlh = rotate(heads, rotation_l31D).permute(2, 0, 3, 1, 4)
+        turned_3BHlh = rotate(heads, rotation_l31D2).permute(2, 0, 3, 1, 4)
         return _attend(turned_3BHlh[0], *cache.append_both(turned_3BHlh[1:]), mask)
 
 
@@ -212,17 +219,17 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BSC: Tensor, rotation_SD: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BSC: Tensor, rotation_SD2: Tensor, mask: Tensor | None = None) -> Tensor:
         """One block over a whole sequence [B, S, C]."""
-        x_BSC = x_BSC + self.attention(self.attention_norm(x_BSC), rotation_SD, mask)
+        x_BSC = x_BSC + self.attention(self.attention_norm(x_BSC), rotation_SD2, mask)
         return x_BSC + self.feed_forward(self.ffn_norm(x_BSC))
 
     def step(
-        self, x_BlC: Tensor, rotation_l31D: Tensor, mask: Tensor | None, cache: KeyValueCache
+        self, x_BlC: Tensor, rotation_l31D2: Tensor, mask: Tensor | None, cache: KeyValueCache
     ) -> Tensor:
         """One block over the next positions [B, l, C], which it may overwrite."""
         attention, feed_forward = self.attention, self.feed_forward
-        mixed = attention.mixed(self.attention_norm(x_BlC), rotation_l31D, mask, cache)
+        mixed = attention.mixed(self.attention_norm(x_BlC), rotation_l31D2, mask, cache)
         x_BlC = attention.wo.onto(mixed, x_BlC)
         return feed_forward.w2.onto(feed_forward.gated(self.ffn_norm(x_BlC)), x_BlC)
 
@@ -409,15 +416,16 @@ class LlamaGenDecoder:
         self._layers, self._output = model.layers, model.output
         self._written = 0
         turned = model.rotation(condition.device)
+        unturned = torch.view_as_real(torch.ones_like(torch.view_as_complex(turned)))
         # Of queries, keys and values.
-        self._rotation_S31D = torch.stack((turned, turned, torch.ones_like(turned)), 1)[:, :, None]
+        self._rotation_S31D2 = torch.stack((turned, turned, unturned), 1)[:, :, None]
         self._mask = model.attention_mask(cond, length)
 
     def logits(self) -> Tensor:
         """Logits of the next stage, float32 [B, 1, V]; `append` must come before the next call."""
         x_BlC, start = self._next_BlC, self._caches[0].length
         end = start + x_BlC.shape[1]
-        rotation = self._rotation_S31D[start:end]
+        rotation = self._rotation_S31D2[start:end]
         mask = None if self._mask is None else self._mask[:, :, start:end, :end]
         if self._written == _PACKED_FROM:
             rows = len(x_BlC)

@@ -10,6 +10,7 @@ size, E code width, C model width, H heads, h head width, K scales.
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from ddray.models.var_vq import (
     MultiScaleQuantizer,
     check_patch_nums,
 )
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _MAX_LOG_SCALE = math.log(100)
 
@@ -116,7 +120,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BlC: Tensor,
-        mask: Tensor | None,
+        mask: "Tensor | BlockMask | None",
         cache: KeyValueCache | None,
         constants: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
@@ -130,7 +134,12 @@ class Attention(nn.Module):
         q, k = q_and_k.unbind()
         if cache is not None:
             k, v = cache.append(k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        if mask is None or isinstance(mask, Tensor):
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        else:
+            from torch.nn.attention.flex_attention import flex_attention  # with torch's compiler
+
+            mixed = flex_attention(q, k, v, block_mask=mask, scale=self.scale)
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -171,12 +180,12 @@ class Block(nn.Module):
         """Two gates, factors and shifts, each [B, 1, C]; one pass serves all steps of a batch.
 
         Args:
-            condition: class embedding [B, C], or the shared layer's output [B, 1, 6, C].
+            condition: as `VARTrunk.for_blocks` gives it.
         """
         if hasattr(self, "ada_gss"):
             six = self.ada_gss + condition
         else:
-            six = self.ada_lin(condition)[:, None].unflatten(-1, (6, -1))
+            six = self.ada_lin[1](condition)[:, None].unflatten(-1, (6, -1))
         gate1, gate2, scale1, scale2, shift1, shift2 = six.unbind(2)
         return gate1, gate2, 1 + scale1, 1 + scale2, shift1, shift2
 
@@ -184,7 +193,7 @@ class Block(nn.Module):
         self,
         x_BlC: Tensor,
         modulation: tuple[Tensor, ...],
-        mask: Tensor | None,
+        mask: "Tensor | BlockMask | None",
         cache: KeyValueCache | None = None,
         between: Tensor | None = None,
         constants: tuple[Tensor, Tensor | None] | None = None,
@@ -194,7 +203,7 @@ class Block(nn.Module):
         Args:
             x_BlC: the input.
             modulation: as the method of this name gives it.
-            mask: added to the scores.
+            mask: added to the scores, or of tiles.
             cache: of earlier positions.
             between: is added between attention and feed-forward.
             constants: of the attention, where they are at hand.
@@ -241,6 +250,7 @@ class VARTrunk(nn.Module):
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
     conditioning = "class"
+    block: type[Block] = Block
 
     def __init__(self, config: VARConfig, levels: tuple[int, ...], *, sees_own_level: bool):
         super().__init__()
@@ -256,7 +266,7 @@ class VARTrunk(nn.Module):
         self.lvl_embed = nn.Embedding(len(levels), width)
         if config.shared_aln:
             self.shared_ada_lin = _modulation_layer(width, 6)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config)
         self.head = Linear(width, config.vocab_size)
         for name, value in self._level_buffers().items():
@@ -319,12 +329,25 @@ class VARTrunk(nn.Module):
         out: Tensor = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         return out
 
+    def for_blocks(self, condition_BC: Tensor) -> Tensor:
+        """What `Block.modulation` takes: what is the same in all blocks is done once.
+
+        Args:
+            condition_BC: class embedding.
+
+        Returns:
+            It behind the SiLU [B, C], or the shared layer's output [B, 1, 6, C].
+        """
+        if not self.config.shared_aln:
+            return F.silu(condition_BC)
+        shared: Tensor = self.shared_ada_lin(condition_BC)[:, None].unflatten(-1, (6, -1))
+        return shared
+
     def modulations(self, condition_BC: Tensor) -> list[tuple[Tensor, ...]]:
         """Gates, factors and shifts of every block."""
-        if self.config.shared_aln:
-            condition_BC = self.shared_ada_lin(condition_BC)[:, None].unflatten(-1, (6, -1))
+        condition = self.for_blocks(condition_BC)
         modulations: list[tuple[Tensor, ...]] = [
-            block.modulation(condition_BC)  # type: ignore[operator]
+            block.modulation(condition)  # type: ignore[operator]
             for block in self.blocks
         ]
         return modulations

@@ -9,14 +9,19 @@ Shapes: B batch, L image tokens, S = 1 + L, V codebook size, E code width, C mod
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError
+from ddray.models.block_mask import tried_level_mask
 from ddray.models.linear import Linear
 from ddray.models.student_parts import CodeHead, told_apart
-from ddray.models.var import VAR, VARConfig, VARTrunk
+from ddray.models.var import VAR, Block, VARConfig, VARTrunk
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,30 @@ class VARStudentConfig(VARConfig):
             )
 
 
+class StudentBlock(Block):
+    """A block of the student: all of it that is the same in every block is one call."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BSC: Tensor,
+        condition: Tensor,
+        is_data_BS1: Tensor,
+        mark_2C: Tensor,
+        mask: "Tensor | BlockMask",
+    ) -> Tensor:
+        """One block over [B, S, C].
+
+        Args:
+            x_BSC: the input.
+            condition: as `modulation` takes it.
+            is_data_BS1: bool, which positions are data.
+            mark_2C: of noise and of data, added between attention and feed-forward.
+            mask: added to the scores, or of tiles.
+        """
+        between = told_apart(is_data_BS1, mark_2C)
+        return super().forward(x_BSC, self.modulation(condition), mask, between=between)
+
+
 class VARStudent(VARTrunk):
     """All scales in one forward pass.
 
@@ -49,6 +78,8 @@ class VARStudent(VARTrunk):
     Args:
         config: sizes.
     """
+
+    block = StudentBlock
 
     def __init__(self, config: VARStudentConfig):
         super().__init__(config, (1, *config.stages), sees_own_level=False)
@@ -59,6 +90,16 @@ class VARStudent(VARTrunk):
                 layers = (Linear(width, width) for _ in range(config.depth + 1))
                 self.layerwise_n_d_embed = nn.ModuleList(layers)
         self.final_layer_conti = CodeHead(width, config.codebook_dim)
+        self._block_mask: BlockMask | None = None
+
+    def skip_masked_tiles(self, dtype: torch.dtype) -> None:
+        """Let compiled blocks leave out what the mask hides, if that works on this device.
+
+        Args:
+            dtype: of queries, keys and values.
+        """
+        width = self.config.embed_dim // self.config.num_heads
+        self._block_mask = tried_level_mask(self.lvl_1L[0], width, dtype)
 
     @property
     def code_layer(self) -> nn.Linear:
@@ -84,10 +125,10 @@ class VARStudent(VARTrunk):
         is_data_BS1 = (self.lvl_1L <= t_B[:, None])[..., None]
         at_input, *inside, before_heads = self._marks()
         x_BSC = x_BSC + told_apart(is_data_BS1, at_input)
-        mask = self.attn_bias_for_masking.to(x_BSC.dtype)
-        blocks = zip(self.blocks, self.modulations(condition), inside, strict=True)
-        for block, modulation, mark in blocks:
-            x_BSC = block(x_BSC, modulation, mask, between=told_apart(is_data_BS1, mark))
+        mask = self._block_mask or self.attn_bias_for_masking.to(x_BSC.dtype)
+        for_blocks = self.for_blocks(condition)
+        for block, mark in zip(self.blocks, inside, strict=True):
+            x_BSC = block(x_BSC, for_blocks, is_data_BS1, mark, mask)
         x_BLC = (x_BSC + told_apart(is_data_BS1, before_heads))[:, 1:]
         logits_BLV = self.logits(x_BLC, self.head_nm.modulation(condition))
         return logits_BLV, self.final_layer_conti(x_BLC, condition[:, None])

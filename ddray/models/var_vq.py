@@ -125,7 +125,7 @@ class SharedPhis(nn.Module):
     def forward(self, x_BEPP: Tensor, scale: int) -> Tensor:
         """Apply the phi of a scale over the whole grid."""
         # In float32: the tokens of the next scales follow from its digits.
-        with full_float32(), torch.autocast(x_BEPP.device.type, enabled=False):
+        with full_float32(x_BEPP.device):
             convolved = self.qresi_ls[self._phi_of_scale[scale]](x_BEPP)
             return torch.lerp(x_BEPP, convolved, self._share)
 

@@ -349,6 +349,6 @@ def test_a_decoder_of_16_bits_stays_on_the_device_and_gives_float32(pair: Pair) 
 def test_true_float32_is_of_convolutions_too() -> None:
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
-    with full_float32():
+    with full_float32(torch.device("cpu")):
         assert convolutions.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert convolutions.fp32_precision == before

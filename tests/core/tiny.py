@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddray.distillation.losses import distillation_loss
+from ddray.distillation.optimization import compile_blocks
 from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
@@ -19,6 +20,7 @@ from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.var_dd import VARStudent
 from ddray.models.zoo import load_student, load_teacher
 from tests.paths import GOLDEN
 
@@ -134,8 +136,14 @@ def write_text_encoder(folder: Path, width: int) -> str:
     return str(folder)
 
 
-def gradient_errors(name: str, device: str) -> dict[str, float]:
-    """How far a bundled student's gradients in bfloat16 are from those in float32, relative."""
+def gradient_errors(name: str, device: str, *, compiled: bool = False) -> dict[str, float]:
+    """How far a bundled student's gradients in bfloat16 are from those in float32, relative.
+
+    Args:
+        name: of the student.
+        device: of it.
+        compiled: those in bfloat16 are of compiled blocks, by tiles where there are.
+    """
     student = load_student(name, device=device)
     network, codebook, rows = student.model.train().requires_grad_(True), student.codebook, 64
     generator = torch.Generator().manual_seed(1)
@@ -153,7 +161,13 @@ def gradient_errors(name: str, device: str) -> dict[str, float]:
         losses.total.backward()
         return {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
 
-    exact, rounded = gradients(False), gradients(True)
+    exact = gradients(False)
+    if compiled:
+        if isinstance(network, VARStudent):
+            network.skip_masked_tiles(torch.bfloat16)
+            assert network._block_mask is not None
+        compile_blocks(network)
+    rounded = gradients(True)
     return {k: float((rounded[k] - g).norm() / g.norm()) for k, g in exact.items()}
 
 

@@ -167,8 +167,9 @@ def test_images_of_the_service_are_those_of_the_cpu():
 
 
 @pytest.mark.parametrize("name", ["digits-var-dd", "digits-llamagen-dd"])
-def test_gradients_in_bfloat16_are_those_of_float32(name):
-    errors = gradient_errors(name, "cuda")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_in_bfloat16_are_those_of_float32(name, compiled):
+    errors = gradient_errors(name, "cuda", compiled=compiled)
     assert max(errors.values()) <= 0.03, max(errors, key=errors.get)
 
 

@@ -9,17 +9,27 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from ddray.config.distillation import DistillConfig
-from ddray.distillation.optimization import MovingAverage, parameter_groups, set_learning_rate
+from ddray.distillation.optimization import (
+    MovingAverage,
+    compile_blocks,
+    is_compiled,
+    parameter_groups,
+    recompute_activations,
+    set_learning_rate,
+)
 from ddray.errors import CheckpointError
 from ddray.models.linear import Linear
+from ddray.models.var_dd import VARStudent
 
 _TAG = "deepspeed"
 _MATRIX_PRODUCTS = ["torch.nn.Linear", f"{Linear.__module__}.{Linear.__name__}"]
@@ -54,15 +64,15 @@ def deepspeed_config(config: DistillConfig, world: int, weights: int) -> dict[st
     """
     zero: dict[str, Any] = {"stage": config.zero}
     if config.use_gpu and config.zero:
-        # Gradients travel while others are still computed, in some eight parts.
-        bucket = max(_LEAST_BUCKET, min(_MOST_BUCKET, weights // 8))
-        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket}
+        # Gradients travel while others are still computed.
+        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket_size(weights)}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size // world // config.accumulation,
         "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.grad_clip,
+        # Without ZeRO the engine clips: DeepSpeed would ask for every gradient's norm by itself.
+        "gradient_clipping": config.grad_clip if config.zero else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # Its own CPU Adam would have to be compiled; torch's fused one is as fast (measured).
@@ -79,6 +89,33 @@ def deepspeed_config(config: DistillConfig, world: int, weights: int) -> dict[st
             "lower_precision_safe_modules": _MATRIX_PRODUCTS,
         }
     return settings
+
+
+def bucket_size(weights: int) -> int:
+    """Numbers of a bucket of gradients: some eight make a student's."""
+    return max(_LEAST_BUCKET, min(_MOST_BUCKET, weights // 8))
+
+
+def in_parallel(network: nn.Module, config: DistillConfig) -> DistributedDataParallel:
+    """A network whose gradients are averaged over the workers while others are still computed.
+
+    What DeepSpeed does without ZeRO comes behind the whole backward pass: all gradients copied
+    together, summed in float32, and copied back.
+
+    Args:
+        network: on the device of the training.
+        config: the job.
+    """
+    numbers = bucket_size(sum(parameter.numel() for parameter in network.parameters()))
+    parallel = DistributedDataParallel(
+        network,
+        forward_sync_buffers=False,
+        bucket_cap_mb=4 * numbers / 2**20,
+        gradient_as_bucket_view=True,
+    )
+    if config.use_gpu and config.precision == "bfloat16":
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
 
 
 class Engine:
@@ -99,24 +136,43 @@ class Engine:
         self.network, self._config, self._world = network, config, world
         groups = parameter_groups(network, codebook_VE, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
-        if config.compile:
-            network.compile()
+        compiled = is_compiled(config, codebook_VE.device)
+        if compiled:
+            compile_blocks(network)
+        if config.activation_checkpointing:
+            recompute_activations(
+                network
+            )  # what is compiled: the compiler looks into no checkpoint
         self._engine, *_ = deepspeed.initialize(
             model=network,
             optimizer=optimizer,
             config=deepspeed_config(config, world, sum(p.numel() for p in network.parameters())),
             dist_init_required=False,
         )
-        if world == 1 and config.zero == 0:
-            # It would copy all gradients together, sum them over one worker, and copy them back.
+        self._parallel: DistributedDataParallel | None = None
+        if config.zero == 0:
             self._engine.enable_backward_allreduce = False
+            self._parallel = in_parallel(network, config) if world > 1 else None
         self._optimizer = self._engine.optimizer
+        if compiled and config.use_gpu and isinstance(network, VARStudent):
+            # After the move to the device, before the first block is compiled.
+            network.skip_masked_tiles(getattr(torch, config.precision))
         self._average = MovingAverage(self._masters(), config.ema_decay)
 
     def __call__(self, x_BLE: Tensor, cond: Any, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """The forward pass."""
-        logits_BLV, codes_BLE = self._engine(x_BLE, cond, t_B)
+        if self._parallel is None:
+            logits_BLV, codes_BLE = self._engine(x_BLE, cond, t_B)
+            return logits_BLV, codes_BLE
+        last = self._engine.is_gradient_accumulation_boundary()
+        with self._autocast(x_BLE.device), nullcontext() if last else self._parallel.no_sync():
+            logits_BLV, codes_BLE = self._parallel(x_BLE, cond, t_B)
         return logits_BLV, codes_BLE
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if self._config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(device.type, getattr(torch, self._config.precision))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro batch."""
@@ -131,9 +187,18 @@ class Engine:
         """
         set_learning_rate(self._optimizer, rate)
         last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._config.zero == 0:
+            self._clip()
         self._engine.step()
         if last:
             self._average.update(self._masters(), step)
+
+    def _clip(self) -> None:
+        """What DeepSpeed does under ZeRO; on a GPU a few kernels for all gradients together."""
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler is not None:
+            scaler.unscale_(self._optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self._config.grad_clip)
 
     def discard(self) -> None:
         """Forget the gradients of the micro batches since the last step."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from ddray import __version__
 from ddray.config.base import reserved_device
 from ddray.config.distillation import DistillConfig
-from ddray.cost import mfu, step_flops
+from ddray.cost import mfu
 from ddray.distillation.critics import new_critics
 from ddray.distillation.log import TrainingLog
+from ddray.distillation.operations import step_operations
 from ddray.distillation.optimization import (
     default_code_precision,
     learning_rate,
-    recompute_activations,
 )
 from ddray.distillation.order import check_state
 from ddray.distillation.step import Agreement, Means, TrainingStep
@@ -171,9 +171,9 @@ class _Run:
             network, self.card = new_student(self.teacher)
         else:
             network, self.card = continue_student(self.config.init, self.teacher)
-        if self.config.activation_checkpointing:
-            recompute_activations(network)
-        self._flops = step_flops(network, self.config.batch_size)
+        if self.config.use_gpu and self.rank == 0:
+            plan = self.trajectories.plan
+            self._operations = step_operations(network, self.teacher, self.config, plan)
         if weights is not None:
             network.load_state_dict(weights, strict=False)
         return Engine(network, self.teacher.codebook, self.config, self.world)
@@ -303,7 +303,7 @@ class _Run:
         if config.use_gpu:
             line["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             step_s = config.batch_size / line["samples_per_s"]
-            share = mfu(self._flops, step_s, torch.cuda.get_device_name(), self.world)
+            share = mfu(self._operations, step_s, torch.cuda.get_device_name(), self.world)
             line |= {} if share is None else {"mfu": share}
         self.log.add(line)
         self.board.put.remote(

@@ -27,7 +27,7 @@ KUBERAY = ROOT / "cluster" / "kuberay"
 SCHEMA = json.loads(Path(__file__).with_name("kuberay-schema.json").read_text("utf-8"))
 # An older one: what it takes, later ones take too.
 KUBERNETES = "1.34"
-BUILDS = ["base", "overlays/dev", "overlays/prod", "."]
+BUILDS = ["base", "overlays/dev", "overlays/prod", "overlays/efa", "."]
 """Folders that kustomize builds, below cluster/kuberay; the last is the service and monitoring."""
 # libyaml's, where there is one: the dashboard is long.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

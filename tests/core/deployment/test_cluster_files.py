@@ -32,6 +32,7 @@ GROWING, SINGLE, ON_PREMISE = (
     "cluster/aws-single.yaml",
     "cluster/on-premise.yaml",
 )
+EFA = "cluster/aws-efa.yaml"
 FILES = [GROWING, SINGLE, ON_PREMISE]
 ON_AWS = [GROWING, SINGLE]
 JOBS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -94,6 +95,7 @@ SPOILT = {
 def answers() -> dict[str, Any]:
     """What Ray makes of every file, or what it says against it."""
     configs = {name: load(name) for name in FILES} | {name: spoilt(name) for name in SPOILT}
+    configs[EFA] = with_efa()
     done = subprocess.run(
         [sys.executable, "-c", ASK_RAY],
         input=json.dumps(configs),
@@ -106,7 +108,7 @@ def answers() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, EFA])
 def test_ray_accepts_the_file_and_adds_nothing_to_install(answers, name):
     config = answers[name]
     assert isinstance(config, dict), config
@@ -163,6 +165,39 @@ def test_ec2_knows_the_settings_of_the_machines(name, run_instances):
     wrong = copy.deepcopy(node_type["node_config"])
     wrong["BlockDeviceMappings"][0]["Ebs"]["Size"] = 1
     assert "Size" in faults_of(wrong, run_instances)
+
+
+def merged(base: Any, more: Any) -> Any:
+    """A file with the keys of another one written into it."""
+    if not isinstance(base, dict) or not isinstance(more, dict):
+        return more
+    return base | {key: merged(base.get(key), value) for key, value in more.items()}
+
+
+def with_efa() -> dict[str, Any]:
+    """What `EFA` tells its reader to make of the growing cluster."""
+    config = merged(load(GROWING), load(EFA))
+    del config["available_node_types"]["training"]["node_config"]["SecurityGroupIds"]
+    return config
+
+
+def test_efa_is_a_card_of_its_own_for_each_interface_in_one_subnet_and_group(run_instances):
+    training = with_efa()["available_node_types"]["training"]
+    node_config = training["node_config"]
+    assert faults_of(node_config, run_instances) == ""
+    assert node_config["Placement"] == {"GroupName": "ddray-training"}
+    cards = node_config["NetworkInterfaces"]
+    assert [card["NetworkCardIndex"] for card in cards] == [*range(32)]
+    # Only the first card has the machine's primary interface.
+    assert [card["DeviceIndex"] for card in cards] == [0] + [1] * 31
+    assert {card["InterfaceType"] for card in cards} == {"efa"}
+    places = {(card["SubnetId"], *card["Groups"]) for card in cards}
+    groups = load(GROWING)["available_node_types"]["head"]["node_config"]["SecurityGroupIds"]
+    assert places == {("subnet-0123456789abcdef0", *groups)}
+    options = training["docker"]["worker_run_options"]
+    assert {"--env FI_PROVIDER=efa", "--env FI_EFA_USE_DEVICE_RDMA=1"} < {*options}
+    # Nodes without EFA are as they were.
+    assert "worker_run_options" not in str(load(GROWING))
 
 
 @pytest.mark.parametrize("name", ON_AWS)

@@ -326,6 +326,20 @@ def test_prod_has_no_placeholder_left() -> None:
     assert {one["metadata"]["namespace"] for one in documents + build(".")} == {"ddray"}
 
 
+def test_efa_is_for_the_training_pool_alone_and_all_else_is_prod() -> None:
+    plain, fast = cluster("overlays/prod")["spec"], cluster("overlays/efa")["spec"]
+    spec = pool_of(fast, "training")["template"]["spec"]
+    (container,) = spec["containers"]
+    for told in container["resources"].values():
+        assert told.pop("vpc.amazonaws.com/efa") == "32" and told.pop("hugepages-2Mi") == "5120Mi"
+    told = {entry["name"]: entry["value"] for entry in container.pop("env")}
+    assert told == {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1"}
+    (rule,) = spec.pop("affinity")["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert rule["topologyKey"] == "topology.kubernetes.io/zone"
+    assert rule["labelSelector"] == {"matchLabels": {"ray.io/group": "training"}}
+    assert fast == plain
+
+
 def test_the_service_is_what_serving_takes() -> None:
     spec = service()["spec"]
     config = yaml.safe_load(spec["serveConfigV2"])

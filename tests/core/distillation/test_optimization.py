@@ -1,22 +1,26 @@
 """Facts about the plain-torch half of distillation: stages, rate, average, loss."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import ddray
 from ddray.distillation.optimization import (
     MovingAverage,
     batch_loss,
+    compile_blocks,
     jump_stages,
     learning_rate,
     parameter_groups,
+    recompute_activations,
     set_learning_rate,
 )
 from ddray.distillation.stream import Batch
 from ddray.models.zoo import new_student
-from tests.core.tiny import tiny_teacher
+from tests.core.tiny import tiny_teacher, tiny_var
 
 CPU = torch.device("cpu")
 
@@ -136,3 +140,52 @@ def test_the_layer_that_reads_codes_moves_as_if_its_inputs_had_size_one():
     scaled = trained(2.0, common)  # sqrt(E)
     plain = trained(1.0, lambda model: parameter_groups(model, codes, 0.1))
     torch.testing.assert_close(plain, scaled, atol=1e-4, rtol=1e-4)
+
+
+STUDENTS = {
+    "llamagen": lambda: new_student(tiny_teacher(n_layer=3)),
+    "var": lambda: new_student(tiny_var()),
+}
+
+
+def _gradients(network: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    student: Any = network
+    generator = torch.Generator().manual_seed(seed)
+    width, length = student.config.codebook_dim, sum(student.stages)
+    x_BLE = torch.randn(2, length, width, generator=generator)
+    network.zero_grad()
+    logits_BLV, codes_BLE = student(x_BLE, torch.tensor([0, 1]), torch.tensor([0, 1]))
+    (logits_BLV.square().mean() + codes_BLE.square().mean()).backward()
+    grads = {name: weight.grad for name, weight in network.named_parameters()}
+    return {name: grad.clone() for name, grad in grads.items() if grad is not None}
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("aot_eager", marks=pytest.mark.slow),
+        pytest.param("inductor", marks=pytest.mark.chaos),  # half a minute of C++
+    ],
+)
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", STUDENTS)
+def test_compiled_blocks_are_one_graph_and_have_the_gradients_of_plain_ones(
+    family: str, recomputed: bool, backend: str
+) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    network, _ = STUDENTS[family]()
+    for weight in network.parameters():
+        nn.init.normal_(weight, std=0.3)  # nothing is zero, as gates and heads begin
+    expected = _gradients(network)
+    compile_blocks(network, backend=backend)  # refuses a break in the graph
+    if recomputed:
+        recompute_activations(network)
+    found = _gradients(network)
+    assert found.keys() == expected.keys() and len(expected) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert counters["stats"]["unique_graphs"] == 1

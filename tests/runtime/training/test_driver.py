@@ -150,6 +150,16 @@ def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> 
         torch.testing.assert_close(state[name], mean, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.chaos  # a minute of C++
+@pytest.mark.parametrize("zero", [0, 2])
+def test_two_workers_with_compiled_blocks_learn_what_one_learns_without(
+    single: DistillConfig, data: Path, tmp_path: Path, zero: int
+) -> None:
+    config = distilling(data, tmp_path / "compiled", workers=2, zero=zero, compile=True)
+    distill(config)
+    assert _losses(config.out) == pytest.approx(_losses(single.out), rel=1e-3)
+
+
 def test_two_workers_with_parted_weights_learn_what_one_learns(
     single: DistillConfig, data: Path, tmp_path: Path
 ) -> None:
