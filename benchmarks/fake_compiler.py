@@ -71,9 +71,10 @@ def launches(function: Callable[..., Tensor], inputs: Callable[[], list[Any]]) -
         partition_fn=partition,
         decompositions=select_decomp_table(),
     )
+    torch._dynamo.reset()  # what was compiled before would make sizes unknown
     with FakeTensorMode():
         try:
-            torch.compile(function, backend=backend, fullgraph=True)(*inputs())
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*inputs())
         except BackendCompilerFailed as failed:
             if not isinstance(failed.inner_exception, _EnoughError):
                 raise

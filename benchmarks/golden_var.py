@@ -21,7 +21,8 @@ from golden_cases import (
 from ddray.method.guidance import filter_logits, top_p_filter_from_below
 from ddray.method.student import Student, given_tokens, keep_data
 from ddray.method.teacher import Teacher
-from ddray.models.var import VAR, VARConfig
+from ddray.models.var import VAR
+from ddray.models.var_blocks import VARConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.var_vq import MultiScaleQuantizer, VARVQConfig, phi_of_scale
 from ddray.models.zoo import load_student, load_teacher

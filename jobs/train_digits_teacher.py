@@ -24,7 +24,8 @@ from ddray.metrics.digits_classifier import DigitsClassifier
 from ddray.metrics.fd_digits import statistics_of
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
-from ddray.models.var import VAR, VARConfig
+from ddray.models.var import VAR
+from ddray.models.var_blocks import VARConfig
 from ddray.models.var_vq import VARVQ, VARVQConfig
 from ddray.storage.checkpoint import load_into, read_weights, save_folder
 

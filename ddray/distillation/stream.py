@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddray.config.distillation import DistillConfig
 from ddray.distillation.order import BlockCursor, ShardOrder, default_lanes
 from ddray.distillation.reader import Arrivals, Lane, Shard, ShardReader
 from ddray.errors import ConfigError
 from ddray.method.conditioning import Condition
 from ddray.method.seeding import standard_normal
-from ddray.method.teacher import AskedFor
+from ddray.method.teacher import AskedFor, Teacher
 from ddray.models.text_encoder import TextEncoder
 from ddray.prefetch import Prefetch
-from ddray.sets.conditions import Conditions
+from ddray.sets.conditions import Conditions, load_encoder
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 
 # Batches that are prepared before they are asked for.
@@ -301,3 +302,43 @@ def _check_division(batch_size: int, lanes: int, world: int) -> None:
             f"workers={world} must divide lanes={lanes}, in which the run reads its data: take one "
             f"of {', '.join(map(str, usable))} workers, or start afresh with other lanes"
         )
+
+
+def open_stream(
+    trajectories: TrajectorySet,
+    teacher: Teacher,
+    config: DistillConfig,
+    *,
+    lanes: int | None = None,
+    shards: list[int] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> TrajectoryStream:
+    """A worker's batches of a run, conditions as the teacher takes them.
+
+    Args:
+        trajectories: the set.
+        teacher: that made it, on the device of the batches.
+        config: of the run.
+        lanes: as `TrajectoryStream`.
+        shards: as `TrajectoryStream`.
+        rank: of the worker.
+        world: number of workers.
+    """
+    text = trajectories.plan.conditioning == "text"
+    return TrajectoryStream(
+        trajectories,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        code_width=teacher.codebook.shape[1],
+        lanes=lanes,
+        buffer_shards=config.buffer_shards,
+        rank=rank,
+        world=world,
+        shards=shards,
+        follow=config.follow,
+        encode=load_encoder(trajectories.plan, teacher) if text else None,
+        condition=teacher.condition if text else None,
+        device=teacher.device,
+        stall_timeout_s=config.stall_timeout_s,
+    )

@@ -1,22 +1,22 @@
 """Families: what a config's sizes mean, and networks of these sizes, without weights."""
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from ddray.errors import ConfigError
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ddray.errors import ConfigError, DDRayError, one_line
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
-from ddray.models.meta import on_meta
-from ddray.models.var import VAR, VARConfig
+from ddray.models.var import VAR
+from ddray.models.var_blocks import VARConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.var_vq import VARVQ, VARVQConfig
-
-Source = str | Path | Mapping[str, Any]
-"""Weights: a file, or a state dict in memory."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def empty_network(config: Mapping[str, Any], name: str = "the given model") -> A
         ConfigError: if the sizes do not fit together, or contradict the tokenizer's.
     """
     family = _any_family(config, name)
-    with on_meta(name):
+    with _on_meta(name):
         sizes = _network_sizes(family, config, _tokenizer_sizes(family, config, name), name)
         return family.network(sizes)
 
@@ -129,7 +129,7 @@ def empty_tokenizer(config: Mapping[str, Any], name: str = "the given model") ->
         ConfigError: if the sizes do not fit together.
     """
     family = _any_family(config, name)
-    with on_meta(f"the tokenizer of {name}"):
+    with _on_meta(f"the tokenizer of {name}"):
         sizes = _tokenizer_sizes(family, config, name)
         return None if sizes is None else family.tokenizer(sizes)
 
@@ -196,3 +196,56 @@ def nearest(value: str, valid: list[str]) -> str:
     """A question for the name that was perhaps meant, or nothing."""
     near = difflib.get_close_matches(value, valid, 1)
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+_DRAWS = frozenset(
+    {
+        torch.nn.init.kaiming_uniform_,
+        torch.nn.init.normal_,
+        torch.nn.init.trunc_normal_,
+        torch.nn.init.uniform_,
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+    }
+)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Skips random initial values, which say nothing on the meta device.
+
+    Their meta kernels are written in Python: they are two thirds of the time in which a module is
+    made, and that of `normal_` would import sympy and 900 modules more, a second at the start of
+    every worker.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _on_meta(what: str) -> Iterator[None]:
+    """Within, modules are made without memory.
+
+    Args:
+        what: is made, for people.
+
+    Raises:
+        ConfigError: for sizes of types or magnitudes that nothing can be made of.
+    """
+    try:
+        with torch.device("meta"), _NothingDrawn():
+            yield
+    except DDRayError:
+        raise
+    except Exception as error:  # whatever torch, or arithmetic, says of them
+        said = one_line(error)
+        raise ConfigError(f"{what} has sizes that nothing can be made of: {said}") from error

@@ -18,7 +18,8 @@ from ddray.errors import ConfigError
 from ddray.models.block_mask import tried_level_mask
 from ddray.models.linear import Linear
 from ddray.models.student_parts import CodeHead, told_apart
-from ddray.models.var import VAR, Block, VARConfig, VARTrunk
+from ddray.models.var import VAR, VARTrunk
+from ddray.models.var_blocks import Block, VARConfig
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -29,9 +29,8 @@ from ddray.distillation.optimization import (
 )
 from ddray.distillation.order import check_state
 from ddray.distillation.step import Agreement, Means, TrainingStep
-from ddray.distillation.stream import Batch, TrajectoryStream
+from ddray.distillation.stream import Batch, open_stream
 from ddray.errors import DDRayError, StorageError, TrainingError, one_line
-from ddray.method.teacher import Teacher
 from ddray.models.zoo import continue_student, load_teacher, new_student
 from ddray.runtime.training.checkpoints import (
     STATE_FILE,
@@ -42,7 +41,6 @@ from ddray.runtime.training.checkpoints import (
 from ddray.runtime.training.engine import Engine, whole_weights
 from ddray.runtime.training.failures import is_full_disk, is_out_of_memory, out_of_memory
 from ddray.runtime.training.watchdog import Watchdog
-from ddray.sets.conditions import load_encoder
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import load_folder, save_folder
@@ -56,36 +54,6 @@ _WAIT_S = 0.5
 
 class _ElsewhereError(Exception):
     """Another worker cannot go on, and says why."""
-
-
-def open_stream(
-    trajectories: TrajectorySet,
-    teacher: Teacher,
-    config: DistillConfig,
-    *,
-    lanes: int | None = None,
-    shards: list[int] | None = None,
-    rank: int = 0,
-    world: int = 1,
-) -> TrajectoryStream:
-    """This worker's batches, conditions as the teacher takes them."""
-    text = trajectories.plan.conditioning == "text"
-    return TrajectoryStream(
-        trajectories,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        code_width=teacher.codebook.shape[1],
-        lanes=lanes,
-        buffer_shards=config.buffer_shards,
-        rank=rank,
-        world=world,
-        shards=shards,
-        follow=config.follow,
-        encode=load_encoder(trajectories.plan, teacher) if text else None,
-        condition=teacher.condition if text else None,
-        device=teacher.device,
-        stall_timeout_s=config.stall_timeout_s,
-    )
 
 
 class _Run:

@@ -14,11 +14,11 @@ import torch
 
 import ddray
 from ddray.config.distillation import DistillConfig
+from ddray.distillation.stream import open_stream
 from ddray.errors import CheckpointError, ConfigError, ShardError
 from ddray.models.text_encoder import T5TextEncoder
 from ddray.runtime.pools.sampling import TrajectoryWorker, sample
 from ddray.runtime.training.driver import distill, read_history
-from ddray.runtime.training.worker import open_stream
 from ddray.sets.captions import captions_name, cut_captions, padded
 from ddray.sets.conditions import open_captions
 from ddray.sets.inspection import verify
