@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from ddray.method import fused, seeding
 from ddray.method.fused import can_fuse
 from tests.patience import PATIENCE_S
 
@@ -112,6 +113,12 @@ def test_no_rows_give_no_tokens(interpreted):
 
 def test_noise_is_that_of_the_torch_operations_bit_for_bit(interpreted):
     assert interpreted["noise"] == [True] * 3
+
+
+def test_a_device_is_tried_with_numbers_of_the_noise():
+    made = seeding.normals(fused._SEED, torch.tensor(fused._INDEX), 2)
+    assert torch.equal(made, torch.tensor(fused._NOISE))
+    assert fused._STREAM == seeding.NOISE_STREAM
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
