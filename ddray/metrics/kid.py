@@ -42,7 +42,7 @@ def _kernel(a: Array, b: Array) -> Array:
 
 def _mean_of_pairs(a: Array) -> float:
     """Mean kernel of two different images."""
-    of_itself = (np.einsum("nd,nd->n", a, a) / a.shape[1] + 1) ** 3
+    of_itself = (np.square(a).sum(1) / a.shape[1] + 1) ** 3
     return float((_kernel(a, a).sum() - of_itself.sum()) / (len(a) * (len(a) - 1)))
 
 

@@ -148,7 +148,9 @@ class ShardFeatures:
         Args:
             extractor: fingerprint of what made the features.
         """
-        return save(dict(self.layers), {"extractor": extractor, "first": str(self.first)})
+        # In one entry: safetensors writes several in an order of its own every time.
+        notes = json.dumps({"extractor": extractor, "first": self.first})
+        return save(dict(self.layers), {"shard": notes})
 
     @classmethod
     def from_bytes(cls, data: bytes, extractor: str) -> "ShardFeatures":
@@ -159,8 +161,9 @@ class ShardFeatures:
         """
         try:
             layers = load(data)
-            notes = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-            first, found = int(notes["first"]), notes["extractor"]
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            notes = json.loads(header["__metadata__"]["shard"])
+            first, found = int(notes["first"]), str(notes["extractor"])
             if not layers or len({len(rows) for rows in layers.values()}) != 1:
                 raise ValueError("its layers have other numbers of images")
             if not all(np.isfinite(rows).all() for rows in layers.values()):

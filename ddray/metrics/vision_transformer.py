@@ -24,6 +24,7 @@ from ddray.metrics.pixels import RESIZES
 from ddray.storage.checkpoint import fingerprint
 
 _DINO_SIDE = 224
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 # Of ImageNet's training images, and of CLIP's.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -129,22 +130,36 @@ class Clip(FeatureNetwork):
         """Embeddings of captions, float32 [N, D]; longer ones are cut to CLIP's 77 positions.
 
         Raises:
+            ConfigError: for no captions.
             CheckpointError: if the folder holds no tokenizer.
         """
-        if self._tokenizer is None:
-            with _loading("clip", self._folder):
-                from transformers import AutoTokenizer
-
-                self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-        tokens = self._tokenizer(
-            list(captions), padding=True, truncation=True, return_tensors="pt"
-        ).to(self.device)
+        if not captions:
+            raise ConfigError("there are no captions to embed")
+        self._tokenizer = self._tokenizer or self._load_tokenizer()
         text: Any = self.module
+        tokens = self._tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=text.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
         with torch.inference_mode(), full_float32():
             out = text.text_model(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
             return text.text_projection(out.pooler_output).float()
+
+    def _load_tokenizer(self) -> Any:
+        # Without its files transformers makes up a vocabulary of nothing, and says nothing.
+        if not any((self._folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise CheckpointError(
+                f"clip={self._folder} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})"
+            )
+        with _loading("clip", self._folder):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
 
 
 def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
