@@ -211,9 +211,9 @@ def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
     Returns:
         The distance, 0 or more; 0 for the same Gaussian.
     """
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ cov_b @ root)
+    values, root = np.linalg.eigh(cov_a)
+    root *= np.sqrt(values.clip(0))  # A^(1/2) up to a rotation, which leaves eigenvalues alone
+    cross = np.linalg.eigvalsh(root.T @ (cov_b @ root))
     shift = np.square(mean_a - mean_b).sum()
     spread = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross.clip(0)).sum()
     return float(shift + spread)
