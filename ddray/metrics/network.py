@@ -61,7 +61,7 @@ class FeatureNetwork(ABC):
         pixels = as_pixels(images)
         if not len(pixels):
             raise ConfigError("there are no images to take features of")
-        with torch.inference_mode(), full_float32():
+        with torch.no_grad(), full_float32():
             parts = [
                 self._features(part.to(self.device).float())
                 for part in pixels.split(self.batch_size)

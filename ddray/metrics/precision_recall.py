@@ -64,34 +64,34 @@ def compare_manifolds(
                 f"neighbours of each image, and the {what} have {count} images"
             )
     generated, real = (torch.from_numpy(given).to(device) for given in (samples, reference))
-    with torch.inference_mode(), full_float32():
+    with torch.no_grad(), full_float32():
         radii_N = _radii(generated, (PRECISION_NEIGHBOUR,))[0]
         radii_M, wide_M = _radii(real, (PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR))
-        inside = held = 0
+        inside, held = torch.zeros(2, dtype=torch.long, device=device)
         reached_M = torch.zeros(len(real), dtype=torch.bool, device=device)
         covered_M = reached_M.clone()
         for rows, squares_RM in _blocks(generated, real):
-            inside += int((squares_RM <= radii_M).any(1).sum())
+            inside += (squares_RM <= radii_M).any(1).sum()
             reached_M |= (squares_RM <= radii_N[rows, None]).any(0)
             in_ball_RM = squares_RM < wide_M
-            held += int(in_ball_RM.sum())
+            held += in_ball_RM.sum()
             covered_M |= in_ball_RM.any(0)
-    return Manifolds(
-        precision=inside / len(generated),
-        recall=int(reached_M.sum()) / len(real),
-        density=held / (DENSITY_NEIGHBOUR * len(generated)),
-        coverage=int(covered_M.sum()) / len(real),
-    )
+        return Manifolds(
+            precision=int(inside) / len(generated),
+            recall=int(reached_M.sum()) / len(real),
+            density=int(held) / (DENSITY_NEIGHBOUR * len(generated)),
+            coverage=int(covered_M.sum()) / len(real),
+        )
 
 
 def _radii(rows: Tensor, neighbours: tuple[int, ...]) -> list[Tensor]:
     """Squared distances float32 [N] to the k-th neighbour of each row, for some k."""
-    parts = [
-        # Its nearest is the row itself.
-        squares.topk(max(neighbours) + 1, dim=1, largest=False).values[:, list(neighbours)]
+    # The nearest is the row itself.
+    nearest = [
+        squares.topk(max(neighbours) + 1, dim=1, largest=False).values
         for _, squares in _blocks(rows, rows)
     ]
-    return [*torch.cat(parts).T]
+    return [torch.cat(nearest)[:, k] for k in neighbours]
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -144,7 +144,7 @@ class Clip(FeatureNetwork):
             max_length=text.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
-        with torch.inference_mode(), full_float32():
+        with torch.no_grad(), full_float32():
             out = text.text_model(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
