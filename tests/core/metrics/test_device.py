@@ -1,4 +1,4 @@
-"""Facts about metrics on a CUDA device, without one: nothing is left on the host, and no look back."""
+"""Facts about metrics on a CUDA device, without one: nothing stays on the host, nobody waits."""
 
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Facts about references: what people have is read, and what it cannot serve is said."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from ddray.errors import ConfigError, StorageError
 from ddray.metrics.frechet import FeatureStatistics
 from ddray.metrics.network import POOL, SPATIAL
 from ddray.metrics.reference import Reference
+from ddray.storage import open_storage
 from tests.core.metrics.stub_network import StubNetwork, some_images
+from tests.s3_server import BUCKET
 
 
 def moments(size, seed=0):
@@ -99,6 +103,16 @@ def test_ours_is_read_back_and_by_pytorch_fid(tmp_path):
     np.testing.assert_array_equal(back.pool_features(network), reference.features)
     with np.load(file) as arrays:
         np.testing.assert_array_equal(arrays["mu"], reference.statistics[POOL].mean)
+
+
+def test_a_reference_may_lie_on_s3(adm, s3_endpoint):
+    storage = open_storage(f"s3://{BUCKET}/references")
+    storage.write("adm.npz", Path(adm).read_bytes())
+    there, here = Reference.load(f"s3://{BUCKET}/references/adm.npz"), Reference.load(adm)
+    np.testing.assert_array_equal(next(there.images()), next(here.images()))
+    assert there.statistics.keys() == here.statistics.keys()
+    with pytest.raises(StorageError):
+        Reference.load(f"s3://{BUCKET}/references/none.npz")
 
 
 def test_references_of_another_network_are_refused(tmp_path):
