@@ -12,6 +12,7 @@ from ddray.errors import CheckpointError, ConfigError
 from ddray.metrics import inception as inception_module
 from ddray.metrics.efficientnet import EfficientNet, EfficientNetLite0
 from ddray.metrics.inception import Inception, empty_inception
+from ddray.metrics.loading import NETWORKS, load_network
 from ddray.metrics.network import LOGITS, POOL, SPATIAL
 from tests.core.metrics.stub_network import StubNetwork, some_images
 
@@ -164,6 +165,16 @@ def test_the_packaged_efficientnet_knows_what_is_in_a_photograph():
     logits = EfficientNet()(pixels)[LOGITS][0]
     assert int(logits.argmax()) == 652  # military uniform
     assert float(logits.softmax(-1)[652]) > 0.3
+
+
+def test_networks_are_loaded_by_their_names(tmp_path):
+    for name in NETWORKS:
+        with pytest.raises(ConfigError, match=name.partition("-")[0]):
+            load_network(name, tmp_path / "none")
+    with pytest.raises(ConfigError, match="network 'vgg' is not one of inception, inception-te"):
+        load_network("vgg")
+    with pytest.raises(ConfigError, match="dinov2 needs the folder that transformers saved it to"):
+        load_network("dinov2")
 
 
 def test_without_the_package_efficientnet_says_what_to_install(monkeypatch):
