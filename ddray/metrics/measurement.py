@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from ddray.errors import ConfigError, one_line
-from ddray.metrics.frechet import FeatureSums
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums
 from ddray.metrics.inception_score import SPLITS, ScoreSums
 from ddray.metrics.kid import SUBSET_SIZE, kernel_distance
 from ddray.metrics.network import LOGITS, POOL, SPATIAL, FeatureNetwork
@@ -207,6 +207,7 @@ class Measurement:
         self._sums: dict[str, FeatureSums | None] = {
             metric.layer: None for metric in self.metrics.values() if metric.kind == "frechet"
         }
+        self._statistics: dict[str, FeatureStatistics] = {}
         self._keeps_rows = bool(kinds & {"kernel", "manifold"})
         self._rows: list[npt.NDArray[np.float16]] = []
         self._splits = SPLITS[splits](count) if "score" in kinds else None
@@ -254,10 +255,9 @@ class Measurement:
         manifolds = None
         for name, metric in self.metrics.items():
             if metric.kind == "frechet":
-                sums = self._sums[metric.layer]
-                assert sums is not None and self.reference is not None
+                assert self.reference is not None
                 found[metric.key] = self.reference.statistics[metric.layer].distance(
-                    sums.statistics()
+                    self._statistics_of(metric.layer)
                 )
             elif metric.kind == "score":
                 assert self._score is not None
@@ -272,14 +272,21 @@ class Measurement:
                 found[metric.key] = getattr(manifolds, name.partition("_")[0])
         return found
 
+    def _statistics_of(self, layer: str) -> FeatureStatistics:
+        """Of all images; the sums are dropped, which are as large."""
+        sums = self._sums.pop(layer, None)
+        if sums is not None:
+            self._statistics[layer] = sums.statistics()
+        return self._statistics[layer]
+
     def warnings(self) -> list[str]:
         """What a reader of the numbers should know of the number of images."""
         said = []
-        for layer, sums in self._sums.items():
-            if sums is not None and self.count <= len(sums.mean):
+        for layer, moments in (self._sums | self._statistics).items():
+            if moments is not None and self.count <= len(moments.mean):
                 said.append(
-                    f"{self.count} images for {len(sums.mean)} {layer} features: the covariance is "
-                    "singular and the distance too large; compare it only at the same count"
+                    f"{self.count} images for {len(moments.mean)} {layer} features: the covariance "
+                    "is singular and the distance too large; compare it only at the same count"
                 )
         few = min(self.count, len(self._real)) if self._real is not None else _ADM_IMAGES
         if few < _ADM_IMAGES and any(m.kind == "manifold" for m in self.metrics.values()):
