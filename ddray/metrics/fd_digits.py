@@ -15,6 +15,7 @@ from torch import Tensor
 from ddray.method.model import Model
 from ddray.metrics.digits_classifier import DigitsClassifier
 from ddray.metrics.frechet import FeatureStatistics, FeatureSums
+from ddray.metrics.pixels import eight_bit
 from ddray.storage.checkpoint import fingerprint, load_folder, load_into
 
 
@@ -23,8 +24,7 @@ def classify(classifier: DigitsClassifier, images: Tensor) -> tuple[Tensor, Tens
     features, classes = [], []
     with torch.inference_mode():
         for chunk in images.split(500):
-            pixels = (chunk.clamp(0, 1) * 255).round() / 255
-            features.append(classifier.features(pixels))
+            features.append(classifier.features(eight_bit(chunk).float() / 255))
             classes.append(classifier.classes(features[-1]).argmax(-1))
     return torch.cat(features), torch.cat(classes)
 

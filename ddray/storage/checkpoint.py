@@ -324,5 +324,6 @@ def fingerprint(module: nn.Module, optional: frozenset[str] = frozenset()) -> st
     for name, tensor in sorted(module.state_dict().items()):
         if name not in optional:
             digest.update(f"{name} {tensor.dtype} {[*tensor.shape]};".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            numbers = tensor.detach().cpu().contiguous().flatten()  # a scalar has no view as bytes
+            digest.update(numbers.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -49,6 +49,13 @@ def test_the_distance_of_commuting_covariances_is_that_of_their_roots():
     assert a.distance(b) == pytest.approx(1 + 1 + 4)
 
 
+def test_the_distance_loses_no_digits_where_features_outnumber_images():
+    # Of rank one, in 40 dimensions: tr (u u^T v v^T)^(1/2) = |u . v|.
+    u, v = np.random.default_rng(0).normal(size=(2, 40))
+    a, b = gaussian(u, np.outer(u, u)), gaussian(u, np.outer(v, v))
+    assert a.distance(b) == pytest.approx(u @ u + v @ v - 2 * abs(u @ v), rel=1e-12)
+
+
 def test_the_distance_to_itself_is_zero():
     a = random_gaussian(1)
     assert a.distance(a) == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,186 @@
+"""Our figures beside those of pytorch-fid and torch-fidelity, on the same files and weights.
+
+    python benchmarks/bench_metrics.py [--images 2000] [--device cuda] [--json FILE]
+
+Weights are random ones in the layout of the published file, unless --inception names it: what is
+compared are programs, and they must agree whatever the weights. Images are two sets of coloured
+clouds in 8-bit PNG. Needs the extra `evaluation`. The square root of pytorch-fid takes minutes on
+few cores; it fails with SciPy 1.18, where its row is left out.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import frame
+import torch
+import torch_fidelity
+from frame import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from ddray.metrics.inception import WEIGHTS_FILE, Inception, empty_inception
+from ddray.metrics.kid import kernel_distance
+from ddray.metrics.measurement import Measurement, ShardFeatures
+from ddray.metrics.network import LOGITS, POOL, SPATIAL
+from ddray.metrics.reference import Reference
+
+METRICS = ("fid", "sfid", "is", "precision", "recall")
+THEIRS = {
+    "fid": "frechet_inception_distance",
+    "inception_score": "inception_score_mean",
+    "kid": "kernel_inception_distance_mean",
+    "precision": "precision",
+    "recall": "recall",
+}
+SHARD, SIDE = 500, 64
+
+
+def random_weights(file: Path) -> None:
+    """Weights that keep features about one, under the published names."""
+    torch.manual_seed(0)
+    network = empty_inception().to_empty(device="cpu")
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.reset_parameters()
+            nn.init.normal_(module.bias, std=0.2)
+    torch.save(network.state_dict(), file)
+
+
+def clouds(count: int, seed: int) -> Tensor:
+    """Images uint8 [N, 64, 64, 3] of smooth colours."""
+    draws = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 6 + seed, 6 + seed, generator=draws)
+    smooth = nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round().byte().movedim(1, -1)
+
+
+def write_folder(folder: Path, images: Tensor) -> str:
+    """The images as a flat folder, which all programs read."""
+    folder.mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image.numpy()).save(folder / f"{k:06d}.png")
+    return str(folder)
+
+
+def shards(network: Inception, images: Tensor) -> list[ShardFeatures]:
+    """Features of all layers, shard by shard."""
+    return [
+        ShardFeatures.of(network, part, k * SHARD, (POOL, SPATIAL, LOGITS))
+        for k, part in enumerate(images.split(SHARD))
+    ]
+
+
+def ours(
+    network: Inception, samples: Tensor, real: Tensor, subset: int
+) -> tuple[dict[str, float], float]:
+    """Our figures, and the seconds that the features took."""
+    made: list[ShardFeatures] = []
+    seconds = frame.seconds_of(lambda: made.extend(shards(network, samples)))
+    reference = measured_reference(network, real)
+    assert reference.features is not None
+    measurement = Measurement(
+        METRICS, len(samples), reference, reference.features, splits="torch-fidelity"
+    )
+    for shard in made:
+        measurement.add(shard)
+    rows = torch.cat([torch.from_numpy(shard.layers[POOL]) for shard in made]).half().numpy()
+    kid = kernel_distance(rows, reference.features, subset_size=subset)
+    return measurement.results() | {"kid": kid}, seconds
+
+
+def measured_reference(network: Inception, real: Tensor) -> Reference:
+    """The second set as a reference."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "real.npz"
+        file.write_bytes(Reference("", {}).to_bytes(real.numpy()))
+        return Reference.load(str(file)).completed(network)
+
+
+def pytorch_fid(place: Path, weights: Path, folders: list[str], device: str) -> float | None:
+    """What its command prints; None if it fails."""
+    checkpoints = place / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / WEIGHTS_FILE).symlink_to(weights.resolve())
+    done = subprocess.run(
+        [sys.executable, "-m", "pytorch_fid", "--device", device, "--num-workers", "0", *folders],
+        env={**os.environ, "TORCH_HOME": str(place)},
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"FID:\s+(\S+)", done.stdout)
+    if not found:
+        print("pytorch-fid failed:", done.stderr.strip().splitlines()[-1], file=sys.stderr)
+    return float(found[1]) if found else None
+
+
+def relative(found: float, theirs: float) -> float:
+    """How far apart two figures are, of theirs."""
+    return abs(found - theirs) / abs(theirs) if theirs else abs(found)
+
+
+def compare(args: Any, place: Path) -> tuple[list[Figure], dict[str, float]]:
+    """All rows, and our figures with TensorFlow's resize."""
+    weights = args.inception or place / "weights.pth"
+    if args.inception is None:
+        random_weights(weights)
+    samples, real = clouds(args.images, 0), clouds(args.images, 1)
+    folders = [write_folder(place / name, s) for name, s in (("a", samples), ("b", real))]
+    subset = min(1000, args.images // 2)
+    given = {"any_weights": True, "device": args.device}
+    figures = []
+    network = Inception(weights, **given)
+    mine, seconds = ours(network, samples, real, subset)
+    figures.append(Figure("features (images/s)", args.images / seconds))
+    if (theirs := pytorch_fid(place, weights, folders, args.device)) is not None:
+        figures.append(Figure("fid, from pytorch-fid's", relative(mine["fid"], theirs), most=1e-4))
+    mine, _ = ours(Inception(weights, resize="tensorflow", **given), samples, real, subset)
+    with contextlib.redirect_stdout(sys.stderr):
+        others = torch_fidelity.calculate_metrics(
+            input1=folders[0],
+            input2=folders[1],
+            **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
+            feature_extractor="inception-v3-compat",
+            feature_extractor_weights_path=str(weights),
+            kid_subset_size=subset,
+            cuda=args.device == "cuda",
+            cache=False,
+            verbose=False,
+        )
+    for key, name in THEIRS.items():
+        apart = relative(mine[key], others[name])
+        figures.append(Figure(f"{key}, from torch-fidelity's", apart, most=1e-3))
+    return figures, mine
+
+
+def main() -> None:
+    """Print how far apart the programs are, as a share of theirs."""
+    parser = frame.arguments(__doc__)
+    parser.add_argument("--images", type=int, default=2000, help="of each of the two sets")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights; default: random")
+    args = parser.parse_args()
+    where = frame.about("torch", "torch_fidelity", device=args.device)
+    with tempfile.TemporaryDirectory() as place:
+        figures, mine = compare(args, Path(place))
+    weights = str(args.inception or "random")
+    rows = [figure.row() for figure in figures]
+    result = {"images": args.images, "inception": weights, **where, "ours": mine, "rows": rows}
+    headline = f"{args.images} images of each set, {weights} weights, shares of theirs"
+    frame.tell(result, headline, frame.figures_table(figures))
+    frame.write(args.json, result)
+    frame.stop_if_missed(figures)
+
+
+if __name__ == "__main__":
+    main()
