@@ -81,10 +81,10 @@ def decoder_dtype(dtype: str) -> str:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 NetworkDtype = Annotated[
-    Dtype,
+    Literal["auto", "float32", "tf32", "bfloat16", "float16"],
     Field(
-        description="of networks and decoder (of that float32 where float16 is asked for); auto = "
-        "bfloat16 on a GPU that has it, else float32"
+        description="of networks and decoder (of that never float16); auto = bfloat16 on a GPU that "
+        "has it, else float32; tf32 is of GPUs"
     ),
 ]
 

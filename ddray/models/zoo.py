@@ -72,7 +72,14 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     on_old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < _BFLOAT16_FROM
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and not on_old_gpu else torch.float32
-    if dtype is None:
+    if dtype == "tf32":
+        if device.type != "cuda" or on_old_gpu:
+            raise ConfigError(
+                "dtype=tf32 is of GPUs from compute capability 8.0 on; give float32 here"
+            )
+        # Of the process, as torch has it; what must be true float32 says so itself.
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if dtype in (None, "tf32"):
         return torch.float32
     if on_old_gpu and dtype in ("bfloat16", torch.bfloat16):
         raise ConfigError(
@@ -81,7 +88,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
         )
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16")
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, float32, tf32, bfloat16, float16")
     return chosen
 
 
@@ -218,7 +225,7 @@ def load_teacher(
         tokenizer: weights of the tokenizer, likewise.
         device: "auto" = CUDA if there is one.
         dtype: of the network; None = float32, "auto" = bfloat16 on a GPU that multiplies it, else
-            float32.
+            float32; "tf32" = float32 whose products are rounded to TF32, on a GPU alone.
         decode_dtype: of the tokenizer's decoder, likewise, but not float16.
 
     Returns:

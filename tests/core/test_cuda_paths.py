@@ -33,6 +33,7 @@ from ddray.method.flow import full_float32
 from ddray.method.model import Model, Tokenizer
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
+from ddray.models import zoo
 from ddray.models.zoo import load_student, load_teacher
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.images.making import make_plan, planned_student
@@ -344,6 +345,26 @@ def test_a_decoder_of_16_bits_stays_on_the_device_and_gives_float32(pair: Pair) 
         images = tokenizer.decode(torch.zeros(shape, device="cuda"))
         assert pair.gpu.holds(images) and images.dtype == torch.float32
         assert not meter.waits
+
+
+def test_tf32_is_a_choice_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert EvaluateConfig(dtype="tf32").dtype == "tf32"
+    refusal = "dtype=tf32 is of GPUs from compute capability 8.0 on; give float32 here"
+    with pytest.raises(ConfigError, match=refusal):
+        load_teacher("digits-var", device="cpu", dtype="tf32")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    gpu = torch.device("cuda")
+    with pytest.raises(ConfigError, match=refusal):
+        zoo._dtype("tf32", gpu)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0))
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        assert zoo._dtype("tf32", gpu) == torch.float32 and products.fp32_precision == "tf32"
+        with full_float32(gpu):
+            assert products.fp32_precision == "ieee"  # the transport, and VAR's sums of codes
+    finally:
+        products.fp32_precision = before
 
 
 def test_true_float32_is_of_convolutions_too() -> None:

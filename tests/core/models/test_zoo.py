@@ -235,7 +235,7 @@ def test_an_unknown_device_or_dtype_is_refused():
     with pytest.raises(ConfigError, match="device='gpu' is unknown"):
         load(device="gpu")
     with pytest.raises(
-        ConfigError, match="dtype='int8' is not one of auto, float32, bfloat16, float16"
+        ConfigError, match="dtype='int8' is not one of auto, float32, tf32, bfloat16, float16"
     ):
         load(dtype="int8")
     if not torch.cuda.is_available():
