@@ -83,8 +83,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 NetworkDtype = Annotated[
     Literal["auto", "float32", "tf32", "bfloat16", "float16"],
     Field(
-        description="of networks and decoder (of that never float16); auto = bfloat16 on a GPU that "
-        "has it, else float32; tf32 is of GPUs"
+        description="of networks and decoder (of that never float16); auto = bfloat16 on a GPU "
+        "that has it, else float32; tf32 is of GPUs"
     ),
 ]
 
