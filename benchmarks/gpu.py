@@ -194,6 +194,7 @@ def models(size: Size) -> Iterator[tuple[str, dict[str, Any]]]:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             command = [sys.executable, str(ROOT / "benchmarks" / "bench_models.py"), name]
             command += [*size.weights, "--device", size.device, "--dtype", size.dtype]
+            command += ["--decode-dtype", size.dtype]
             command += ["--seconds", str(size.seconds), "--json", file.name]
             command += ["--batch", *map(str, size.batches)]
             subprocess.run(command, check=True, cwd=ROOT)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddray.errors import CheckpointError, ConfigError
+from ddray.errors import CheckpointError, ConfigError, one_line
 from ddray.method.model import Tokenizer
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
@@ -59,13 +59,22 @@ def _device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device={device!r}, but there is no CUDA device of that number here "
-            f"({torch.cuda.device_count()} in all)"
+            f"({torch.cuda.device_count()} in all){_said_by_driver()}"
         )
     if chosen.type == "cuda":
         # cuDNN makes a plan for every number of keys, 25 ms each; a decoder's grows with each
         # token. Where torch would prefer it depends on GPU and release, and so would the bits.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return chosen
+
+
+def _said_by_driver() -> str:
+    """Why there is no GPU at all, such as a driver older than the CUDA that torch was built for."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        return f": {one_line(error)}"
+    return ""
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddray.config.base import decoder_dtype
 from ddray.errors import ConfigError
+from ddray.method.memory import in_memory
 from ddray.method.schedule import TEACHER_ALONE
 from ddray.method.seeding import noise
 from ddray.method.student import Student
@@ -189,9 +190,11 @@ class Renderer:
         if order.features is not None:
             features_NTD, mask_NT = map(torch.from_numpy, order.features)
             given = features_NTD, mask_NT
-        codes = self._codes(jobs, order.schedule, given)
-        if order.content == "pixels":
-            return _pixels(self.student.decode(codes))
+        advice = "make the set anew with a smaller batch_size"
+        with in_memory(len(jobs), self.student.device, advice):
+            codes = self._codes(jobs, order.schedule, given)
+            if order.content == "pixels":
+                return _pixels(self.student.decode(codes))
         if not codes.is_floating_point():
             return codes.cpu().numpy()
         tokens: Tensor = self.student.tokenizer.module.nearest(codes)
@@ -199,7 +202,9 @@ class Renderer:
 
     def _pass(self, jobs: Sequence[ImageJob], schedule: str) -> Tensor:
         """Images float32 [N, C, H, W] of one forward pass."""
-        return self.student.decode(self._codes(jobs, schedule))
+        advice = "lower max_batch_size, or give dtype=bfloat16"
+        with in_memory(len(jobs), self.student.device, advice):
+            return self.student.decode(self._codes(jobs, schedule))
 
     def _codes(
         self, jobs: Sequence[ImageJob], schedule: str, given: AskedFor | None = None

@@ -22,14 +22,6 @@ def out_of_memory(error: BaseException, config: DistillConfig, workers: int) -> 
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was what a worker did not get."""
-    # PyTorch has no class of its own for a CPU that has none left.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write failed for want of space."""
     # PyTorch reports its own failed write, and Arrow its own, both without the reason's number.

@@ -31,6 +31,7 @@ from ddray.distillation.order import check_state
 from ddray.distillation.step import Agreement, Means, TrainingStep
 from ddray.distillation.stream import Batch, open_stream
 from ddray.errors import DDRayError, StorageError, TrainingError, one_line
+from ddray.method.memory import is_out_of_memory
 from ddray.models.zoo import continue_student, load_teacher, new_student
 from ddray.runtime.training.checkpoints import (
     STATE_FILE,
@@ -39,7 +40,7 @@ from ddray.runtime.training.checkpoints import (
     newest_whole,
 )
 from ddray.runtime.training.engine import Engine, whole_weights
-from ddray.runtime.training.failures import is_full_disk, is_out_of_memory, out_of_memory
+from ddray.runtime.training.failures import is_full_disk, out_of_memory
 from ddray.runtime.training.watchdog import Watchdog
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ddray.config.sampling import SampleConfig
+from ddray.method.memory import in_memory
 from ddray.method.teacher import AskedFor, Teacher
 from ddray.models.zoo import load_teacher
 from ddray.sets.making import planned_fields, require_planned
@@ -60,15 +61,16 @@ def sample_rows(
         cond: what the rows are asked for by; None = the plan's classes.
     """
     index = np.arange(rows.start, rows.stop)
-    tokens = teacher.trajectories(
-        torch.from_numpy(plan.label(index)) if cond is None else cond,
-        torch.from_numpy(index),
-        seed=plan.seed,
-        cfg=plan.cfg,
-        top_k=plan.top_k,
-        top_p=plan.top_p,
-        temperature=plan.temperature,
-        solver=plan.solver,
-        num_evals=plan.num_evals,
-    )
+    with in_memory(len(rows), teacher.device, "make the set anew with a smaller batch_size"):
+        tokens = teacher.trajectories(
+            torch.from_numpy(plan.label(index)) if cond is None else cond,
+            torch.from_numpy(index),
+            seed=plan.seed,
+            cfg=plan.cfg,
+            top_k=plan.top_k,
+            top_p=plan.top_p,
+            temperature=plan.temperature,
+            solver=plan.solver,
+            num_evals=plan.num_evals,
+        )
     return tokens.cpu().numpy()
