@@ -169,7 +169,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_memory_does_not_grow_with_the_images():
     done = subprocess.run(
         [sys.executable, "-c", STREAM % 4],

@@ -78,7 +78,7 @@ def write_folder(folder, images):
     return str(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # half a minute of Inception
 def test_statistics_are_those_of_the_command_of_pytorch_fid(tmp_path, inception_file):  # noqa: F811
     images = photographs(6, (32, 32))
     folder = write_folder(tmp_path / "images", images)
@@ -103,7 +103,7 @@ def test_statistics_are_those_of_the_command_of_pytorch_fid(tmp_path, inception_
     assert np.trace(ours.covariance) == pytest.approx(spread, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_figures_of_the_same_files_are_those_of_torch_fidelity(tmp_path, inception_file):  # noqa: F811
     torch_fidelity = pytest.importorskip("torch_fidelity")
     made, real = photographs(12, (32, 32)), photographs(11, (32, 32), seed=1)
