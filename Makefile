@@ -52,11 +52,10 @@ test-ray: $(READY) ## tests on a real local Ray, and the slow ones without
 	$(BIN)/python -m pytest tests/runtime tests/core -m "(ray or slow) and not chaos" -n 2 --dist loadfile $(ARGS)
 
 # pytest exits with 5 when it collected no test: for an optional tier that is no failure.
-optional_tier = $(BIN)/python -m pytest -m $(1) $(ARGS) || { rc=$$?; [ $$rc -eq 5 ] || exit $$rc; echo "No $(firstword $(1)) tests here: nothing to run."; }
+optional_tier = $(BIN)/python -m pytest -m "$(1)" $(ARGS) || { rc=$$?; [ $$rc -eq 5 ] || exit $$rc; echo "No $(1) tests here: nothing to run."; }
 
-# Two at a time: they wait for processes to start and to be found dead.
 test-smoke: $(READY) ## of the slow tests the few that would catch most
-	@$(call optional_tier,smoke -n 2 --dist loadfile)
+	@$(call optional_tier,smoke)
 
 test-chaos: $(READY) ## all slow tests: they kill workers and nodes, or drive a browser
 	@$(call optional_tier,chaos)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +90,21 @@ class Service:
         """Replicas that have ever become warm; their log says so."""
         return sum(
             log.read_text("utf-8", "replace").count("warmed up in")
-            for log in self._logs().glob("replica_ddray_students_*.log")
+            for log in self._logs.glob("replica_ddray_students_*.log")
         )
 
     def accesses(self) -> list[dict[str, Any]]:
         """What the access log holds of image requests."""
         lines = "".join(
             log.read_text("utf-8", "replace")
-            for log in self._logs().glob("replica_ddray_ingress_*.log")
+            for log in self._logs.glob("replica_ddray_ingress_*.log")
         ).splitlines()
         found = [json.loads(line[line.index("{") :]) for line in lines if '{"request_id"' in line]
         return [access for access in found if access["path"] in (FULL, RAW)]
 
+    @cached_property
     def _logs(self) -> Path:
-        """Folder of Serve's logs."""
+        """Folder of Serve's logs; found once, for it outlives whatever names it."""
         for process in self.job.workers("--session_dir="):
             for part in process.cmdline():
                 if part.startswith("--session_dir="):

@@ -31,8 +31,10 @@ pytestmark = pytest.mark.chaos
 
 @pytest.fixture(scope="module")
 def pair(serve: Callable[..., Service]) -> Service:
-    """Two replicas."""
-    return serve("--replicas", "2")
+    """Two replicas, both of them warm: the first alone would answer already."""
+    service = serve("--replicas", "2")
+    wait_until(lambda: service.started() == 2, "second replica that is warm")
+    return service
 
 
 @pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.smoke), 10])
