@@ -10,7 +10,7 @@ from benchmarks.fake_compiler import launches
 from ddray.distillation.losses import judged
 from ddray.models.var_dd import StudentBlock, VARStudentConfig
 
-pytestmark = pytest.mark.slow  # torch's compiler
+pytestmark = pytest.mark.chaos  # torch's compiler, for a quarter of a minute
 
 ROWS, LENGTH, WIDTH = 32, 680, 1024
 

@@ -118,6 +118,7 @@ def test_ray_accepts_the_file_and_adds_nothing_to_install(answers, name):
         assert not node_type.get("worker_setup_commands")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", SPOILT)
 def test_ray_refuses_a_spoilt_file(answers, fault):
     assert isinstance(answers[fault], str)

@@ -167,6 +167,7 @@ def images(documents: list[Document]) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_images_have_the_tag_of_this_version() -> None:
     mine = {name: images(build(name)) - {"redis:7.4.2"} for name in BUILDS}
     assert mine["base"] == {f"{PLACEHOLDER}:{ddray.__version__}"}

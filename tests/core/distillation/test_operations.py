@@ -41,6 +41,7 @@ def test_they_are_those_of_a_step_with_numbers(family: str) -> None:
     assert operations(family) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TEACHERS)
 def test_they_do_not_depend_on_how_the_batch_is_cut(family: str) -> None:
     whole = operations(family)

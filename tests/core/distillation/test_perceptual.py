@@ -185,6 +185,7 @@ def test_lpips_is_that_of_the_package(lpips_file):
     assert black.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_job_with_lpips_reaches_both_heads(lpips_file, monkeypatch):
     monkeypatch.chdir(lpips_file.parent)
     named = {"distance": "lpips", "weights_file": lpips_file.name}

@@ -62,6 +62,7 @@ def _events(out: Path) -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_check_writes_figures_a_picture_and_the_best_student(
     teacher: str, data: str, tmp_path: Path
 ) -> None:

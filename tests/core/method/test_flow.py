@@ -109,6 +109,7 @@ def test_the_default_agrees_with_the_exact_map(mixture_256, solver):
     assert agreement(transport(noise, logits, codes, solver=solver), exact) >= 0.997
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "evals"), [("euler", (6, 24, 96)), ("ab2", (6, 12, 48)), ("ab4", (6, 12, 24))]
 )
@@ -195,6 +196,7 @@ def test_the_weights_of_each_step_add_up_to_its_length(order):
     torch.testing.assert_close(weights.sum(1), torch.tensor(lengths).double())
 
 
+@pytest.mark.slow
 def test_codes_much_closer_than_the_median_share_their_mass_as_p_says():
     codes = torch.tensor([[0.0], [0.01], [1.0], [2.0], [3.0], [4.0]])
     p = torch.tensor([0.25, 0.15, 0.15, 0.15, 0.15, 0.15])

@@ -78,6 +78,7 @@ def test_filters_and_temperature_shape_the_marginal_of_trajectories(one_token):
     assert chi_square_p_value(tokens.flatten().bincount(minlength=8), kept.softmax(-1)) > 0.01
 
 
+@pytest.mark.slow
 def test_sequences_are_distributed_as_the_product_of_the_teachers_conditionals():
     """The joint law of the first two of four tokens, over random noise and over random draws."""
     teacher, n = tiny_teacher(9, vocab_size=4), 20_000

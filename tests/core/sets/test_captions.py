@@ -451,6 +451,7 @@ def test_conditions_that_the_teacher_does_not_take_are_refused(tmp_path: Path) -
     assert encoder_name(folder, opened(plain)) == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_encoder_of_another_width_is_refused(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     transformers.T5Config(d_model=8).save_pretrained(tmp_path)

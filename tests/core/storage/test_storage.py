@@ -344,6 +344,7 @@ def _authenticate_after(endpoint: str, num_calls: str) -> None:
     urllib.request.urlopen(request).close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("endpoint", "message"),
     [("not a url", "Invalid endpoint"), ("http://127.0.0.1:1", "the endpoint cannot be reached")],
