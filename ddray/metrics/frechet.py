@@ -166,9 +166,8 @@ class FeatureSums:
             ConfigError: if it is damaged, or of another extractor.
         """
         try:
-            arrays = load(data)
-            size = int.from_bytes(data[:8], "little")
-            found = json.loads(data[8 : 8 + size])["__metadata__"]["extractor"]
+            arrays, notes = arrays_and_notes(data)
+            found = notes["extractor"]
             sums = cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])
             check_moments(sums.mean, sums.scatter)
         except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -178,6 +177,17 @@ class FeatureSums:
         if found != extractor:
             raise ConfigError(f"made by another extractor ({found[:12]}, not {extractor[:12]})")
         return sums
+
+
+def arrays_and_notes(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays of a safetensors file in memory, and the notes in its header.
+
+    Raises:
+        SafetensorError, ValueError, KeyError, TypeError, RecursionError: if it is damaged.
+    """
+    arrays = load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return arrays, header["__metadata__"]
 
 
 Array = npt.NDArray[np.float64]

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 from torch import Tensor
 
 from ddray.errors import ConfigError, one_line
-from ddray.metrics.frechet import FeatureStatistics, FeatureSums
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums, arrays_and_notes
 from ddray.metrics.inception_score import SPLITS, ScoreSums
 from ddray.metrics.kid import SUBSET_SIZE, kernel_distance
 from ddray.metrics.network import LOGITS, POOL, SPATIAL, FeatureNetwork
@@ -160,9 +160,8 @@ class ShardFeatures:
             ConfigError: if it is damaged, or of another extractor.
         """
         try:
-            layers = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            notes = json.loads(header["__metadata__"]["shard"])
+            layers, header = arrays_and_notes(data)
+            notes = json.loads(header["shard"])
             first, found = int(notes["first"]), str(notes["extractor"])
             if not layers or len({len(rows) for rows in layers.values()}) != 1:
                 raise ValueError("its layers have other numbers of images")
