@@ -27,11 +27,12 @@ from ddray.locations import S3, absolute, local_file
 from ddray.metrics.frechet import FeatureStatistics, FeatureSums, check_moments
 from ddray.metrics.network import POOL, SPATIAL, FeatureNetwork
 from ddray.storage import open_beside
+from ddray.storage.image_array import IMAGES, image_shape
 from ddray.storage.weights_only import load_weights_only
 
 # The names of mean and covariance of each layer.
 _MOMENTS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
-_IMAGES, _FEATURES = "arr_0", "features"
+_FEATURES = "features"
 _BLOCK_IMAGES = 500
 
 
@@ -164,9 +165,9 @@ class Reference:
         with (
             self._open() as file,
             zipfile.ZipFile(file) as archive,
-            archive.open(f"{_IMAGES}.npy") as array,
+            archive.open(f"{IMAGES}.npy") as array,
         ):
-            shape = _image_shape(array)
+            shape = image_shape(array)
             one = int(np.prod(shape[1:]))
             for start in range(0, shape[0], size):
                 count = min(size, shape[0] - start)
@@ -208,7 +209,7 @@ class Reference:
         for name, note in (("extractor", self.extractor), ("network", self.network)):
             if note is not None:
                 arrays[name] = np.array(note)
-        for name, array in ((_FEATURES, self.features), (_IMAGES, images)):
+        for name, array in ((_FEATURES, self.features), (IMAGES, images)):
             if array is not None:
                 arrays[name] = array
         stream = io.BytesIO()
@@ -237,9 +238,9 @@ def _read_numpy(cls: type[Reference], uri: str, file: Any, data: bytes | None) -
     if features is not None and (features.ndim != 2 or features.dtype != np.float16):
         raise ValueError(f"features are {features.dtype} {features.shape}, not float16 [M, D]")
     num_images = 0
-    if _IMAGES in file.files:
-        with file.zip.open(f"{_IMAGES}.npy") as array:
-            num_images = _image_shape(array)[0]
+    if IMAGES in file.files:
+        with file.zip.open(f"{IMAGES}.npy") as array:
+            num_images = image_shape(array)[0]
     if not statistics and not num_images:
         raise ValueError(f"it holds {', '.join(file.files[:5]) or 'nothing'}")
     extractor, network = (
@@ -267,17 +268,3 @@ def _read_torch(uri: str) -> Reference:
 def _statistics(count: int, mean: np.ndarray, covariance: np.ndarray) -> FeatureStatistics:
     check_moments(mean, covariance)
     return FeatureStatistics(count, mean.astype(np.float64), covariance.astype(np.float64))
-
-
-def _image_shape(array: IO[bytes]) -> tuple[int, ...]:
-    """Shape [M, H, W, 3] by the header of an array, which is left at its first pixel."""
-    version = np.lib.format.read_magic(array)
-    header = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, fortran, dtype = header(array)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or (fortran and shape[0]):
-        raise ValueError(f"arr_0 is {dtype} {[*shape]}, not uint8 [M, H, W, 3] in C order")
-    return tuple(shape)

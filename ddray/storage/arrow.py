@@ -6,7 +6,6 @@ takes the text of a URI for escaped: it would be another bucket, or another obje
 
 from __future__ import annotations
 
-import io
 import posixpath
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +14,8 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.fs  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.locations import S3, absolute
-from ddray.storage.base import NotFoundError
-from ddray.storage.s3_client import PART_BYTES, media_type, new_client, read_object, s3_errors
+from ddray.storage.base import NotFoundError, RangedFile
+from ddray.storage.s3_client import PART_BYTES, media_type, new_client, read_part, s3_errors
 
 
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
@@ -123,7 +122,16 @@ class S3Handler(pa.fs.FileSystemHandler):  # type: ignore[misc, unused-ignore]
         info = self._info(path.strip("/"))
         if info.type != pa.fs.FileType.File:
             raise FileNotFoundError(f"no such file: {S3}{path}")
-        return pa.PythonFile(_Reader(self._client(), path, info.size), mode="r")
+        client, (bucket, key) = self._client(), _split(path)
+
+        def read(start: int, size: int) -> bytes:
+            try:
+                with s3_errors("read", S3 + path):
+                    return read_part(client, start, size, Bucket=bucket, Key=key)
+            except NotFoundError as exc:
+                raise FileNotFoundError(str(exc)) from exc
+
+        return pa.PythonFile(RangedFile(read, info.size), mode="r")
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
         """A file to be written, there when it is closed."""
@@ -172,47 +180,6 @@ def _file(path: str, size: int) -> Any:
 
 def _folder(path: str) -> Any:
     return pa.fs.FileInfo(path, pa.fs.FileType.Directory)
-
-
-class _Reader(io.RawIOBase):
-    """An object, read by ranges."""
-
-    def __init__(self, client: Any, path: str, size: int) -> None:
-        self._client, self._path, self._size, self._at = client, path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, start + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        wanted = left if size is None or size < 0 else min(size, left)
-        if not wanted:
-            return b""
-        bucket, key = _split(self._path)
-        part = f"bytes={self._at}-{self._at + wanted - 1}"
-        try:
-            with s3_errors("read", S3 + self._path):
-                data = read_object(self._client, Bucket=bucket, Key=key, Range=part)
-        except NotFoundError as exc:
-            raise FileNotFoundError(str(exc)) from exc
-        self._at += len(data)
-        return data
 
 
 class _Writer:

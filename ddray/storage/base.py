@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from ddray.errors import StorageError
 from ddray.prefetch import in_order
@@ -15,12 +17,26 @@ from ddray.prefetch import in_order
 TEMPORARY = ".tmp-"
 # The probe of `check_writable` fills a disk block, so that a full disk is noticed.
 PROBE = bytes(4096)
+# Of a file that is read here and there: a request for less takes as long.
+BUFFER_BYTES = 2**20
 # Reads under way at once in `read_ahead`: S3 takes tens of milliseconds to begin each of them.
 _READERS = 8
 
 
 class NotFoundError(StorageError):
     """A name that the storage does not hold."""
+
+
+class Stamp(NamedTuple):
+    """What a listing tells of a name.
+
+    Attributes:
+        size: In bytes.
+        etag: A word of the service's that changes with the content; empty for files on disk.
+    """
+
+    size: int
+    etag: str
 
 
 class Storage(ABC):
@@ -53,6 +69,26 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """Return `size` bytes of `name` from byte `start` on; fewer where it ends before.
+
+        Raises:
+            NotFoundError: If there is no such name.
+            StorageError: If it cannot be read.
+        """
+
+    def open_file(self, name: str, size: int, buffer: int = BUFFER_BYTES) -> io.BufferedReader:
+        """Return `name` as a file to be read anywhere; reading raises as `read_range` does.
+
+        Args:
+            name: As for `read`.
+            size: Of the content, as a listing tells it.
+            buffer: Bytes that are read at once.
+        """
+        ranged = RangedFile(lambda start, count: self.read_range(name, start, count), size)
+        return io.BufferedReader(ranged, buffer)
+
+    @abstractmethod
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write `name` atomically and durably; replace it unless `if_absent`.
 
@@ -82,14 +118,22 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """Return name -> size in bytes of all names that begin with `prefix`, sorted.
+    def stamps(self, prefix: str = "") -> dict[str, Stamp]:
+        """Return what a listing tells of all names that begin with `prefix`, sorted.
 
         Temporary names are left out. A folder that does not exist is empty.
 
         Raises:
             StorageError: If the URI cannot be listed.
         """
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Return name -> size in bytes; see `stamps`.
+
+        Raises:
+            StorageError: If the URI cannot be listed.
+        """
+        return {name: stamp.size for name, stamp in self.stamps(prefix).items()}
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -143,7 +187,51 @@ class Storage(ABC):
         """
 
 
-def read_ahead(storage: Storage, names: Iterable[str]) -> Iterator[bytes | None]:
+class RangedFile(io.RawIOBase):
+    """A content of known size as a file, read by ranges.
+
+    Args:
+        read: Gives so many bytes from a start on.
+        size: Of the content.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._at = read, size, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte lies."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, as far as the content goes."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes, in one piece."""
+        left = max(0, self._size - self._at)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = self._read(self._at, wanted) if wanted else b""
+        self._at += len(data)
+        return data
+
+
+def read_ahead(storage: Storage, names: Iterable[str]) -> Generator[bytes | None, None, None]:
     """Yield the contents of the names in their order, reading a few of them ahead.
 
     Yields:

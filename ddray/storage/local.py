@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from ddray.errors import StorageError
-from ddray.storage.base import PROBE, TEMPORARY, NotFoundError, Storage, temporary_name
+from ddray.storage.base import PROBE, TEMPORARY, NotFoundError, Stamp, Storage, temporary_name
 
 
 class LocalStorage(Storage):
@@ -24,6 +24,13 @@ class LocalStorage(Storage):
         path = self.join(name)
         with _local_errors("read", path), open(path, "rb") as file:
             return file.read()
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """Return a part of the content of `name`; see `Storage.read_range`."""
+        path = self.join(name)
+        with _local_errors("read", path), open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
 
     def write(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write by a temporary name, fsync and rename; see `Storage.write`."""
@@ -54,10 +61,10 @@ class LocalStorage(Storage):
                     os.unlink(temporary)
         return True
 
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """Return name -> size of the files below the root; see `Storage.list`."""
+    def stamps(self, prefix: str = "") -> dict[str, Stamp]:
+        """Return name -> size of the files below the root; see `Storage.stamps`."""
         start = os.path.join(self.uri, os.path.dirname(prefix))
-        sizes = {}
+        found = {}
         with _local_errors("list", start):
             for folder, _, files in os.walk(start, onerror=_raise_unless_gone):
                 for file in files:
@@ -66,8 +73,8 @@ class LocalStorage(Storage):
                     if name.startswith(prefix) and not file.startswith(TEMPORARY):
                         # A file may vanish between the listing and the look at its size.
                         with suppress(FileNotFoundError):
-                            sizes[name] = os.stat(path).st_size
-        return dict(sorted(sizes.items()))
+                            found[name] = Stamp(os.stat(path).st_size, "")
+        return dict(sorted(found.items()))
 
     def exists(self, name: str) -> bool:
         """Say whether `name` exists; see `Storage.exists`."""

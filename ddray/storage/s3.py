@@ -10,6 +10,7 @@ from ddray.locations import S3
 from ddray.storage.base import (
     PROBE,
     TEMPORARY,
+    Stamp,
     Storage,
     checked_name,
     temporary_name,
@@ -19,6 +20,7 @@ from ddray.storage.s3_client import (
     media_type,
     new_client,
     read_object,
+    read_part,
     s3_code,
     s3_errors,
 )
@@ -44,6 +46,14 @@ class S3Storage(Storage):
         """Return the content of `name`; see `Storage.read`."""
         with s3_errors("read", self.join(name)):
             return read_object(self._client(), Bucket=self.bucket, Key=self._key(name))
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """Return a part of the content of `name` by one GET; see `Storage.read_range`."""
+        where = {"Bucket": self.bucket, "Key": self._key(name)}
+        if size <= 0:
+            return b""
+        with s3_errors("read", self.join(name)):
+            return read_part(self._client(), start, size, **where)
 
     def link(self, name: str, expires_s: int, media_type: str) -> str:
         """A presigned link to `name`, whether it is there or not.
@@ -98,10 +108,10 @@ class S3Storage(Storage):
                 stream, self.bucket, self._key(name), ExtraArgs=kind, Config=config
             )
 
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """Return name -> size of the keys below the prefix; see `Storage.list`."""
+    def stamps(self, prefix: str = "") -> dict[str, Stamp]:
+        """Return name -> size and ETag of the keys below the prefix; see `Storage.stamps`."""
         start = len(self._key(""))
-        sizes: dict[str, int] = {}
+        found: dict[str, Stamp] = {}
         with s3_errors("list", self.uri):
             pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
@@ -110,8 +120,8 @@ class S3Storage(Storage):
                     is_temporary = name.rpartition("/")[2].startswith(TEMPORARY)
                     # Some tools mark a folder by an empty key that ends in a slash.
                     if name and not name.endswith("/") and not is_temporary:
-                        sizes[name] = int(entry["Size"])
-        return dict(sorted(sizes.items()))
+                        found[name] = Stamp(int(entry["Size"]), str(entry.get("ETag", "")))
+        return dict(sorted(found.items()))
 
     def exists(self, name: str) -> bool:
         """Say whether `name` exists; see `Storage.exists`."""

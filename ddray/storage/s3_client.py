@@ -114,6 +114,24 @@ def read_object(client: Any, **request: Any) -> bytes:
     raise AssertionError("the last attempt returns or raises")
 
 
+def read_part(client: Any, start: int, size: int, **request: Any) -> bytes:
+    """`size` bytes of a content from byte `start` on; fewer where it ends before.
+
+    Args:
+        client: of `new_client`.
+        start: at least 0.
+        size: at least 1.
+        **request: as `get_object` takes it.
+    """
+    try:
+        return read_object(client, Range=f"bytes={start}-{start + size - 1}", **request)
+    except Exception as exc:
+        # There is nothing from `start` on.
+        if s3_code(exc) in ("InvalidRange", "416"):
+            return b""
+        raise
+
+
 _DENIED = "access denied; these credentials need the rights to get, put, list and delete objects"
 _REFUSED = "the credentials are refused; renew them, or check AWS_ENDPOINT_URL"
 _NO_CREDENTIALS = (

@@ -23,6 +23,7 @@ FLOORS = [
     ("runtime.cluster",),
     ("evaluation",),
     ("distillation", "serving", "cost"),
+    ("sources",),
     ("sets.inspection",),
     ("sets.trajectories", "sets.images"),
     ("sets",),
