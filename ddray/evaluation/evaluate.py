@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,6 +52,17 @@ def student_name(schedule: Schedule) -> str:
     return f"student, {steps} step{'s' if steps > 1 else ''}"
 
 
+def _kind(generator: str) -> str:
+    """What a row is of, by its name."""
+    kinds = {
+        RECONSTRUCTION: "reconstruction",
+        AUTOREGRESSIVE: "teacher",
+        TRANSPORTED: "transport",
+        NAIVE: "independent",
+    }
+    return kinds.get(generator, "student")
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` measured.
@@ -75,13 +87,43 @@ class Evaluation:
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What stands above the pictures: their classes."""
+        return tuple(map(str, self.classes))
+
+    @property
+    def shown(self) -> list[tuple[str, npt.NDArray[np.float32]]]:
+        """The pictures as arrays."""
+        return [(name, images.numpy()) for name, images in self.pictures]
+
     def summary(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON values."""
+        largest = max(
+            (key for key in self.speed[0] if key.startswith("batch_")),
+            key=lambda key: int(key.removeprefix("batch_")),
+        )
+        seconds = {row["generator"]: 1 / row[largest] for row in self.speed}
+        quality = [
+            {
+                **row,
+                "kind": _kind(row["generator"]),
+                "settings": {},
+                "seconds_per_image": seconds.get(row["generator"]),
+                "warnings": [],
+            }
+            for row in self.quality
+        ]
+        shown = ("student", "teacher", "count", "seed", "cfg", "dtype", "num_gpus")
         return {
-            "quality": self.quality,
+            "quality": quality,
+            "leading": "fd_digits",
             "speed": self.speed,
             "transport": self.transport,
+            "worst_classes": {},
+            "published": [],
             "protocol": self.protocol,
+            "settings": {key: self.settings[key] for key in shown if key in self.settings},
             "seconds": round(self.seconds, 1),
         }
 

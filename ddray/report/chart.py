@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 COLOURS = 6  # of lines, in report.css
 
-_WIDTH, _HEIGHT = 10.5, 4.4  # inches of 72 points
+_SIZE = (10.5, 4.4)  # inches of 72 points
 # What matplotlib is told in place of colours of the page, which are other ones in the dark.
 _LINES = [f"#00000{k + 1}" for k in range(COLOURS)]
 TEXT, SOFT, RULE, PAGE = "#00000a", "#00000b", "#00000c", "#00000d"
@@ -63,13 +63,15 @@ class Curve:
     y: Sequence[float]
 
 
-def draw(plot: Callable[["Axes"], None], description: str, *, height: float = _HEIGHT) -> Markup:
+def draw(
+    plot: Callable[["Axes"], None], description: str, size: tuple[float, float] = _SIZE
+) -> Markup:
     """An inline SVG of one pair of axes.
 
     Args:
         plot: draws into the axes, lines in `line_style`.
         description: for those who do not see it.
-        height: in inches, of which the chart is 10.5 wide.
+        size: width and height in inches.
 
     Returns:
         The element, without ids of its own: a page may hold several.
@@ -78,14 +80,14 @@ def draw(plot: Callable[["Axes"], None], description: str, *, height: float = _H
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure((_WIDTH, height), dpi=72, layout="constrained")
+        figure = Figure(size, dpi=72, layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
         plot(axes)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    return _inline(stream.getvalue(), description, height)
+    return _inline(stream.getvalue(), description, size)
 
 
 def line_style(k: int) -> dict[str, Any]:
@@ -111,15 +113,17 @@ def log_scale(axes: "Axes", name: str, low: float, high: float) -> None:
 
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=9))
+    spans = ((10, (1, 1.5, 2, 3, 5, 7)), (1000, (1, 2, 5)))
+    steps = next((steps for span, steps in spans if high < span * low), (1,))
+    axis.set_major_locator(LogLocator(subs=steps, numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
 
-def _inline(text: str, description: str, inches: float) -> Markup:
+def _inline(text: str, description: str, size: tuple[float, float]) -> Markup:
     """A file of SVG as an element of HTML."""
-    width, height = 72 * _WIDTH, 72 * inches
+    width, height = (72 * inches for inches in size)
     inner = text[text.index(">", text.index("<svg")) + 1 :]
     for stand_in, colour in _PAGE.items():
         inner = inner.replace(stand_in, colour)
