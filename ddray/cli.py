@@ -236,8 +236,11 @@ def _evaluate(config: Any) -> None:
 
         cap_threads()
     evaluation = evaluate(config)
+    summary, pictures = evaluation.summary(), evaluation.shown
     report = build_report(
-        evaluation,
+        summary,
+        pictures,
+        evaluation.columns,
         title="A student beside its teacher",
         subtitle=config.student,
         settings={"evaluate": config.model_dump(mode="json")},
@@ -247,8 +250,8 @@ def _evaluate(config: Any) -> None:
             )
         ],
     )
-    write_evaluation(config.out, evaluation, report, evaluation.summary())
-    print(tables_as_text(evaluation))
+    write_evaluation(config.out, summary, report, pictures, evaluation.columns)
+    print(tables_as_text(summary))
 
 
 def _serve(config: Any) -> None:
