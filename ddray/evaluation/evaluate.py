@@ -7,7 +7,7 @@ page is made in `ddray.evaluation.report`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,9 @@ from ddray.evaluation.judging import Judgement
 from ddray.evaluation.look import Look
 from ddray.evaluation.making import FeatureMaker
 from ddray.evaluation.plan import Generator
-from ddray.evaluation.planning import (
-    AUTOREGRESSIVE,
-    NAIVE,
-    RECONSTRUCTION,
-    Judge,
-    Preparation,
-)
+from ddray.evaluation.planning import Judge, Preparation
 from ddray.evaluation.published_tables import published_rows
+from ddray.evaluation.rows import NAIVE, RECONSTRUCTION
 from ddray.metrics.fd_digits import DigitsNetwork
 from ddray.metrics.measurement import METRICS
 from ddray.models.zoo import METRIC_FOLDER
@@ -58,9 +53,6 @@ class Evaluation:
         """Rows of the table."""
         rows: list[dict[str, Any]] = self.summary["quality"]
         return rows
-
-
-Fill = Callable[[FeatureSet], None]
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -335,6 +327,3 @@ def _of_judge(judge: Judge, config: EvaluateConfig) -> str:
         splits = {"adm": "of 5000 in order", "torch-fidelity": "ten, shuffled"}[config.splits]
         told += f"; splits of the score: {splits}"
     return told + "."
-
-
-__all__ = ["AUTOREGRESSIVE", "Evaluation", "conclude", "evaluate"]

@@ -23,7 +23,7 @@ from ddray.method.teacher import AskedFor, Teacher
 from ddray.metrics.digits import Digits, load_digits, reference_digits
 from ddray.metrics.pixels import eight_bit
 from ddray.models.text_encoder import TextEncoder
-from ddray.models.zoo import load_student, load_teacher
+from ddray.models.zoo import load_masked, load_student, load_teacher
 from ddray.sets.captions import read_captions
 from ddray.sets.conditions import Conditions, load_encoder
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
@@ -110,6 +110,11 @@ class Generators:
         return self._checked("student", load_student)
 
     @cached_property
+    def masked(self) -> Masked:
+        """The plan's model of masked decoding."""
+        return self._checked("masked", load_masked)
+
+    @cached_property
     def trajectories(self) -> TrajectorySet | None:
         """The set whose rows stand for the teacher's by transport; None where none is given."""
         uri = self.plan.models.get("data")
@@ -138,7 +143,7 @@ class Generators:
     def model_of(self, generator: Generator) -> Model:
         """Whose decoder makes pixels."""
         if generator.kind in ("student", "masked"):
-            return getattr(self, generator.kind)  # type: ignore[no-any-return]
+            return getattr(self, generator.kind)
         return self.teacher
 
     def labels(self, generator: Generator, rows: range) -> npt.NDArray[np.int64] | None:
@@ -181,7 +186,7 @@ class Generators:
             labels = asked if isinstance(asked, Tensor) else torch.zeros(len(index)).long()
             size = len(self.teacher.codebook)
             return independent_tokens(self.known, labels, index, self.plan.seed, size)
-        return self.masked.generate(asked, **drawn, **settings)  # type: ignore[no-any-return]
+        return self.masked.generate(asked, **drawn, **settings)
 
     def decode(self, generator: Generator, content: Tensor) -> Tensor:
         """Images float32 [B, C, H, W] in [0, 1] of tokens or codes."""

@@ -15,7 +15,8 @@ from ddray.errors import ConfigError
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
 from ddray.evaluation.plan import SOURCES, Extractor, Generator
-from ddray.evaluation.planning import AUTOREGRESSIVE, Judge
+from ddray.evaluation.planning import Judge
+from ddray.evaluation.rows import AUTOREGRESSIVE
 from ddray.metrics.frechet import FeatureSums
 from ddray.metrics.measurement import METRICS, Measurement, ShardFeatures
 from ddray.metrics.network import POOL, SPATIAL

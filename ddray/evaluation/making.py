@@ -31,8 +31,13 @@ _Features = dict[str, dict[str, npt.NDArray[np.float32]]]
 class Batches(Protocol):
     """Work on the device, batch by batch, in order: here, or on a thread of its own."""
 
-    def __call__(self, make: Callable[[T], R], orders: Iterable[T]) -> Iterator[R]:
+    def __call__(self, make: Callable[[T], R], orders: Iterable[T], /) -> Iterator[R]:
         """What `make` returns for each order."""
+
+
+def one_by_one(make: Callable[[T], R], orders: Iterable[T], /) -> Iterator[R]:
+    """Work here."""
+    yield from map(make, orders)
 
 
 def load_extractor(extractor: Extractor, device: str) -> FeatureNetwork:
@@ -68,7 +73,7 @@ class FeatureMaker:
         features: FeatureSet,
         device: str,
         generators: Generators | None = None,
-        batches: Batches = map,
+        batches: Batches = one_by_one,
     ):
         self._features, self._plan, self._batches = features, features.plan, batches
         self.generators = generators or Generators(features, device)
@@ -198,15 +203,3 @@ def coloured(images: Tensor, network: FeatureNetwork) -> Tensor:
             raise ConfigError(f"{network.name} judges grey images, and these have colours")
         return grey
     return images
-
-
-def fill_here(features: FeatureSet, maker: FeatureMaker, advance: Callable[[int], None]) -> None:
-    """Do what is missing in this process.
-
-    Args:
-        features: the evaluation.
-        maker: does it.
-        advance: told the images of each task that is done.
-    """
-    for k in features.missing():
-        advance(maker.do(k))

@@ -3,7 +3,6 @@
 All that can be known without work is known here, on the driver, before a GPU is held.
 """
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,18 +14,16 @@ from ddray.config.evaluation import EvaluateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError
 from ddray.evaluation.feature_set import FeatureSet
-from ddray.evaluation.generators import reconstructed_digits
 from ddray.evaluation.making import source_settings
 from ddray.evaluation.plan import EvaluationPlan, Extractor, Generator
+from ddray.evaluation.rows import SAMPLES, Rows
 from ddray.method.model import Model
-from ddray.method.schedule import num_steps, parse_schedule
-from ddray.method.teacher import Teacher
 from ddray.metrics.fd_digits import DigitsNetwork, makes_digits
 from ddray.metrics.loading import load_network
 from ddray.metrics.measurement import METRICS, check_metrics
 from ddray.metrics.network import FeatureNetwork
 from ddray.metrics.reference import Reference
-from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
+from ddray.models.zoo import METRIC_FOLDER, load_masked, load_student, load_teacher
 from ddray.sets.batch_size import batch_size
 from ddray.sets.captions import Cut, cut_captions
 from ddray.sets.conditions import check_encoder, encoder_name, open_captions
@@ -34,13 +31,6 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.sources import ImageSource, open_source
 from ddray.storage import open_storage
 from ddray.storage.caption_file import CaptionFile
-
-AUTOREGRESSIVE = "teacher, autoregressive"
-TRANSPORTED = "teacher, by transport"
-NAIVE = "independent tokens"
-RECONSTRUCTION = "tokenizer reconstruction"
-SAMPLES = "samples"
-"""Names of rows."""
 
 _REFERENCE_FILES = (".npz", ".pth", ".pt")
 
@@ -61,13 +51,6 @@ class Judge:
     metrics: tuple[str, ...]
     reference: Reference | None = None
     measured: Generator | None = None
-
-
-def student_name(schedule: str, stages: int) -> str:
-    """Name of a student's row."""
-    steps = num_steps(parse_schedule(schedule, stages))
-    plural = f"student, {steps} step{'s' if steps > 1 else ''}"
-    return f"{plural} ({schedule})" if "teacher" in schedule else plural
 
 
 class Preparation:
@@ -94,8 +77,6 @@ class Preparation:
         self.judges = self._judges()
         self.plan = self._plan()
 
-    # ---- models
-
     def _load(self) -> None:
         config = self.config
         dtypes = {"dtype": config.network_dtype, "decode_dtype": config.pixel_dtype}
@@ -106,8 +87,6 @@ class Preparation:
         if teacher_name and (wanted - {"student", "masked"} or self._schedules_have_teacher()):
             self.models["teacher"] = load_teacher(teacher_name, device=self._device, **dtypes)
         if config.masked is not None:
-            from ddray.models.zoo import load_masked
-
             self.models["masked"] = load_masked(config.masked, device=self._device, **dtypes)
         first = next(iter(self.models.values()))
         for role, model in self.models.items():
@@ -192,124 +171,11 @@ class Preparation:
             return tuple(plan.label(np.arange(turn)).tolist())
         return tuple(range(model.num_classes))
 
-    # ---- rows
-
     def _rows(self) -> tuple[Generator, ...]:
         if self.source is not None:
             return (self._of_source(SAMPLES, "samples", self.source, self._sample_count()),)
-        makers = {
-            "reconstruction": self._reconstructions,
-            "teacher": self._teachers,
-            "transport": self._transports,
-            "student": self._students,
-            "skip": self._skips,
-            "independent": self._naives,
-            "masked": self._maskeds,
-        }
-        asked = self.config.rows or tuple(makers)
-        return tuple(row for name, make in makers.items() if name in asked for row in make())
-
-    def _sampling(self) -> list[tuple[str, dict[str, Any]]]:
-        """What is added to a row's name, and how its teacher samples: one for each of a sweep."""
-        config, teacher = self.config, self.models["teacher"]
-        assert isinstance(teacher, Teacher)
-        settings: dict[str, Any] = {"cfg": config.cfg, "top_k": config.top_k}
-        settings |= {"top_p": config.top_p, "temperature": config.temperature}
-        if config.cfg is None:
-            settings["cfg"] = teacher.default_cfg
-        keys = list(config.sweep)
-        found = []
-        for values in itertools.product(*config.sweep.values()):
-            swept = dict(zip(keys, values, strict=True))
-            suffix = "".join(f", {key} {value:g}" for key, value in swept.items())
-            found.append((suffix, settings | swept))
-        return found
-
-    def _teachers(self) -> list[Generator]:
-        if "teacher" not in self.models:
-            return []
-        steps, count = len(self.models["teacher"].stages), self.config.num_images
-        return [
-            Generator(AUTOREGRESSIVE + suffix, "teacher", count, steps, sampling)
-            for suffix, sampling in self._sampling()
-        ]
-
-    def _transports(self) -> list[Generator]:
-        if "teacher" not in self.models:
-            return []
-        steps, count = len(self.models["teacher"].stages), self.config.num_images
-        suffix, sampling = self._sampling()[0]
-        if self.trajectories is not None:
-            count, suffix = min(count, self.trajectories.plan.count), ""
-        return [Generator(TRANSPORTED + suffix, "transport", count, steps, sampling)]
-
-    def _students(self) -> list[Generator]:
-        student, config = self.models.get("student"), self.config
-        if student is None:
-            return []
-        trained = tuple(student.config.get("schedule", (0,)))
-        prefixes = [",".join(map(str, trained[:n])) for n in range(1, len(trained) + 1)]
-        found = []
-        for schedule in config.schedules or prefixes:
-            parsed = parse_schedule(schedule, len(student.stages))
-            name, steps = student_name(schedule, len(student.stages)), num_steps(parsed)
-            if "teacher" not in schedule:
-                settings = {"schedule": schedule}
-                found.append(Generator(name, "student", config.num_images, steps, settings))
-                continue
-            found += [
-                Generator(
-                    *(name + suffix, "student", config.num_images, steps),
-                    {"schedule": schedule, **sampling},
-                )
-                for suffix, sampling in self._sampling()
-            ]
-        return found
-
-    def _skips(self) -> list[Generator]:
-        if "teacher" not in self.models or not self.config.skip:
-            return []
-        stages, found = len(self.models["teacher"].stages), []
-        for skip in self.config.skip:
-            if skip > stages:
-                raise ConfigError(f"skip={skip}, but {self.models['teacher'].name} has {stages}")
-            found += [
-                Generator(
-                    *(f"teacher, last {skip} steps in one{suffix}", "skip"),
-                    *(self.config.num_images, stages - skip + 1, {**sampling, "skip": skip}),
-                )
-                for suffix, sampling in self._sampling()
-            ]
-        return found
-
-    def _naives(self) -> list[Generator]:
-        made = self.trajectories is not None or "transport" in (self.config.rows or ("transport",))
-        if "teacher" not in self.models:
-            return []
-        if not made:
-            raise ConfigError("rows has independent, which are counted in trajectories: give data=")
-        return [Generator(NAIVE, "independent", self.config.num_images, 1)]
-
-    def _maskeds(self) -> list[Generator]:
-        if "masked" not in self.models:
-            return []
-        return [
-            Generator(
-                f"masked decoding, {steps} step{'s' if steps > 1 else ''}",
-                *("masked", self.config.num_images, steps, {"steps": steps}),
-            )
-            for steps in self.config.masked_steps
-        ]
-
-    def _reconstructions(self) -> list[Generator]:
-        if "teacher" not in self.models or not self.is_digits:
-            return []
-        try:
-            digits = reconstructed_digits(self.classes, self.config.num_images)
-        except ConfigError:
-            # Without the real digits this row alone is missing: the statistics are bundled.
-            return []
-        return [Generator(RECONSTRUCTION, "reconstruction", len(digits.labels))]
+        rows = Rows(self.config, self.models, self.classes)
+        return rows.all(self.trajectories, self.is_digits)
 
     def _sample_count(self) -> int:
         assert self.source is not None
@@ -326,8 +192,6 @@ class Preparation:
         config = self.config
         options = {"column": config.column, "size": config.size, "convert": config.convert}
         return Generator(name, kind, count, None, source_settings(source, **options))
-
-    # ---- metrics
 
     @cached_property
     def is_digits(self) -> bool:
@@ -420,8 +284,6 @@ class Preparation:
     def _only_images(self, uri: str) -> tuple[Reference, ImageSource]:
         images = self._open(uri)
         return Reference(images.uri, {}, num_images=images.count), images
-
-    # ---- the plan
 
     def _plan(self) -> EvaluationPlan:
         config = self.config

@@ -4,6 +4,7 @@ Features are made by as many workers as there are; metrics, speed and pictures c
 task on a worker's node, for the driver of a job runs on the head, where work has no place.
 """
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,15 +13,18 @@ import torch
 
 from ddray.config.base import reserved_device
 from ddray.config.evaluation import EvaluateConfig
+from ddray.config.flags import command_of
 from ddray.errors import ClusterError, one_line
-from ddray.evaluation.evaluate import Evaluation, conclude
+from ddray.evaluation.evaluate import Evaluation, conclude, evaluate
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
 from ddray.evaluation.making import FeatureMaker
 from ddray.evaluation.planning import Preparation
+from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
 from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.cluster.doctor import preflight
+from ddray.runtime.cluster.limits import cap_threads
 from ddray.runtime.pools.device import SHARDS_AT_ONCE, Device
 from ddray.runtime.pools.pool import Crew, fill
 from ddray.sets.makers import maker_on
@@ -77,6 +81,35 @@ def make_features(label: str, features: FeatureSet, config: Any) -> dict[str, An
         SHARDS_AT_ONCE,
     )
     return fill(label, features, crew, config).summary()
+
+
+def evaluate_and_report(config: EvaluateConfig) -> str:
+    """Evaluate where the job says, and write report.html, grid.png and summary.json.
+
+    Returns:
+        The tables, for a terminal.
+
+    Raises:
+        DDRayError: what an evaluation refuses or fails with.
+    """
+    if os.environ.get("RAY_ADDRESS") or config.workers[1] > 1:
+        evaluation = evaluate_on_cluster(config)
+    else:
+        cap_threads()
+        evaluation = evaluate(config)
+    whose = "A student beside its teacher"
+    if config.samples is not None:
+        whose = "Images beside real ones"
+    report = build_report(
+        *(evaluation.summary, evaluation.pictures, evaluation.columns),
+        title=whose,
+        subtitle=config.samples or config.student,
+        settings={"evaluate": config.model_dump(mode="json")},
+        commands=[command_of("evaluate", config)],
+    )
+    shown = evaluation.pictures, evaluation.columns
+    write_evaluation(config.out, evaluation.summary, report, *shown)
+    return tables_as_text(evaluation.summary)
 
 
 def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:

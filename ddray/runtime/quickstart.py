@@ -89,7 +89,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         # Ray's processes are gone by now: speed is measured on a machine of one's own.
         cap_threads()
         evaluation = _stage("evaluation", lambda: evaluate(evaluating))
-    evaluated, pictures = evaluation.summary(), evaluation.shown
+    evaluated, pictures = evaluation.summary, evaluation.pictures
     minutes, gigabytes = (time.monotonic() - started) / 60, memory.peak_bytes / 1e9
     summary |= {
         "evaluation": evaluated,
