@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddray.errors import ConfigError, positive_integers
 from ddray.method.conditioning import Captions, Condition
 from ddray.method.guidance import classifier_free_guidance, top_p_filter
-from ddray.models.kv_cache import KeyValueCache
+from ddray.models.attention import KeyValueCache, grid_angles, rotate
 from ddray.models.linear import Linear, packed
 
 # On a CPU a decoder packs its weights at this token: fewer would not make up for it.
@@ -106,34 +106,12 @@ def rope_table(config: LlamaGenConfig, device: torch.device) -> Tensor:
     Returns:
         float32 [cls_token_num + L, D, 2].
     """
-    axis_pairs = config.head_dim // 4
-    exponent = torch.arange(axis_pairs, device=device).float() / axis_pairs
-    frequency = config.rope_base**-exponent
-    along = torch.outer(torch.arange(config.grid, device=device).float(), frequency)
-    rows = along[:, None].expand(-1, config.grid, -1)
-    columns = along[None].expand(config.grid, -1, -1)
-    angle = torch.cat((rows, columns), -1).flatten(0, 1)
+    angle = grid_angles(
+        torch.arange(config.grid, device=device).float(), config.head_dim, config.rope_base
+    )
     rotation = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
     condition = rotation.new_zeros(config.cls_token_num, *rotation.shape[1:])
     return torch.cat((condition, rotation))
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn interleaved channel pairs (2p, 2p + 1) in float32, and give the input's dtype back.
-
-    A product of complex numbers is one kernel, but torch's compiler has no code for it.
-
-    Args:
-        x: [..., h].
-        rotation: float32 cosine and sine, broadcast to [..., D, 2].
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (even, odd), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
-    return turned.flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -279,6 +257,8 @@ class CaptionEmbedding(nn.Module):
 class LlamaGenTrunk(nn.Module):
     """What the teacher and its student share: class token, blocks, final norm, logits."""
 
+    rope_table = staticmethod(rope_table)
+
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
         self.cls_embedding: nn.Module = (
@@ -298,7 +278,7 @@ class LlamaGenTrunk(nn.Module):
         if self._rotation is None or self._rotation.device != device:
             # A table made while generating must also serve a later training step.
             with torch.inference_mode(False):
-                self._rotation = rope_table(self._sizes, device)
+                self._rotation = self.rope_table(self._sizes, device)
         return self._rotation
 
     def init_weights(self) -> None:

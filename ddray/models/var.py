@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddray.errors import ConfigError
 from ddray.method.guidance import top_p_filter_from_below
-from ddray.models.kv_cache import KeyValueCache
+from ddray.models.attention import KeyValueCache
 from ddray.models.linear import Linear
 from ddray.models.var_vq import (
     MultiScaleQuantizer,
