@@ -16,6 +16,7 @@ from ddray.errors import ConfigError, ShardError
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.plan import SOURCES, EvaluationPlan, Generator
 from ddray.method.guidance import draw
+from ddray.method.masked_decoding import Masked
 from ddray.method.model import Model
 from ddray.method.seeding import uniforms
 from ddray.method.student import Student

@@ -8,6 +8,7 @@ from ddray.config.evaluation import EvaluateConfig
 from ddray.errors import ConfigError
 from ddray.evaluation.generators import reconstructed_digits
 from ddray.evaluation.plan import Generator
+from ddray.method.masked_decoding import Masked
 from ddray.method.model import Model
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.method.teacher import Teacher
@@ -157,8 +158,11 @@ class Rows:
         return [Generator(NAIVE, "independent", self.config.num_images, 1)]
 
     def _maskeds(self) -> list[Generator]:
-        if "masked" not in self.models:
+        model = self.models.get("masked")
+        if not isinstance(model, Masked):
             return []
+        settings: dict[str, Any] = {"cfg": model.default_cfg}
+        settings |= {k: model.config[k] for k in ("choice_temperature",) if k in model.config}
         return [
             Generator(
                 f"masked decoding, {_plural(steps)}",
