@@ -11,6 +11,7 @@ from ddray.config.base import (
     CountT,
     EncoderName,
     GpuGigabytes,
+    Labels,
     LocalFile,
     Location,
     Locations,
@@ -138,9 +139,7 @@ class EvaluateConfig(PoolConfig):
         None, description=f"images of every row; absent = {_IMAGES}, and all of samples"
     )
     seed: SeedT = Field(1_000_003, description="of noise and draws; no set should have it")
-    labels: Literal["balanced", "random", "in-order"] = Field(
-        "balanced", description="classes in turn, drawn one by one, or one after the other"
-    )
+    labels: Labels = "balanced"
     classes: Classes = Field((), description="that images are asked for by; absent = all")
     captions: Location | None = Field(None, description="captions of a text model's images")
     text_encoder: EncoderName | None = Field(

@@ -295,11 +295,11 @@ def _of_images(config: EvaluateConfig, features: FeatureSet) -> str:
 def _turn(config: EvaluateConfig, classes: Sequence[int], row: Generator) -> str:
     """Which classes, in which order."""
     present = sorted({*classes[: row.count]} if config.labels == "balanced" else {*classes})
-    order = {"balanced": "in turn", "random": "drawn at random", "in-order": "one after the other"}
+    order = {"balanced": "in turn", "random": "drawn at random"}
     told = f"{len(present)} classes"
     if len(present) <= 20:
         told = f"classes {', '.join(map(str, present))}"
-    return f"{told} {order[config.labels]}"
+    return f"{told} {order.get(config.labels, 'one after the other')}"
 
 
 def _of_judge(judge: Judge, config: EvaluateConfig) -> str:

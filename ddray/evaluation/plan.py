@@ -21,6 +21,7 @@ from ddray import __version__
 from ddray.errors import ShardError
 from ddray.file_kind import json_value
 from ddray.metrics.network import LOGITS
+from ddray.sets.labels import label_of
 
 Kind = Literal[
     "reconstruction",
@@ -112,7 +113,8 @@ class EvaluationPlan:
             `data`, as far as there are any.
         fingerprints: of the same: sha256 of weights, or the set's plan hash.
         conditioning: `class`, `text`, or empty without a model.
-        classes: that images are asked for by, in turn.
+        classes: that images are asked for by.
+        labels: rule of `ddray.sets.labels` by which a class follows from the index.
         text_encoder: that makes their features; empty where they are given.
         seed: of noise and draws.
         dtype: of the networks.
@@ -128,6 +130,7 @@ class EvaluationPlan:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     conditioning: Literal["class", "text", ""] = ""
     classes: tuple[int, ...] = ()
+    labels: str = "balanced"
     text_encoder: str = ""
     seed: int = 0
     dtype: str = "float32"
@@ -166,7 +169,7 @@ class EvaluationPlan:
 
     def label(self, index: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The class that each image of a model is asked for by."""
-        return np.array(self.classes, np.int64)[np.asarray(index, np.int64) % len(self.classes)]
+        return label_of(self.labels, index, self.classes, self.seed).astype(np.int64)
 
     def layers(self, generator: Generator, extractor: Extractor) -> tuple[str, ...]:
         """Layers of an extractor that are kept of a generator's images."""
@@ -182,7 +185,7 @@ class EvaluationPlan:
             return found
         made_of = [*_MADE_OF[generator.kind], *["teacher"] * generator.uses_teacher]
         found["fingerprints"] = {name: self.fingerprints.get(name, "") for name in made_of}
-        for name in ("conditioning", "classes", "text_encoder", "seed"):
+        for name in ("conditioning", "classes", "labels", "text_encoder", "seed"):
             found[name] = getattr(self, name)
         return found | {"dtype": self.dtype, "decode_dtype": self.decode_dtype}
 

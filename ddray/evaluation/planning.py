@@ -27,6 +27,7 @@ from ddray.models.zoo import METRIC_FOLDER, load_masked, load_student, load_teac
 from ddray.sets.batch_size import batch_size
 from ddray.sets.captions import Cut, cut_captions
 from ddray.sets.conditions import check_encoder, encoder_name, open_captions
+from ddray.sets.labels import with_block
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.sources import ImageSource, open_source
 from ddray.storage import open_storage
@@ -290,7 +291,7 @@ class Preparation:
         measured = [judge.measured for judge in self.judges if judge.measured is not None]
         references = {generator.name: generator for generator in measured}
         extractors = tuple(judge.extractor for judge in self.judges)
-        rows = self._rows()
+        rows, classes = self._rows(), self.classes if self.models else ()
         uris = {role: getattr(config, role) or self.models[role].name for role in self.models}
         fingerprints = {role: model.fingerprint for role, model in self.models.items()}
         if self.trajectories is not None:
@@ -302,7 +303,8 @@ class Preparation:
             models=uris,
             fingerprints=fingerprints,
             conditioning=self.model.conditioning if self.models else "",
-            classes=self.classes if self.models else (),
+            classes=classes,
+            labels=with_block(config.labels, config.num_images, classes) if classes else "balanced",
             text_encoder=encoder_name(config, self.captions),
             seed=config.seed,
             dtype=config.network_dtype,

@@ -166,7 +166,10 @@ class Rows:
         return [
             Generator(
                 f"masked decoding, {_plural(steps)}",
-                *("masked", self.config.num_images, steps, {"steps": steps}),
+                "masked",
+                self.config.num_images,
+                steps,
+                {"steps": steps, **settings},
             )
             for steps in self.config.masked_steps
         ]

@@ -397,23 +397,31 @@ class LlamaGenDecoder:
         self._written = 0
         turned = model.rotation(condition.device)
         unturned = torch.view_as_real(torch.ones_like(torch.view_as_complex(turned)))
-        # Of queries, keys and values.
-        self._rotation_S31D2 = torch.stack((turned, turned, unturned), 1)[:, :, None]
+        self._rotation_S31D2 = torch.stack((turned, turned, unturned), 1)[:, :, None]  # of q, k, v
         self._mask = model.attention_mask(cond, length)
 
-    def logits(self) -> Tensor:
-        """Logits of the next stage, float32 [B, 1, V]; `append` must come before the next call."""
+    def logits(self, stages: int = 1) -> Tensor:
+        """Logits of the next stages, float32 [B, l, V]; `append` must come before the next call.
+
+        Of several, all but the first lack the token before: the mean of all codes' embeddings
+        stands in for it, the strongest choice that needs no training (docs/method.md).
+        """
         x_BlC, start = self._next_BlC, self._caches[0].length
+        if stages > 1:
+            unknown = self._model.tok_embeddings.weight.mean(0)
+            x_BlC = torch.cat((x_BlC, unknown.expand(len(x_BlC), stages - 1, -1)), 1)
         end = start + x_BlC.shape[1]
         rotation = self._rotation_S31D2[start:end]
         mask = None if self._mask is None else self._mask[:, :, start:end, :end]
+        if mask is None and start and stages > 1:  # torch's own flag is for an empty cache
+            mask = torch.ones(stages, end, dtype=torch.bool, device=x_BlC.device).tril(start)
         if self._written == _PACKED_FROM:
             rows = len(x_BlC)
             self._layers, self._output = packed(self._layers, rows), packed(self._output, rows)
         for layer, cache in zip(self._layers, self._caches, strict=True):
             x_BlC = layer.step(x_BlC, rotation, mask, cache)  # type: ignore[operator]
         self._written += 1
-        logits: Tensor = self._output(self._model.norm(x_BlC[:, -1:]))
+        logits: Tensor = self._output(self._model.norm(x_BlC[:, -stages:]))
         return logits.float()
 
     def append(self, tokens_Bl: Tensor) -> None:

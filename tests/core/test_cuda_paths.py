@@ -88,11 +88,12 @@ def test_a_teacher_is_looked_at_once_a_batch(pair: Pair) -> None:
         assert gpu.holds(tokens) and tokens.shape == (2, teacher.num_tokens)
         assert meter.looks == {"teacher.py:_roll_out": 1}  # whether all logits were finite
         assert gpu.holds(teacher.trajectories([1, 2], [0, 1], cfg=2.0, seed=1))
-        assert meter.looks == {"teacher.py:_roll_out": 2}
+        assert gpu.holds(teacher.sample([1, 2], cfg=2.0, seed=1, skip=2))
+        assert meter.looks == {"teacher.py:_roll_out": 3}
         images = teacher.decode(tokens)
         assert gpu.holds(teacher.guided_logits([1, 2], tokens, 2.0), images, teacher.encode(images))
         # Whether tokens that come from the device are in range.
-        assert meter.looks == {"teacher.py:_roll_out": 2, "model.py:_tokens": 2}
+        assert meter.looks == {"teacher.py:_roll_out": 3, "model.py:_tokens": 2}
         assert not meter.moves["to host"]
 
 
@@ -146,6 +147,8 @@ def test_what_a_graph_records_asks_nothing_of_the_host(
 
         monkeypatch.setattr(Model, "replayed", replayed)
         pair.teacher.sample([1, 2], cfg=2.0, seed=1, top_k=3, top_p=0.9)
+        for skip in (2, len(pair.teacher.stages)):
+            pair.teacher.sample([1, 2], cfg=2.0, seed=1, skip=skip)
         pair.teacher.trajectories([1, 2], [0, 1], cfg=2.0, seed=1)
         first, last = pair.jumps
         turns = f"{first},teacher:1-2,{max(2, last)}"
