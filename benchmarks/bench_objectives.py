@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ddray.config.distillation import DistillConfig
 from ddray.config.loading import load_config
 from ddray.distillation.critics import new_critics
+from ddray.distillation.distilled import DistilledDecoding
 from ddray.distillation.optimization import (
     MovingAverage,
     default_code_precision,
@@ -222,7 +223,8 @@ def train(
     torch.manual_seed(config.seed)
     critics = new_critics(config, teacher, trajectories.plan, code_precision)
     engine, alone = PlainEngine(network, teacher.codebook, config), Agreement(1, teacher.device)
-    take = TrainingStep(engine, critics, teacher, config, config.schedule, alone).take
+    objective = DistilledDecoding(config, teacher, critics)
+    take = TrainingStep(engine, objective, config, alone).take
     stream = TrajectoryStream(
         trajectories,
         batch_size=config.batch_size,

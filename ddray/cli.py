@@ -7,15 +7,16 @@ instant.
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from ddray import __version__
 from ddray.errors import ConfigError, DDRayError
 from ddray.report.terminal import print_json, print_yaml
+
+T = TypeVar("T")
 
 # verb: (config "module:class" in ddray.config, handler "module:function", one line)
 _JOBS = {
@@ -199,7 +200,7 @@ def _quickstart(config: Any) -> None:
     quickstart(config)
 
 
-def _apart_from_ray(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _apart_from_ray(work: Callable[[], T]) -> T:
     """Do the work; Ray tells of lost workers on stdout, which is for the result alone."""
     with contextlib.redirect_stdout(sys.stderr):
         return work()
@@ -224,31 +225,9 @@ def _generate(config: Any) -> None:
 
 
 def _evaluate(config: Any) -> None:
-    from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
-    from ddray.storage import open_storage
+    from ddray.runtime.evaluating import evaluate_and_report
 
-    open_storage(config.out).check_writable()
-    if os.environ.get("RAY_ADDRESS"):
-        from ddray.runtime.evaluating import evaluate_on_cluster as evaluate
-    else:
-        from ddray.evaluation.evaluate import evaluate
-        from ddray.runtime.cluster.limits import cap_threads
-
-        cap_threads()
-    evaluation = evaluate(config)
-    report = build_report(
-        evaluation,
-        title="A student beside its teacher",
-        subtitle=config.student,
-        settings={"evaluate": config.model_dump(mode="json")},
-        commands=[
-            shlex.join(
-                ["ddray", "evaluate", "--student", config.student, "--count", str(config.count)]
-            )
-        ],
-    )
-    write_evaluation(config.out, evaluation, report, evaluation.summary())
-    print(tables_as_text(evaluation))
+    print(_apart_from_ray(lambda: evaluate_and_report(config)))
 
 
 def _serve(config: Any) -> None:
@@ -347,7 +326,8 @@ def _cost(verb: str, config: Any) -> dict[str, Any]:
 
     sampling, distilling, generating, evaluating = parts(config)
     costs = {"sample": estimate_sample(sampling), "distill": estimate_distill(distilling)}
-    counts = {"generate": {"images": generating.count}, "evaluate": {"images": evaluating.count}}
+    counts: dict[str, dict[str, Any]] = {"generate": {"images": generating.count}}
+    counts |= {"evaluate": {"images": evaluating.num_images}}
     return {
         f"{part}.{key}": value
         for part, told in (costs | counts).items()

@@ -24,7 +24,7 @@ from ddray.errors import DDRayError, ShardError, StorageError, one_line
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.families import empty_network, empty_tokenizer
-from ddray.models.zoo import empty_student, image_side, resolve
+from ddray.models.zoo import empty_masked, empty_student, image_side, resolve
 from ddray.sets.batch_size import batch_size, image_bytes
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage.checkpoint import read_config
@@ -56,7 +56,7 @@ def forward_flops(student: nn.Module) -> int:
     """Operations of a student's forward pass over one trajectory.
 
     Args:
-        student: network of a family of `STUDENT_OF`.
+        student: network of a student, or of masked decoding.
     """
     condition, tokens = _lengths(student)
     positions = condition + tokens
@@ -180,7 +180,8 @@ def _lengths(student: Any) -> tuple[int, int]:
 
 
 def _width(student: Any) -> int:
-    return int(student.code_layer.out_features)
+    sizes = student.config
+    return int(sizes.embed_dim if hasattr(sizes, "embed_dim") else sizes.dim)
 
 
 def _vocabulary(student: Any) -> int:
@@ -398,7 +399,8 @@ def estimate_distill(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -
         if teacher is None:
             return {"cost": f"unknown without set or teacher: {one_line(error)}"}
     assert teacher is not None
-    student, workers = empty_student(teacher), config.workers[1]
+    empty = empty_student if config.objective == "distilled" else empty_masked
+    student, workers = empty(teacher), config.workers[1]
     flops, needed = step_flops(student, config.batch_size), memory(student, config, workers)
     rows = config.steps * config.batch_size
     told: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """What all job configurations are made of: types of values, the base class, a pool of actors."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -9,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ddray.locations import absolute, hub_location, local_file, model_location
 
 _LEAST_GPU = 1e-4
+
+_LABELS = r"balanced|random|in-order(:[1-9][0-9]{0,17})?"
 
 CountT = Annotated[int, Field(gt=0, lt=2**63)]
 
@@ -41,6 +44,13 @@ def parse_auto_count(value: Any) -> Any:
     if isinstance(value, bool) or not text.isdecimal() or not 0 < int(text) < 2**63:
         raise ValueError("must be auto, or a whole number from 1 on")
     return int(text)
+
+
+def parse_labels(value: Any) -> Any:
+    """A rule by which classes follow from the index."""
+    if not isinstance(value, str) or not re.fullmatch(_LABELS, value):
+        raise ValueError("must be balanced, random, in-order, or in-order:M for blocks of M images")
+    return value
 
 
 def parse_off(value: Any) -> Any:
@@ -91,6 +101,15 @@ NetworkDtype = Annotated[
 Workers = Annotated[tuple[CountT, CountT], BeforeValidator(parse_pair)]
 
 Classes = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(parse_list)]
+
+Labels = Annotated[
+    str,
+    BeforeValidator(parse_labels),
+    Field(
+        description="balanced: the classes in turn; random: drawn from seed and index; in-order: "
+        "blocks of one class"
+    ),
+]
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(parse_list)]
 

@@ -25,6 +25,15 @@ JumpStages = Annotated[
 ]
 
 
+def _told(job: Job, key: str) -> str:
+    """What a key or one below it says that is not its default, as "key=value"; else nothing."""
+    value, default = getattr(job, key), type(job).model_fields[key].default
+    if not isinstance(value, Job):
+        return "" if value == default else f"{key}={value}"
+    inner = (_told(value, name) for name in type(value).model_fields)
+    return next((f"{key}.{told}" for told in inner if told), "")
+
+
 class ScoreConfig(Job):
     """Score distillation: the teacher judges the student's own sequences."""
 
@@ -76,6 +85,17 @@ class PerceptualConfig(Job):
         return self
 
 
+class MaskedConfig(Job):
+    """Masked decoding, a baseline: `objective: masked` alone."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of a target that all tokens have alike"
+    )
+    cond_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of rows without their condition, for guidance"
+    )
+
+
 class DistillConfig(Job):
     """`ddray distill`: a student from a set of trajectories."""
 
@@ -84,7 +104,7 @@ class DistillConfig(Job):
         "Data and output": "data",
         "Length and rates": "steps",
         "Workers and memory": "workers",
-        "Objective": "schedule",
+        "Objective": "objective",
         "Checkpoints": "checkpoint_every",
         "Evaluation": "evaluate_every",
         "Faults": "max_failures",
@@ -102,6 +122,18 @@ class DistillConfig(Job):
         "perceptual_weight": "perceptual.weight",
         "perceptual_weights_file": "perceptual.weights_file",
     }
+
+    OF_STUDENTS: ClassVar[tuple[str, ...]] = (
+        "init",
+        "schedule",
+        "logits_weight",
+        "code_weight",
+        "code_precision",
+        "score",
+        "adversary",
+        "perceptual",
+        "evaluate_every",
+    )
 
     data: Location = Field("runs/sample/trajectories", description="URI of the trajectory set")
     out: Location = Field(
@@ -143,6 +175,9 @@ class DistillConfig(Job):
     )
     compile: bool = Field(False, description="blocks by torch's compiler; worth it on GPUs")
     buffer_shards: CountT = Field(1, description="shards whose rows are mixed, in each lane")
+    objective: Literal["distilled", "masked"] = Field(
+        "distilled", description="distilled: a student; masked: a baseline, masked decoding"
+    )
     schedule: JumpStages | None = Field(
         None, description="stages at which the student jumps; absent = 0 and a third or half"
     )
@@ -159,6 +194,7 @@ class DistillConfig(Job):
     score: ScoreConfig = ScoreConfig()
     adversary: AdversaryConfig = AdversaryConfig()
     perceptual: PerceptualConfig = PerceptualConfig()
+    masked: MaskedConfig = MaskedConfig()
     checkpoint_every: CountT = Field(500, description="steps between checkpoints")
     keep_checkpoints: CountT = Field(2, description="how many stay")
     log_every: CountT = Field(20, description="steps between lines of metrics.jsonl")
@@ -204,6 +240,7 @@ class DistillConfig(Job):
             raise ValueError(
                 "follow waits for every shard and cannot be combined with allow_partial"
             )
+        self._refuse_of_others()
         if self.schedule is None:
             return self
         if list(self.schedule) != sorted(set(self.schedule)):
@@ -211,3 +248,10 @@ class DistillConfig(Job):
         if self.schedule[0] != 0:
             raise ValueError(f"schedule={[*self.schedule]} must begin with 0, the jump from noise")
         return self
+
+    def _refuse_of_others(self) -> None:
+        """Refuse keys that are told something and mean nothing to the objective."""
+        for key in ("masked",) if self.objective == "distilled" else self.OF_STUDENTS:
+            told = _told(self, key)
+            if told:
+                raise ValueError(f"{told} does not apply to objective={self.objective}")

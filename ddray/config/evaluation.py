@@ -1,59 +1,229 @@
 """What `ddray evaluate` can be told."""
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ddray.config.base import (
+    AutoCount,
+    Classes,
     CountT,
-    Job,
+    EncoderName,
+    GpuGigabytes,
+    Labels,
+    LocalFile,
     Location,
+    Locations,
     ModelName,
     NetworkDtype,
-    NodePool,
+    PoolConfig,
     SeedT,
-    WaitS,
-    check_gpus,
+    Texts,
+    Workers,
+    decoder_dtype,
     parse_list,
 )
 
+ROWS = ("reconstruction", "teacher", "transport", "student", "skip", "independent", "masked")
+SWEPT: Mapping[str, Callable[[Any], Any]] = {
+    "cfg": float,
+    "top_k": int,
+    "top_p": float,
+    "temperature": float,
+}
+_IMAGES = 5000
 
-class EvaluateConfig(Job):
-    """`ddray evaluate`: a student beside its teacher."""
+
+def _parse_off(value: Any) -> Any:
+    """No sizes from `off`, which YAML reads as a truth value."""
+    return () if value in ("off", False) else parse_list(value)
+
+
+def _parse_schedules(value: Any) -> Any:
+    """Schedules, which hold commas, from "0/0,80"."""
+    return value.split("/") if isinstance(value, str) else value
+
+
+def _parse_sweep(value: Any) -> Any:
+    """Values by key from "cfg=1.0,1.5 top_k=0,900"."""
+    if not isinstance(value, str):
+        return value
+    found = {}
+    for part in value.split():
+        key, equals, values = part.partition("=")
+        if not equals or not values:
+            raise ValueError(f'{part!r} must be KEY=VALUE,VALUE, as in "cfg=1.0,1.5 top_k=0,900"')
+        found[key] = values.split(",")
+    return found
+
+
+class EvaluateConfig(PoolConfig):
+    """`ddray evaluate`: how good images are, of a student beside its teacher or of anyone."""
 
     EXAMPLE: ClassVar[str] = "ddray evaluate --student digits-var-dd --count 1000"
     HEADINGS: ClassVar[Mapping[str, str]] = {
-        "Data and output": "student",
+        "Whose images": "student",
+        "Real images and metrics": "reference",
+        "Rows of the table": "rows",
         "Images": "count",
+        "Files of images": "column",
         "Speed and transport": "speed_batches",
-        "Workers and memory": "threads",
+        "Shards and batches": "shard_rows",
+        "Workers and memory": "dtype",
+        "Faults": "max_retries",
     }
 
     student: ModelName = Field("digits-llamagen-dd", description="bundled name or student folder")
     teacher: ModelName | None = Field(
         None, description="absent = the one named in the student's config"
     )
+    masked: ModelName | None = Field(None, description="masked-decoding model, for its rows")
     data: Location | None = Field(None, description="trajectory set, for its rows of the table")
+    samples: Location | None = Field(
+        None,
+        description="images of anyone in place of models: a folder, WebDataset tars, Parquet, an "
+        ".npz with arr_0, or a set of ddray's",
+    )
     out: Location = Field("runs/evaluate", description="URI of the report")
-    count: Annotated[int, Field(ge=2)] = Field(5000, description="images of every generator")
-    seed: SeedT = Field(1_000_003, description="of the noise; no set should have it")
+
+    reference: Locations = Field(
+        (),
+        description="real images: an .npz of `ddray reference`, ADM's, pytorch-fid's, a .pth of "
+        "the authors of Distilled Decoding, or images, as samples; absent = the held-out digits",
+    )
+    metrics: Texts = Field(
+        (),
+        description="such as fid,sfid,is,kid,precision,recall,fd_dinov2,fd_efficientnet; absent = "
+        "fd_digits,class_accuracy of digits, else fid,is",
+    )
+    inception: LocalFile | None = Field(
+        None, description="weights of FID's network; absent = where PyTorch keeps downloads"
+    )
+    any_inception: bool = Field(False, description="take other weights, whose distance is no FID")
+    resize: Literal["pytorch-fid", "tensorflow"] = Field(
+        "pytorch-fid",
+        description="to Inception's 299 pixels: as pytorch-fid, or as ADM's evaluator and "
+        "torch-fidelity",
+    )
+    splits: Literal["adm", "torch-fidelity"] = Field("adm", description="of the Inception Score")
+    efficientnet: LocalFile | None = Field(None, description="weights; absent = of the package")
+    dinov2: LocalFile | None = Field(None, description="folder of DINOv2, as transformers has it")
+    clip: LocalFile | None = Field(None, description="folder of CLIP, likewise")
+
+    rows: Texts = Field(
+        (),
+        description=f"of {', '.join(ROWS)}; absent = all that apply, of skip and masked if they "
+        "are given",
+    )
+    schedules: Annotated[tuple[str, ...], BeforeValidator(_parse_schedules)] = Field(
+        (),
+        description='of the student, apart by "/", as in 0/0,80/0,teacher:60-80,80; absent = '
+        "those it was trained for",
+    )
+    skip: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = Field(
+        (), description="last steps that the teacher makes in one, such as 1,2"
+    )
+    masked_steps: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = Field(
+        (1, 2, 4, 8), description="of the masked model"
+    )
+    sweep: Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_parse_sweep)] = Field(
+        {}, description='rows for each value, as in "cfg=1.0,1.5 top_k=0,900 temperature=1"'
+    )
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
-    batch_size: CountT = Field(200, description="images made together")
-    speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = Field(
-        (1, 8, 64), description="sizes of batches that are timed"
+    top_k: Annotated[int, Field(ge=0)] = Field(0, description="of the teacher; 0 = off")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="likewise; 1 = off")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="likewise")
+
+    count: Annotated[int, Field(ge=2)] | None = Field(
+        None, description=f"images of every row; absent = {_IMAGES}, and all of samples"
+    )
+    seed: SeedT = Field(1_000_003, description="of noise and draws; no set should have it")
+    labels: Labels = "balanced"
+    classes: Classes = Field((), description="that images are asked for by; absent = all")
+    captions: Location | None = Field(None, description="captions of a text model's images")
+    text_encoder: EncoderName | None = Field(
+        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+    )
+
+    column: str | None = Field(None, description="of images in Parquet; absent = the only one")
+    size: CountT | None = Field(
+        None, description="crop and resize files to so many pixels, as ADM does; absent = as is"
+    )
+    convert: bool = Field(False, description="take transparent, CMYK and 16-bit files, as RGB")
+    skip_broken: bool = Field(False, description="leave out files that cannot be read")
+
+    speed_batches: Annotated[tuple[CountT, ...], BeforeValidator(_parse_off)] = Field(
+        (1, 8, 64), description="sizes of batches that are timed; off = no times"
     )
     speed_seconds: Annotated[float, Field(gt=0)] = Field(1.0, description="timed for each figure")
-    transport_count: CountT = Field(400, description="images of the transport's comparison")
-    threads: CountT | None = Field(
-        None, description="on a cluster; absent = 1, elsewhere all cores"
+    transport_count: Annotated[int, Field(ge=0)] = Field(
+        400, description="images of the transport's comparison; 0 = none"
     )
-    num_gpus: Annotated[float, Field(ge=0)] = Field(0, description="1 = on a GPU; 0 = on CPUs")
+
+    shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
+    batch_size: AutoCount = Field(
+        "auto", description="images made together; auto = 100 on CPUs, on GPUs what fits"
+    )
+    gpu_gb: GpuGigabytes = 24
+
+    workers: Workers = Field((1, 1), description="actors, MIN:MAX; one needs no Ray")
+    threads: CountT | None = Field(  # type: ignore[assignment]
+        None,
+        description="of a worker's CPU; part of what decides the last bits; absent = 1 on a "
+        "cluster or of several workers, else all cores",
+    )
     dtype: NetworkDtype = "auto"
-    node_pool: NodePool = None
-    wait_s: WaitS = None
+
+    @property
+    def num_images(self) -> int:
+        """Of every row of a model."""
+        return self.count or _IMAGES
+
+    @property
+    def network_dtype(self) -> str:
+        """The dtype that the plan has: known before any worker has seen its GPU."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.num_gpus else "float32"
+
+    @property
+    def pixel_dtype(self) -> str:
+        """Of the decoder."""
+        return decoder_dtype(self.network_dtype)
+
+    @field_validator("rows")
+    @classmethod
+    def _known_rows(cls, rows: tuple[str, ...]) -> tuple[str, ...]:
+        for row in rows:
+            if row not in ROWS:
+                raise ValueError(f"{row!r} is not one of {', '.join(ROWS)}")
+        return rows
+
+    @field_validator("sweep")
+    @classmethod
+    def _known_sweep(cls, sweep: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[Any, ...]]:
+        """Values as the keys of the teacher's sampling have them.
+
+        Raises:
+            ValueError: for another key, or a value that the key does not take.
+        """
+        found: dict[str, tuple[Any, ...]] = {}
+        for key, values in sweep.items():
+            if key not in SWEPT:
+                raise ValueError(f"{key!r} cannot be swept; {', '.join(SWEPT)} can")
+            try:
+                found[key] = tuple(SWEPT[key](value) for value in values)
+            except (TypeError, ValueError):
+                raise ValueError(f"{key}={','.join(map(str, values))} are no numbers") from None
+        return found
 
     @model_validator(mode="after")
-    def _on_one_gpu(self) -> Self:
-        check_gpus(self.num_gpus)
+    def _consistent(self) -> Self:
+        if self.samples is not None and (self.rows or self.sweep or self.schedules or self.skip):
+            raise ValueError("samples are judged as they are: no rows, schedules, skip or sweep")
+        if "masked" in self.rows and self.masked is None:
+            raise ValueError("rows has masked; give masked=MODEL, made by distill objective=masked")
+        if "skip" in self.rows and not self.skip:
+            raise ValueError("rows has skip; give skip=N,N")
         return self

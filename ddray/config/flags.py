@@ -1,7 +1,8 @@
 """A configuration as flags of the command line: one a key, under the headings of its help."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -39,6 +40,32 @@ def show_to_shells(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         elif action.dest == "config":
             action.complete = _FILES  # type: ignore[attr-defined]
     return parser
+
+
+def command_of(verb: str, config: Job) -> str:
+    """The command line that a config comes from: the verb, and each key that is not its default."""
+    words = ["ddray", verb]
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value == field.get_default():
+            continue
+        if isinstance(value, bool):
+            words.append(_flag(name) if value else f"--no-{name.replace('_', '-')}")
+        else:
+            words += [_flag(name), _given(name, value)]
+    return shlex.join(words)
+
+
+def _given(name: str, value: Any) -> str:
+    """A value as its flag takes it."""
+    if name == "workers":
+        return ":".join(map(str, value))
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_given(key, inner)}" for key, inner in value.items())
+    if isinstance(value, tuple):
+        # Schedules hold commas themselves.
+        return ("/" if name == "schedules" else ",").join(map(str, value))
+    return str(value)
 
 
 def refuse_moved_flags(kind: type[Job], argv: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from ddray.config.base import (
     CountT,
     Dtype,
     GpuGigabytes,
+    Labels,
     Location,
     ModelName,
     SetConfig,
@@ -35,6 +36,7 @@ class GenerateConfig(SetConfig):
     student: ModelName = Field("digits-llamagen-dd", description="bundled name or student folder")
     out: Location = Field("runs/generate", description="URI of the image set")
     count: CountT = Field(1000, description="number of images")
+    labels: Labels = "balanced"
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
     format: Literal["parquet", "webdataset", "images", "flat", "npz"] = Field(
         "parquet",

@@ -32,4 +32,9 @@ class QuickstartConfig(Job):
             raise ValueError(
                 f"sample.count={self.sample.count}: the evaluation needs at least 2 trajectories"
             )
+        if self.distill.objective != "distilled":
+            raise ValueError(
+                f"distill.objective={self.distill.objective}: a quickstart makes a student; train "
+                "this one by `ddray distill`"
+            )
         return self

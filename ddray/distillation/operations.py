@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddray.config.distillation import DistillConfig
-from ddray.distillation.critics import new_critics
-from ddray.distillation.losses import distillation_loss
+from ddray.distillation.objective import new_objective
+from ddray.distillation.stream import Batch
 from ddray.method.conditioning import Captions, Condition
 from ddray.method.model import Tokenizer
 from ddray.method.teacher import Teacher
@@ -33,28 +33,23 @@ def step_operations(
     Args:
         student: network in training, on any device, before blocks are compiled or recomputed.
         teacher: likewise.
-        config: the job; of it batch size and critics.
+        config: the job; of it batch size and objective.
         plan: of the set, whose guidance the critics judge with.
     """
     network, (model, codec) = _empty(student), _empty(teacher.model, teacher.tokenizer.module)
     empty = Teacher(model, Tokenizer(codec), teacher.config, teacher.name)
     # There is no autocast of the meta device, and it would change no operation.
-    critics = new_critics(config.model_copy(update={"precision": "float32"}), empty, plan, 1.0)
-    rows, (codes, width) = config.batch_size, empty.codebook.shape
+    told = {"precision": "float32", "compile": False, "accumulation": 1}
+    objective = new_objective(config.model_copy(update=told), empty, plan)
+    rows, width = config.batch_size, empty.codebook.shape[1]
     with torch.device("meta"), _Counter() as counter:
-        losses = distillation_loss(
-            network,
-            empty.stages,
-            torch.empty(codes, width),
+        batch = Batch(
             torch.empty(rows, empty.num_tokens, width),
             torch.zeros(rows, empty.num_tokens, dtype=torch.int64),
             _condition(empty, rows),
             torch.zeros(rows, dtype=torch.int64),
         )
-        total: Tensor = losses.total
-        for critic in critics:
-            total = total + critic.loss(losses.prediction, 1.0)[0]
-        total.backward()
+        objective.loss(network, batch, step=0, row=0)[0].backward()
     return counter.operations
 
 

@@ -52,15 +52,19 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, decay: floa
 def parameter_groups(
     network: nn.Module, codebook_VE: Tensor, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """A student's parameters as an optimizer takes them: the layer that reads codes by itself.
+    """A network's parameters as an optimizer takes them: the layer that reads codes by itself.
 
     Its inputs are as small as the codes are (numbers of size 1 / sqrt(E) on the unit sphere), so
     its weights have to be large; at the common rate they would move too slowly. Adam with inputs
-    scaled to size one is the same as a rate, and a reciprocal decay, that carry the factor.
+    scaled to size one is the same as a rate, and a reciprocal decay, that carry the factor. A
+    network that reads tokens has no such layer.
 
     Returns:
         Groups with "lr_factor", for `set_learning_rate`.
     """
+    if not hasattr(network, "code_layer"):
+        parameters = [*network.parameters()]
+        return [{"params": parameters, "lr_factor": 1.0, "weight_decay": weight_decay}]
     reads_codes: nn.Parameter = network.code_layer.weight  # type: ignore[union-attr, assignment]
     factor = 1 / float(codebook_VE.square().mean().sqrt())
     others = [parameter for parameter in network.parameters() if parameter is not reads_codes]
@@ -109,7 +113,7 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
 
 
 def blocks(network: nn.Module) -> Iterable[nn.Module]:
-    """The blocks of a student of either family."""
+    """The blocks of a network of any family."""
     found: nn.ModuleList = getattr(network, "layers", None) or network.blocks  # type: ignore[assignment]
     return found
 

@@ -5,25 +5,22 @@ weights is given: ddray.runtime.training.engine, or anything else with the opera
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ddray.config.distillation import DistillConfig
-from ddray.distillation.critics import Critic
-from ddray.distillation.losses import Losses, Prediction, judged
-from ddray.distillation.optimization import batch_loss, is_compiled, jump_stages, learning_rate
+from ddray.distillation.objective import Objective
+from ddray.distillation.optimization import learning_rate
 from ddray.distillation.stream import Batch
-from ddray.method.student import given_tokens
-from ddray.method.teacher import Teacher
 
 
 class Engine(Protocol):
     """What a step asks of the network in training and its optimizer."""
 
-    def __call__(self, x_BLE: Tensor, cond: Any, t_B: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Any) -> Any:
         """The forward pass."""
         ...
 
@@ -81,11 +78,9 @@ class TrainingStep:
     """The step of a distillation.
 
     Args:
-        engine: the student in training.
-        critics: that judge its whole sequences.
-        teacher: stages and codebook are needed.
+        engine: the network in training.
+        objective: what is minimised.
         config: the job.
-        schedule: stages at which the student jumps.
         agree: with the other workers.
         rank: of this worker.
         workers: of the run.
@@ -94,18 +89,14 @@ class TrainingStep:
     def __init__(
         self,
         engine: Engine,
-        critics: Sequence[Critic],
-        teacher: Teacher,
+        objective: Objective,
         config: DistillConfig,
-        schedule: Sequence[int],
         agree: Agreement,
         rank: int = 0,
         workers: int = 1,
     ):
-        self._engine, self._critics, self._teacher = engine, critics, teacher
-        self._config, self._schedule, self._agree = config, schedule, agree
-        compiled = is_compiled(config, teacher.device)
-        self._judge = torch.compile(judged, fullgraph=True) if compiled else judged
+        self._engine, self._objective = engine, objective
+        self._config, self._agree = config, agree
         # Rows of a micro batch, and the slot of this worker's first one.
         self._rows = config.batch_size // workers // config.accumulation
         self._slot = rank * self._rows * config.accumulation
@@ -124,7 +115,9 @@ class TrainingStep:
         rate = learning_rate(step, config.steps, config.lr, config.warmup, config.decay)
         figures: list[dict[str, Tensor]] = []
         for number, micro_batch in enumerate(batch.split(config.accumulation)):
-            total, said = self._losses(micro_batch, step + self._slot + number * self._rows)
+            total, said = self._objective.loss(
+                self._engine, micro_batch, step=step, row=self._slot + number * self._rows
+            )
             loss = total.item()
             (bad,) = self._agree(not math.isfinite(loss))
             if bad:
@@ -133,66 +126,14 @@ class TrainingStep:
             self._engine.backward(total)
             self._engine.step(rate, step)
             figures.append(said)
-        for critic in self._critics:
+        for critic in self._objective.critics:
             critic.update(self._agree.average)
         means = {name: torch.stack([f[name] for f in figures]).mean() for name in figures[0]}
         return means, loss
 
-    def _losses(self, batch: Batch, first: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is minimised, with gradient, and what is logged.
-
-        Args:
-            batch: a micro batch.
-            first: the t of a row follows from step and slot, whatever the number of workers. A slot
-                takes another t at the next step: a lane of the data may always fill the same one.
-        """
-        config = self._config
-        losses = batch_loss(
-            self._engine,
-            batch,
-            self._teacher.stages,
-            self._teacher.codebook,
-            first=first,
-            schedule=self._schedule,
-            logits_weight=config.logits_weight,
-            code_weight=config.code_weight,
-            judge=self._judge,
-        )
-        total, figures = losses.total, self._figures(losses)
-        judged = self._judged(losses.prediction, first) if self._critics else losses.prediction
-        for critic in self._critics:
-            loss, more = critic.loss(judged, 1 / config.accumulation)
-            total, figures = total + loss, figures | more
-        return total, {"loss": total.detach(), **figures}
-
-    def _judged(self, prediction: Prediction, first: int) -> Prediction:
-        """What critics may move: not the tokens of a jump that the next one keeps.
-
-        Those are the first ones behind t. The cross entropy alone makes them nearly the teacher's
-        own, and a critic would trade that for sequences that are safe to continue in this jump.
-        """
-        following = (*self._schedule[1:], self._schedule[-1])
-        next_B = jump_stages(following, first, len(prediction.t_B), prediction.t_B.device)
-        return prediction.detached(given_tokens(self._teacher.stages, next_B))
-
-    def _figures(self, losses: Losses) -> dict[str, Tensor]:
-        """What is logged of a batch; by t where every batch has rows of every t."""
-        figures = {
-            "cross_entropy": losses.cross_entropy,
-            "code_error": losses.code_error,
-            "token_accuracy": losses.token_accuracy,
-        }
-        if self._rows < len(self._schedule):
-            return figures
-        for t in self._schedule:
-            here_B = losses.prediction.t_B == t
-            nats_B = losses.cross_entropy_B * here_B
-            figures[f"cross_entropy_t{t}"] = nats_B.sum() / here_B.sum()
-        return figures
-
     def _discard(self) -> None:
         self._engine.discard()
-        for critic in self._critics:
+        for critic in self._objective.critics:
             critic.discard()
 
 

@@ -1,54 +1,37 @@
-"""A student beside its teacher: quality against real digits, speed, and how exact the transport is.
+"""How good images are: a student beside its teacher and the baselines, or anyone's images.
 
-Every figure is measured here, with its protocol. Plain torch. The page that shows the result is
-made in ddray.evaluation.report.
-
-Shapes: N images, L tokens, V codebook size, E code width.
+An evaluation is prepared (`planning`), features are made shard by shard (`making`), and judged
+(`judging`) and looked at (`look`) in the end. Here it happens in one process; on a cluster
+`ddray.runtime.evaluating` has a pool make the features. Every figure comes with its protocol. The
+page is made in `ddray.evaluation.report`.
 """
 
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from ddray.config.base import decoder_dtype, reserved_device
+from ddray import __version__
+from ddray.config.base import reserved_device
 from ddray.config.evaluation import EvaluateConfig
-from ddray.config.sampling import SampleConfig
-from ddray.errors import ConfigError
-from ddray.method.flow import Transport
-from ddray.method.guidance import draw
-from ddray.method.schedule import Schedule, num_steps, parse_schedule
-from ddray.method.seeding import noise, uniforms
-from ddray.method.student import Student
-from ddray.method.teacher import Teacher
-from ddray.metrics.digits import load_digits, reference_digits
-from ddray.metrics.fd_digits import DigitsMetric, makes_digits
-from ddray.models.zoo import METRIC_FOLDER, load_student, load_teacher
+from ddray.evaluation.feature_set import FeatureSet
+from ddray.evaluation.generators import Generators
+from ddray.evaluation.judging import Judgement
+from ddray.evaluation.look import Look
+from ddray.evaluation.making import FeatureMaker
+from ddray.evaluation.plan import Generator
+from ddray.evaluation.planning import Judge, Preparation
+from ddray.evaluation.published_tables import published_rows
+from ddray.evaluation.rows import NAIVE, RECONSTRUCTION
+from ddray.metrics.fd_digits import DigitsNetwork
+from ddray.metrics.measurement import METRICS
+from ddray.models.zoo import METRIC_FOLDER
 from ddray.progress import Progress
-from ddray.sets.batch_size import batch_size
-from ddray.sets.trajectories.trajectory_set import TrajectorySet
-
-PICTURE_COLUMNS = 10
-
-# What a decoder makes of so many images fits into a CPU's caches.
-_DECODE = 64
-
-RECONSTRUCTION = "tokenizer reconstruction"
-AUTOREGRESSIVE = "teacher, autoregressive"
-TRANSPORTED = "teacher, by transport"
-NAIVE = "independent tokens"
-
-
-def student_name(schedule: Schedule) -> str:
-    """Name of a student's row."""
-    steps = num_steps(schedule)
-    return f"student, {steps} step{'s' if steps > 1 else ''}"
+from ddray.storage import open_storage
 
 
 @dataclass(frozen=True)
@@ -56,348 +39,24 @@ class Evaluation:
     """What `evaluate` measured.
 
     Attributes:
-        quality: rows with generator, steps, fd_digits, class_accuracy, ratio (of fd_digits to the
-            teacher's).
-        speed: rows with generator and images/s by batch size.
-        transport: agreement of the default transport with the exact map, and what it costs.
-        pictures: images [10, 1, 28, 28] of every generator, same classes and noise.
-        classes: of these images.
-        protocol: sentences that say how the figures came about.
-        seconds: what it took.
+        summary: everything but the pictures, as JSON values; see docs/evaluating.md.
+        pictures: float32 [10, C, H, W] in [0, 1] by row, same conditions and noise.
+        columns: what the pictures show, each a class or caption.
     """
 
-    quality: list[dict[str, Any]]
-    speed: list[dict[str, Any]]
-    transport: dict[str, Any]
-    pictures: list[tuple[str, Tensor]]
-    protocol: list[str]
-    classes: tuple[int, ...] = tuple(range(PICTURE_COLUMNS))
-    seconds: float = 0.0
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the pictures, as JSON values."""
-        return {
-            "quality": self.quality,
-            "speed": self.speed,
-            "transport": self.transport,
-            "protocol": self.protocol,
-            "seconds": round(self.seconds, 1),
-        }
-
-
-def in_batches(
-    make: Callable[[Tensor, Tensor], Tensor],
-    labels: Tensor,
-    index: Tensor,
-    batch_size: int,
-    label: str,
-) -> Tensor:
-    """Apply make(labels, index) batch by batch, with progress."""
-    parts = []
-    with Progress(label, len(labels), "images") as bar:
-        bar.begin()
-        for rows in zip(labels.split(batch_size), index.split(batch_size), strict=True):
-            parts.append(make(*rows))
-            bar.advance_to(bar.done + len(rows[0]))
-    return torch.cat(parts)
-
-
-def independent_tokens(
-    known: tuple[Tensor, Tensor], labels: Tensor, index: Tensor, seed: int, vocab_size: int
-) -> Tensor:
-    """The naive one-step baseline: tokens from the teacher's marginals by position and class.
-
-    Args:
-        known: classes [M] and tokens [M, L] that the teacher made; their counts are the marginals.
-        labels: classes wanted [N].
-        index: sample indices [N].
-        seed: of the draws.
-        vocab_size: V.
-
-    Returns:
-        int64 tokens [N, L].
-
-    Raises:
-        ConfigError: for a class that the teacher made nothing of.
-    """
-    known_labels, known_tokens = known
-    unknown = sorted({*labels.tolist()} - {*known_labels.tolist()})
-    if unknown:
-        raise ConfigError(f"there are no trajectories of class {unknown[0]} to count tokens in")
-    uniform_NL = uniforms(seed, index, known_tokens.shape[1])
-    tokens = torch.empty(uniform_NL.shape, dtype=torch.long)
-    for digit in labels.unique():
-        sequences = known_tokens[known_labels == digit]
-        counts_LV = torch.zeros(known_tokens.shape[1], vocab_size)
-        counts_LV.scatter_add_(1, sequences.T, torch.ones(sequences.T.shape))
-        rows = (labels == digit).nonzero().squeeze(1)
-        logits = counts_LV.log()[None].expand(len(rows), -1, -1)
-        tokens[rows] = draw(logits, uniform_NL[rows])
-    return tokens
-
-
-def _load(config: EvaluateConfig) -> tuple[Student, Teacher, DigitsMetric]:
-    device = reserved_device(config.num_gpus)
-    dtypes = {"dtype": config.dtype, "decode_dtype": decoder_dtype(config.dtype)}
-    student = load_student(config.student, device=device, **dtypes)
-    name = config.teacher or student.config.get("teacher")
-    if not name:
-        raise ConfigError(f"{config.student} does not name its teacher; give teacher=")
-    teacher = load_teacher(name, device=device, **dtypes)
-    if student.tokenizer.fingerprint != teacher.tokenizer.fingerprint:
-        raise ConfigError(f"{config.student} and {name} have different tokenizers")
-    if not makes_digits(teacher):
-        raise ConfigError(
-            f"{name} does not make grey 28x28 digits of ten classes; fd_digits is defined on those"
-        )
-    return student, teacher, DigitsMetric(METRIC_FOLDER)
-
-
-class Evaluator:
-    """Generators of one student and its teacher, and the measurements on them.
-
-    Args:
-        config: the job.
-    """
-
-    def __init__(self, config: EvaluateConfig):
-        self.config = config
-        self.student, self.teacher, self.metric = _load(config)
-        self.cfg = self.teacher.default_cfg if config.cfg is None else config.cfg
-        stages = len(self.student.stages)
-        trained = tuple(self.student.config.get("schedule", (0,)))
-        prefixes = [trained[:n] for n in range(1, len(trained) + 1)]
-        self.schedules = [parse_schedule(prefix, stages) for prefix in prefixes]
-        self.trajectories = self._trajectories()
-        # A set may lack classes, or be too short to have them all, and so may few images: then
-        # nothing is asked for them.
-        self.cycle = torch.arange(min(self.teacher.num_classes, config.count))
-        if self.trajectories is not None:
-            plan = self.trajectories.plan
-            turn = min(len(plan.classes) or plan.num_classes, plan.count)
-            self.cycle = torch.from_numpy(plan.label(np.arange(turn))).long()
-        self.index = torch.arange(config.count)
-        self.labels = self.labels_of(config.count)
+    summary: dict[str, Any]
+    pictures: list[tuple[str, npt.NDArray[np.float32]]]
+    columns: tuple[str, ...]
 
     @property
-    def dtype(self) -> str:
-        """That the networks run in."""
-        return str(next(self.student.model.parameters()).dtype).removeprefix("torch.")
-
-    def _trajectories(self) -> TrajectorySet | None:
-        """The set for the rows of the table that need one; None where none is given."""
-        if self.config.data is None:
-            return None
-        trajectories = TrajectorySet.open(self.config.data)
-        teacher, dtype = self.teacher, trajectories.plan.dtype
-        if dtype != self.dtype:  # a fingerprint is of the weights in the dtype that computes
-            teacher = load_teacher(teacher.name, device="cpu", dtype=dtype)
-        if trajectories.plan.teacher_fingerprint != teacher.fingerprint:
-            raise ConfigError(f"{self.config.data} was not sampled from {self.teacher.name}")
-        if trajectories.plan.count < 2:
-            raise ConfigError(
-                f"{self.config.data} has one row, and a Frechet distance needs at least 2 images"
-            )
-        return trajectories
-
-    def labels_of(self, count: int) -> Tensor:
-        """The first classes that images are asked for by, int64 [count]: all in turn."""
-        return self.cycle[torch.arange(count) % len(self.cycle)]
-
-    def autoregressive(self, labels: Tensor, index: Tensor) -> Tensor:
-        """Tokens by plain sampling."""
-        return self.teacher.sample(labels, cfg=self.cfg, seed=self.config.seed, index=index)
-
-    def transported(self, labels: Tensor, index: Tensor) -> Tensor:
-        """Tokens by transport of the noise the student gets."""
-        return self.teacher.trajectories(labels, index, cfg=self.cfg, seed=self.config.seed)
-
-    def jump(self, schedule: Schedule) -> Callable[[Tensor, Tensor], Tensor]:
-        """Codes by the student along a schedule."""
-        stages = [step for step in schedule if isinstance(step, int)]
-        return lambda labels, index: self.student.generate(
-            labels, index=index, seed=self.config.seed, schedule=stages
-        )
-
-    @cached_property
-    def known(self) -> tuple[Tensor, Tensor]:
-        """Classes and tokens the teacher made by transport: the set's first rows, or fresh ones."""
-        trajectories = self.trajectories
-        if trajectories is None:
-            tokens = in_batches(
-                self.transported, self.labels, self.index, self.config.batch_size, TRANSPORTED
-            )
-            return self.labels, tokens.cpu()
-        # The naive baseline gets all the rows there are: its marginals should not be noisy.
-        _, labels, stored = trajectories.rows(0, trajectories.plan.count)
-        return torch.from_numpy(labels).long(), torch.from_numpy(stored.astype("int64"))
-
     def quality(self) -> list[dict[str, Any]]:
-        """One row a generator: Frechet distance, class accuracy, ratio to the teacher."""
-        config = self.config
-        rows: list[dict[str, Any]] = []
-
-        def judge(name: str, steps: int | None, content: Tensor, labels: Tensor) -> None:
-            images = torch.cat([self.teacher.decode(part) for part in content.split(_DECODE)])
-            row = {"generator": name, "steps": steps, "images": len(labels)}
-            rows.append({**row, **self.metric(images.cpu(), labels)})
-
-        known = self.known
-        try:
-            # Other augmentations than the reference has: its own images would flatter.
-            digits = reference_digits(load_digits()[1], copies=2, seed=1)
-        except ConfigError:
-            # Without the real digits this row alone is missing: the other statistics are bundled.
-            pass
-        else:
-            # No more of them than of other images, and of the same classes: they lie in order.
-            asked = torch.isin(digits.labels, self.cycle)
-            every = max(1, int(asked.sum()) // config.count)
-            images, labels = digits.images[asked][::every], digits.labels[asked][::every]
-            tokens = [self.teacher.encode(part).cpu() for part in images.split(250)]
-            judge(RECONSTRUCTION, None, torch.cat(tokens), labels)
-            used = len(torch.cat(tokens).unique())
-            rows[-1]["codes_used"] = used / len(self.teacher.codebook)
-        make = (self.autoregressive, self.labels, self.index, config.batch_size, AUTOREGRESSIVE)
-        judge(AUTOREGRESSIVE, len(self.teacher.stages), in_batches(*make), self.labels)
-        count = min(config.count, len(known[0]))
-        judge(TRANSPORTED, len(self.teacher.stages), known[1][:count], known[0][:count])
-        for schedule in self.schedules:
-            name = student_name(schedule)
-            codes = in_batches(
-                self.jump(schedule), self.labels, self.index, config.batch_size, name
-            )
-            judge(name, num_steps(schedule), codes, self.labels)
-        vocab_size = len(self.teacher.codebook)
-        naive = independent_tokens(known, self.labels, self.index, config.seed, vocab_size)
-        judge(NAIVE, 1, naive, self.labels)
-        base = next(row["fd_digits"] for row in rows if row["generator"] == AUTOREGRESSIVE)
-        return [{**row, "ratio": row["fd_digits"] / base} for row in rows]
-
-    def speed(self) -> list[dict[str, Any]]:
-        """Images/s of every generator at each batch size, classes to pixels, in this process."""
-        makers: list[tuple[str, int, Callable[[Tensor, Tensor], Tensor]]] = [
-            (AUTOREGRESSIVE, len(self.teacher.stages), self.autoregressive),
-            (TRANSPORTED, len(self.teacher.stages), self.transported),
-            *((student_name(s), num_steps(s), self.jump(s)) for s in self.schedules),
-        ]
-        rows: list[dict[str, Any]] = [{"generator": name, "steps": n} for name, n, _ in makers]
-        timed = Progress("speed", len(self.config.speed_batches) * len(makers), "figures")
-        with timed as bar:
-            for size in self.config.speed_batches:
-                for row, (_, _, make) in zip(rows, makers, strict=True):
-                    row[f"batch_{size}"] = self._rate(make, size)
-                    bar.advance_to(bar.done + 1)
+        """Rows of the table."""
+        rows: list[dict[str, Any]] = self.summary["quality"]
         return rows
-
-    def _rate(self, make: Callable[[Tensor, Tensor], Tensor], size: int) -> float:
-        """Images/s: the median of at least three runs after a warm-up."""
-        labels, index = self.labels_of(size), torch.arange(size)
-        times: list[float] = []
-        began = time.perf_counter()
-        while len(times) < 4 or time.perf_counter() - began < self.config.speed_seconds:
-            start = time.perf_counter()
-            self.teacher.decode(make(labels, index)).cpu()  # a device works on behind the call
-            times.append(time.perf_counter() - start)
-        return size / statistics.median(times[1:])
-
-    def transport(self) -> dict[str, Any]:
-        """Agreement of the default transport with the exact map under the teacher's distributions.
-
-        Also its cost: the time of trajectories over that of plain sampling of the same images,
-        alternated.
-        """
-        count = self.config.transport_count
-        labels, index = self.labels_of(count), torch.arange(count)
-        shape = (self.teacher.num_tokens, self.teacher.codebook.shape[1])
-        agree = total = 0
-        default, exact = Transport(self.teacher.codebook), Transport(self.teacher.codebook, "exact")
-        for rows in zip(labels.split(50), index.split(50), strict=True):
-            logits = self.teacher.guided_logits(rows[0], self.transported(*rows), self.cfg)
-            start = noise(self.config.seed, rows[1], shape, logits.device).flatten(0, 1)
-            same = default(start, logits.flatten(0, 1)) == exact(start, logits.flatten(0, 1))
-            agree, total = agree + int(same.sum()), total + len(same)
-        return {
-            "solver": default.solver,
-            "num_evals": default.num_evals,
-            "tokens": total,
-            "agreement": agree / total,
-            "cost_ratio": self._transport_cost(),
-        }
-
-    def _transport_cost(self) -> float:
-        """Time of trajectories over that of plain sampling, in turn, as an actor runs them."""
-        actor = SampleConfig()
-        rows = batch_size(actor, self.teacher.model)
-        labels, index = self.labels[:rows], self.index[:rows]
-        threads = torch.get_num_threads()
-        torch.set_num_threads(actor.threads)
-        try:
-            ratios = []
-            for _ in range(5):
-                start = time.perf_counter()
-                self.autoregressive(labels, index).cpu()
-                middle = time.perf_counter()
-                self.transported(labels, index).cpu()
-                ratios.append((time.perf_counter() - middle) / (middle - start))
-        finally:
-            torch.set_num_threads(threads)
-        return statistics.median(ratios)
-
-    def pictures(self) -> list[tuple[str, Tensor]]:
-        """One image a class of every generator; transport and student start from the same noise."""
-        labels, index = self.labels_of(PICTURE_COLUMNS), torch.arange(PICTURE_COLUMNS)
-        rows = [
-            (AUTOREGRESSIVE, self.autoregressive(labels, index)),
-            (TRANSPORTED, self.transported(labels, index)),
-            *((student_name(s), self.jump(s)(labels, index)) for s in self.schedules),
-            (
-                NAIVE,
-                independent_tokens(
-                    self.known, labels, index, self.config.seed, len(self.teacher.codebook)
-                ),
-            ),
-        ]
-        return [(name, self.teacher.decode(content).cpu()) for name, content in rows]
-
-    def protocol(self) -> list[str]:
-        """How the figures came about."""
-        config, card = self.config, self.metric.card
-        present = sorted({*self.cycle.tolist()})
-        turn = "classes in turn"
-        if len(present) < self.teacher.num_classes:
-            reason = "for so few images" if self.trajectories is None else "as the set has them"
-            turn = (
-                f"classes {', '.join(map(str, present))} in turn, {reason} (the "
-                "reference has all ten, so distances are larger; ratios compare like with like)"
-            )
-        return [
-            f"{config.count} images of every generator, {turn}, seed {config.seed}, "
-            f"indices 0 to {config.count - 1}; teacher {self.teacher.name} at guidance "
-            f"{self.cfg:g}, top_k off, top_p off, temperature 1; student by argmax of its logits "
-            f"head, weighed with its code head at precision {self.student.code_precision:g}.",
-            "fd_digits: Frechet distance between 64 features of the bundled digit classifier "
-            f"(weights {self.metric.fingerprint[:12]}, {card['held_out_accuracy']:.1%} right on "
-            "held-out digits) for the generated images and for 1000 held-out MNIST digits in 5 "
-            f"fixed augmentations ({self.metric.reference.count} images). It is not FID. Two "
-            "disjoint halves of the held-out digits are "
-            f"{card['fd_digits_of_disjoint_halves']:.2f} apart.",
-            "class_accuracy: share of images that the classifier takes for the class asked for.",
-            f"{NAIVE}: each token drawn alone from the teacher's frequencies at its position and "
-            "class.",
-            f"{RECONSTRUCTION}: of the held-out digits in 2 other augmentations.",
-            f"Transport: tokens equal to the float64 map's, in {config.transport_count} images of "
-            "the teacher; its cost is the time of trajectories over that of plain sampling of the "
-            "same images, in turn, at an actor's default batch and threads.",
-            f"Speed: from class ids to pixels in one process with {torch.get_num_threads()} "
-            f"threads on {self.teacher.device.type}, {self.dtype}; median of repeated runs after a "
-            "warm-up.",
-        ]
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Measure a student beside its teacher.
+    """Measure in this process.
 
     Args:
         config: the job.
@@ -406,17 +65,265 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         Quality, speed, transport figures and pictures.
 
     Raises:
-        ConfigError: for models that do not belong together or do not make digits.
+        ConfigError: for models that do not belong together, metrics that cannot come out, images
+            that cannot be judged.
+        StorageError: if the URI cannot be written.
+        DDRayError: for models, weights, references or images that cannot be read.
     """
     started = time.monotonic()
-    evaluator = Evaluator(config)
-    return Evaluation(
-        quality=evaluator.quality(),
-        speed=evaluator.speed(),
-        transport=evaluator.transport(),
-        pictures=evaluator.pictures(),
-        classes=tuple(evaluator.labels_of(PICTURE_COLUMNS).tolist()),
-        protocol=evaluator.protocol(),
-        seconds=time.monotonic() - started,
-        settings=config.model_dump(mode="json"),
+    open_storage(config.out).check_writable()
+    device = reserved_device(config.num_gpus)
+    prepared = Preparation(config, device)
+    torch.set_num_threads(prepared.plan.threads)
+    features = prepared.begin()
+    generators = Generators(features, device, **prepared.models)
+    maker = FeatureMaker(features, device, generators)
+    with Progress("evaluation", features.plan.count, "images") as bar:
+        bar.advance_to(features.plan.count - images_of(features, features.missing()))
+        bar.begin()
+        for k in features.missing():
+            bar.advance_to(bar.done + maker.do(k))
+    return conclude(config, features, prepared.judges, started, generators)
+
+
+def images_of(features: FeatureSet, tasks: Sequence[int]) -> int:
+    """Images of some tasks."""
+    return sum(len(features.plan.shard_range(k)) for k in tasks)
+
+
+def conclude(
+    config: EvaluateConfig,
+    features: FeatureSet,
+    judges: Sequence[Judge],
+    started: float | None = None,
+    generators: Generators | None = None,
+) -> Evaluation:
+    """Judge an evaluation whose features are all there, and look at its rows.
+
+    Args:
+        config: the job.
+        features: of all images.
+        judges: what was prepared.
+        started: when the work began, by `time.monotonic`.
+        generators: its models; None = loaded here.
+
+    Raises:
+        ConfigError: for images that cannot be judged.
+        ShardError: if features are missing or damaged.
+    """
+    began = time.monotonic() if started is None else started
+    device, plan = reserved_device(config.num_gpus), features.plan
+    generators = generators or Generators(features, device)
+    judgement = Judgement(
+        *(features, judges, generators),
+        splits=config.splits,
+        skip_broken=config.skip_broken,
+        device=device,
     )
+    look = Look(config, generators)
+    models = plan.models and generators.model_of(plan.generators[-1])
+    names: list[str | None] = (
+        [str(n) for n in models.config.get("class_names", ())] if models else []
+    )
+    speed = look.speed()
+    quality, leading = judgement.quality, leading_of(judges)
+    _add_ratio(quality, leading)
+    _add_seconds(quality, speed)
+    transport = look.transport() if models else None
+    pictures = look.pictures() if models else []
+    settings = settings_of(config, features, judges, device)
+    summary = {
+        "quality": quality,
+        "leading": leading,
+        "speed": speed,
+        "transport": transport,
+        "worst_classes": judgement.worst_classes(names),
+        "published": _published(plan.models),
+        "protocol": protocol_of(config, features, judges, transport, settings),
+        "settings": settings,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    shown = [(name, images.numpy()) for name, images in pictures]
+    return Evaluation(summary, shown, look.columns(names) if models else ())
+
+
+def leading_of(judges: Sequence[Judge]) -> str:
+    """Key of the metric that rows are compared by: the first Frechet distance, or the first."""
+    metrics = [METRICS[name] for judge in judges for name in judge.metrics]
+    return next((m.key for m in metrics if m.kind == "frechet"), metrics[0].key)
+
+
+def _add_ratio(quality: list[dict[str, Any]], leading: str) -> None:
+    """To the teacher's, of distances alone."""
+    base = next((row[leading] for row in quality if row["kind"] == "teacher"), None)
+    is_distance = any(m.key == leading and m.kind == "frechet" for m in METRICS.values())
+    for row in quality:
+        row["ratio"] = row[leading] / base if base and is_distance else None
+
+
+def _add_seconds(quality: list[dict[str, Any]], speed: Sequence[Mapping[str, Any]]) -> None:
+    """Of an image, at the largest batch that was timed."""
+    timed = {row["generator"]: row for row in speed}
+    for row in quality:
+        rates = timed.get(row["generator"], {})
+        sizes = [int(key.removeprefix("batch_")) for key in rates if key.startswith("batch_")]
+        row["seconds_per_image"] = 1 / rates[f"batch_{max(sizes)}"] if sizes else None
+
+
+def _published(models: Mapping[str, str]) -> list[dict[str, Any]]:
+    for role in ("teacher", "student"):
+        rows = published_rows(models[role]) if role in models else []
+        if rows:
+            return rows
+    return []
+
+
+def settings_of(
+    config: EvaluateConfig, features: FeatureSet, judges: Sequence[Judge], device: str
+) -> dict[str, Any]:
+    """What two evaluations must share for their distances to be compared."""
+    plan = features.plan
+    shown = [row for row in plan.generators if row.kind != "reference"]
+    found: dict[str, Any] = {"count": max(row.count for row in shown)}
+    if plan.models:
+        found |= {"labels": config.labels, "classes": len({*plan.classes}) or None}
+        found |= {"seed": plan.seed, **plan.models}
+        found |= {f"{role}_sha256": sha[:16] for role, sha in plan.fingerprints.items()}
+        found |= {"dtype": plan.dtype, "decode_dtype": plan.decode_dtype}
+    else:
+        found |= {"samples": config.samples, "size": config.size, "convert": config.convert}
+    first = judges[0]
+    found |= {
+        "network": ", ".join(judge.extractor.name for judge in judges),
+        "extractor": ", ".join(judge.extractor.fingerprint[:16] for judge in judges),
+        "reference": ", ".join(
+            judge.reference.uri for judge in judges if judge.reference is not None
+        ),
+        "reference_images": _reference_images(first),
+        "resize": config.resize if "inception" in first.extractor.name else None,
+        "splits": config.splits if "is" in first.metrics else None,
+        "rounding": "nearest of 256 levels",
+        "batch_size": plan.batch_size,
+        "threads": plan.threads,
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "ddray_version": __version__,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _reference_images(judge: Judge) -> int | None:
+    if judge.measured is not None and not (judge.reference and judge.reference.statistics):
+        return judge.measured.count
+    if judge.reference is None:
+        return None
+    counts = [statistics.count for statistics in judge.reference.statistics.values()]
+    return next((count for count in counts if count), None)
+
+
+def protocol_of(
+    config: EvaluateConfig,
+    features: FeatureSet,
+    judges: Sequence[Judge],
+    transport: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> list[str]:
+    """How the figures came about, in sentences."""
+    plan = features.plan
+    kinds = {row.kind for row in plan.generators}
+    said = [_of_images(config, features)]
+    said += [_of_judge(judge, config) for judge in judges]
+    if any("class_accuracy" in judge.metrics for judge in judges):
+        said.append(
+            "class_accuracy: share of images that the classifier takes for the class asked for."
+        )
+    if "independent" in kinds:
+        said.append(
+            f"{NAIVE}: each token drawn alone from the teacher's frequencies at its position and "
+            "class."
+        )
+    if "skip" in kinds:
+        said.append("Last steps in one: their tokens are drawn each by itself, in one pass.")
+    if "reconstruction" in kinds:
+        said.append(f"{RECONSTRUCTION}: of the held-out digits in 2 other augmentations.")
+    if transport is not None:
+        said.append(
+            f"Transport: tokens equal to the float64 map's, in {transport['images']} images of the "
+            "teacher; its cost is the time of trajectories over that of plain sampling of the same "
+            "images, in turn, at an actor's default batch and threads."
+        )
+    if config.speed_batches and plan.models:
+        said.append(
+            f"Speed: from conditions to pixels in one process with {plan.threads} threads on "
+            f"{settings['device']}, {plan.dtype}; median of repeated runs after a warm-up."
+        )
+    return said
+
+
+def _of_images(config: EvaluateConfig, features: FeatureSet) -> str:
+    plan = features.plan
+    if not plan.models:
+        row = next(g for g in plan.generators if g.kind == "samples")
+        return (
+            f"{row.count} images of {row.settings['source']}, rounded to 8 bits as they lie there."
+        )
+    row = plan.generators[-1]
+    turn = "captions in their order"
+    if plan.conditioning == "class":
+        turn = _turn(config, plan.classes, row)
+    sampling = next(
+        (g.settings for g in plan.generators if g.kind in ("teacher", "transport")), None
+    )
+    told = "no teacher"
+    if sampling:
+        off = {"top_k": 0, "top_p": 1.0}
+        filters = ", ".join(
+            f"{key} {'off' if sampling[key] == none else format(sampling[key], 'g')}"
+            for key, none in off.items()
+        )
+        told = (
+            f"teacher {plan.models['teacher']} at guidance {sampling['cfg']:g}, {filters}, "
+            f"temperature {sampling['temperature']:g}"
+        )
+    return (
+        f"{row.count} images of every generator, {turn}, seed {plan.seed}, indices 0 to "
+        f"{row.count - 1}; {told}; student by argmax of its logits head, weighed with its code "
+        "head at its own precision."
+    )
+
+
+def _turn(config: EvaluateConfig, classes: Sequence[int], row: Generator) -> str:
+    """Which classes, in which order."""
+    present = sorted({*classes[: row.count]} if config.labels == "balanced" else {*classes})
+    order = {"balanced": "in turn", "random": "drawn at random"}
+    told = f"{len(present)} classes"
+    if len(present) <= 20:
+        told = f"classes {', '.join(map(str, present))}"
+    return f"{told} {order.get(config.labels, 'one after the other')}"
+
+
+def _of_judge(judge: Judge, config: EvaluateConfig) -> str:
+    """What a network's distances are between."""
+    extractor, reference = judge.extractor, judge.reference
+    if extractor.name == "digits":
+        network = DigitsNetwork(METRIC_FOLDER)
+        card = network.card
+        return (
+            "fd_digits: Frechet distance between 64 features of the bundled digit classifier "
+            f"(weights {extractor.fingerprint[:12]}, {card['held_out_accuracy']:.1%} right on "
+            "held-out digits) for the generated images and for 1000 held-out MNIST digits in 5 "
+            f"fixed augmentations ({network.reference.statistics['pool'].count} images). It is not "
+            "FID. Two disjoint halves of the held-out digits are "
+            f"{card['fd_digits_of_disjoint_halves']:.2f} apart."
+        )
+    told = f"{', '.join(judge.metrics)}: features of {extractor.name} (weights "
+    told += f"{extractor.fingerprint[:12]})"
+    if extractor.any_weights and "inception" in extractor.name:
+        told += ", which may not be those of FID"
+    if reference is not None:
+        count = _reference_images(judge)
+        told += f"; reference {reference.uri}" + (f" ({count} images)" if count else "")
+    if "is" in judge.metrics:
+        splits = {"adm": "of 5000 in order", "torch-fidelity": "ten, shuffled"}[config.splits]
+        told += f"; splits of the score: {splits}"
+    return told + "."

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddray.distillation.log import draw
 from ddray.errors import ConfigError
-from ddray.evaluation.evaluate import student_name
+from ddray.evaluation.rows import student_name, trained_schedules
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.method.seeding import next_seed
 from ddray.method.student import Student
@@ -113,10 +113,10 @@ def _trajectories(trajectories: TrajectorySet, count: int) -> tuple[Tensor, Tens
 
 def _jumps(student: Student) -> Iterator[tuple[str, int, list[int]]]:
     """Name, number of steps and stages of every schedule that the student was trained for."""
-    trained = student.config["schedule"]
-    for stop in range(1, len(trained) + 1):
-        schedule = parse_schedule(trained[:stop], len(student.stages))
-        yield student_name(schedule), num_steps(schedule), list(trained[:stop])
+    stages = len(student.stages)
+    for schedule in trained_schedules(student.config):
+        steps = num_steps(parse_schedule(schedule, stages))
+        yield student_name(schedule, stages), steps, [int(t) for t in schedule.split(",")]
 
 
 def _generate(

@@ -120,6 +120,15 @@ def concatenate(first: Condition, second: Condition) -> Condition:
     return torch.cat((first, second))
 
 
+def choose(first_B: Tensor, first: Condition, second: Condition) -> Condition:
+    """Rows of the first batch where a mask is true, else of the second; masks are the second's."""
+    if isinstance(first, Captions) and isinstance(second, Captions):
+        features = torch.where(first_B[:, None, None], first.features_BTD, second.features_BTD)
+        return Captions(features, second.mask_BT)
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    return torch.where(first_B, first, second)
+
+
 def as_tensors(cond: Condition) -> tuple[Tensor, ...]:
     """A condition as the tensors that it is made of."""
     return (cond.features_BTD, cond.mask_BT) if isinstance(cond, Captions) else (cond,)

@@ -23,6 +23,9 @@ SCHEME = "philox4x32-10/box-muller-f64/1"
 # share numbers.
 NOISE_STREAM = 0
 TOKEN_STREAM = 1
+MASKED_STREAM = 2
+MASK_STREAM = 3
+LABEL_STREAM = 4
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -167,17 +170,18 @@ def normals(seed: int | Sequence[int], index: Tensor, size: int) -> Tensor:
     return pairs.reshape(len(index), -1)[:, :size].contiguous()
 
 
-def uniforms(seed: int, index_B: Tensor, count: int) -> Tensor:
-    """One uniform draw per token for plain autoregressive sampling.
+def uniforms(seed: int, index_B: Tensor, count: int, stream: int = TOKEN_STREAM) -> Tensor:
+    """Uniform draws; one a token for plain autoregressive sampling.
 
     Args:
         seed: run seed, any int64 >= 0.
         index_B: int64 sample indices [B].
-        count: tokens per sample.
+        count: draws per sample.
+        stream: what they are for.
 
     Returns:
         float64 [B, count] in (0, 1), with 52 random bits: the half step is exact, so 1 is never
         reached.
     """
-    high, low, *_ = _words(seed, index_B, count, TOKEN_STREAM)
+    high, low, *_ = _words(seed, index_B, count, stream)
     return ((high << 20) | (low >> 12)).double().add_(0.5).mul_(2.0**-52)

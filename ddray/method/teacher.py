@@ -52,6 +52,7 @@ class Rules:
     top_p: float
     temperature: float
     unmasked_prefix: bool = False
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,12 @@ class _Carry:
 class Decoder(Protocol):
     """One batch on its way through the stages of a teacher."""
 
-    def logits(self) -> Tensor:
-        """Logits of the next stage, float32 [B, l, V]."""
+    def logits(self, stages: int = 1) -> Tensor:
+        """Logits of the next stage, or of several at once, float32 [B, l, V].
+
+        Of several, those of the first see the stages before; the others see no token of one
+        another, and a family says what stands in the places of those.
+        """
 
     def append(self, tokens_Bl: Tensor) -> None:
         """Fix the tokens of that stage, int64 [B, l]; under guidance they serve both halves."""
@@ -126,8 +131,12 @@ class Teacher(Model):
         temperature: float = 1.0,
         seed: int = 0,
         index: Sequence[int] | Tensor | None = None,
+        skip: int = 0,
     ) -> Tensor:
-        """Plain autoregressive sampling.
+        """Plain autoregressive sampling; with `skip`, the baseline skip-n.
+
+        Skip-n (arXiv 2510.21003, appendix E.5) makes the last n stages in one pass, all their
+        tokens drawn independently of one another: K - n + 1 passes in place of K.
 
         Args:
             cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
@@ -138,17 +147,26 @@ class Teacher(Model):
             temperature: divides the logits.
             seed: together with `index` decides every draw.
             index: sample indices [B]; None = 0..B-1.
+            skip: stages of that one pass, from 0 to all; 0 and 1 are plain sampling.
 
         Returns:
             int64 tokens [B, L].
 
         Raises:
-            ConfigError: if the network's logits are NaN or infinite, as an overflow makes them.
+            ConfigError: if the network's logits are NaN or infinite, as an overflow makes them; if
+                the model has fewer than `skip` stages.
         """
         cond = self.condition(cond_B)
         index_B = self._index(index, len(cond))
         uniform_BL = uniforms(seed, index_B, self.num_tokens)
-        rules = Rules(cfg, cfg_interval, top_k, top_p, temperature)
+        if not is_integer(skip) or not 0 <= skip <= len(self.stages):
+            raise ConfigError(
+                f"skip={skip!r} must be an integer from 0 to {len(self.stages)}, the stages of "
+                f"{self.name}"
+            )
+        # Of one stage there is nothing to skip: equal rules share a graph.
+        skip = 0 if skip == 1 else skip
+        rules = Rules(cfg, cfg_interval, top_k, top_p, temperature, skip=skip)
         return self._roll_out(cond, draw, uniform_BL, rules)
 
     def trajectories(
@@ -279,23 +297,37 @@ class Teacher(Model):
         decoder: Decoder = self.model.decoder(
             cond, prefix_BP, unmasked_prefix=rules.unmasked_prefix
         )
-        for stage in stages:
-            logits = decoder.logits()
+        at_once = max(rules.skip, 1)
+        passes = [(stage,) for stage in stages[: len(stages) - at_once]]
+        for several in (*passes, stages[len(stages) - at_once :]):
+            logits = decoder.logits(len(several))
             if guided:
-                conditional, null = logits.chunk(2)
-                # Counted from where sampling begins, as upstream does behind a prefix too.
-                off = 0 <= rules.cfg_interval < stage - stages.start - 1
-                logits = (
-                    conditional if off else self.model.guide(conditional, null, rules.cfg, stage)
-                )
-                del conditional, null
+                logits = self._guided(logits, several, rules, stages.start)
             logits = filter_logits(
                 logits, rules.temperature, rules.top_k, rules.top_p, self.model.top_p_filter
             )
             finite.append(logits.amax(-1).isfinite().all())
-            tokens.append(choose(logits, random[:, starts[stage] : starts[stage + 1]]))
-            decoder.append(tokens[-1])
+            drawn = slice(starts[several[0]], starts[several[-1] + 1])
+            tokens.append(choose(logits, random[:, drawn]))
+            if several[-1] != stages[-1]:
+                decoder.append(tokens[-1])
         return torch.cat(tokens, 1), torch.stack(finite).all()
+
+    def _guided(
+        self, logits_2BlV: Tensor, stages: Sequence[int], rules: Rules, first: int
+    ) -> Tensor:
+        """Logits of these stages under guidance, of a batch and behind it its null half."""
+        guided = []
+        for stage, logits in zip(
+            stages, logits_2BlV.split([self.stages[stage] for stage in stages], 1), strict=True
+        ):
+            conditional, null = logits.chunk(2)
+            # Counted from where sampling begins, as upstream does behind a prefix too.
+            off = 0 <= rules.cfg_interval < stage - first - 1
+            guided.append(
+                conditional if off else self.model.guide(conditional, null, rules.cfg, stage)
+            )
+        return guided[0] if len(guided) == 1 else torch.cat(guided, 1)
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:

@@ -7,6 +7,7 @@ Shapes: N images.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from ddray.method.model import Model
 from ddray.metrics.digits_classifier import DigitsClassifier
 from ddray.metrics.frechet import FeatureStatistics, FeatureSums
+from ddray.metrics.network import LOGITS, POOL, FeatureNetwork
 from ddray.metrics.pixels import eight_bit
+from ddray.metrics.reference import Reference
 from ddray.storage.checkpoint import fingerprint, load_folder, load_into
 
 
@@ -32,6 +35,36 @@ def classify(classifier: DigitsClassifier, images: Tensor) -> tuple[Tensor, Tens
 def statistics_of(classifier: DigitsClassifier, images: Tensor) -> FeatureStatistics:
     """Statistics of images [N, 1, 28, 28] in [0, 1], as the 8-bit pixels of a file."""
     return FeatureStatistics.from_features(classify(classifier, images)[0])
+
+
+class DigitsNetwork(FeatureNetwork):
+    """The bundled digit classifier: features before its last layer, and logits of ten classes.
+
+    Args:
+        folder: model folder of the classifier.
+        device: where it runs.
+
+    Attributes:
+        reference: statistics of the held-out digits.
+        card: what the folder says of the classifier.
+    """
+
+    name = "digits"
+    layers = {POOL: 64, LOGITS: 10}
+    channels = 1
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu"):
+        metric = DigitsMetric(folder)
+        self.card = metric.card
+        super().__init__(metric.classifier, metric.fingerprint, device)
+        self.reference = Reference(
+            "the held-out digits", {POOL: metric.reference}, metric.fingerprint, self.name
+        )
+
+    def _features(self, pixels: Tensor) -> dict[str, Tensor]:
+        net: Any = self.module
+        pool = net.features(pixels / 255)
+        return {POOL: pool, LOGITS: net.classes(pool)}
 
 
 class DigitsMetric:

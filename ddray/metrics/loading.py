@@ -7,7 +7,7 @@ import torch
 from ddray.errors import ConfigError
 from ddray.metrics.network import FeatureNetwork
 
-NETWORKS = ("inception", "inception-tensorflow", "efficientnet", "dinov2", "clip")
+NETWORKS = ("inception", "inception-tensorflow", "efficientnet", "dinov2", "clip", "digits")
 
 
 def load_network(
@@ -22,8 +22,8 @@ def load_network(
     Args:
         name: of NETWORKS; "inception" resizes as pytorch-fid, "inception-tensorflow" as ADM's
             evaluator and torch-fidelity.
-        source: file of weights, or folder of DINOv2 or CLIP; None for where the weights of
-            Inception and EfficientNet lie by themselves.
+        source: file of weights, or folder of DINOv2, CLIP or the digit classifier; None for where
+            the weights of Inception and EfficientNet lie by themselves.
         any_weights: of Inception, whether a file of another sha256 is taken.
         device: where it runs.
 
@@ -43,7 +43,11 @@ def load_network(
 
         return EfficientNet(source, device=device)
     if source is None:
-        raise ConfigError(f"{name} needs the folder that transformers saved it to")
+        raise ConfigError(f"{name} needs the folder that it was saved to; give --{name} FOLDER")
+    if name == "digits":
+        from ddray.metrics.fd_digits import DigitsNetwork
+
+        return DigitsNetwork(source, device)
     from ddray.metrics.vision_transformer import Clip, Dinov2
 
     return (Dinov2 if name == "dinov2" else Clip)(source, device=device)

@@ -11,7 +11,7 @@ Shapes: N images, D features of a layer.
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ class Metric(NamedTuple):
     """What a metric takes.
 
     Attributes:
-        kind: "frechet", "kernel", "manifold" or "score".
+        kind: "frechet", "kernel", "manifold", "score" or "accuracy".
         network: whose features.
         layer: which of them.
         key: in `summary.json`.
@@ -60,7 +60,7 @@ def _table() -> dict[str, Metric]:
         "is": Metric("score", "inception", LOGITS, "inception_score"),
         "kid": Metric("kernel", "inception", POOL, "kid", SUBSET_SIZE),
     }
-    for network in ("inception", "efficientnet", "dinov2", "clip"):
+    for network in ("inception", "efficientnet", "dinov2", "clip", "digits"):
         # A bare name is that of Inception, as in papers.
         suffix = "" if network == "inception" else f"_{network}"
         if suffix:
@@ -69,6 +69,7 @@ def _table() -> dict[str, Metric]:
         for name in _MANIFOLD:
             key = f"{name}{suffix}"
             metrics[key] = Metric("manifold", network, POOL, key, DENSITY_NEIGHBOUR + 1)
+    metrics["class_accuracy"] = Metric("accuracy", "digits", LOGITS, "class_accuracy", 1)
     return metrics
 
 
@@ -100,7 +101,7 @@ def check_metrics(
             raise ConfigError(
                 f"{name} takes at least {metric.images} images, and there are {count}"
             )
-        if metric.kind == "score":
+        if metric.kind in ("score", "accuracy"):
             continue
         if reference is None:
             raise ConfigError(f"{name} compares with real images; give their reference")
@@ -119,13 +120,21 @@ class ShardFeatures:
     Attributes:
         first: index of the first image.
         layers: float32 [N, D] by layer.
+        broken: index, name and reason of images in between that could not be read; they have no
+            row.
     """
 
     first: int
     layers: Mapping[str, npt.NDArray[np.float32]]
+    broken: tuple[tuple[int, str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.layers.values())))
+
+    @property
+    def end(self) -> int:
+        """Index behind the last image."""
+        return self.first + len(self) + len(self.broken)
 
     @classmethod
     def of(
@@ -149,8 +158,10 @@ class ShardFeatures:
             extractor: fingerprint of what made the features.
         """
         # In one entry: safetensors writes several in an order of its own every time.
-        notes = json.dumps({"extractor": extractor, "first": self.first})
-        return save(dict(self.layers), {"shard": notes})
+        notes: dict[str, Any] = {"extractor": extractor, "first": self.first}
+        if self.broken:
+            notes["broken"] = self.broken
+        return save(dict(self.layers), {"shard": json.dumps(notes)})
 
     @classmethod
     def from_bytes(cls, data: bytes, extractor: str) -> "ShardFeatures":
@@ -163,6 +174,9 @@ class ShardFeatures:
             layers, header = arrays_and_notes(data)
             notes = json.loads(header["shard"])
             first, found = int(notes["first"]), str(notes["extractor"])
+            broken = tuple(
+                (int(i), str(name), str(why)) for i, name, why in notes.get("broken", ())
+            )
             if not layers or len({len(rows) for rows in layers.values()}) != 1:
                 raise ValueError("its layers have other numbers of images")
             if not all(np.isfinite(rows).all() for rows in layers.values()):
@@ -171,7 +185,7 @@ class ShardFeatures:
             raise ConfigError(f"damaged ({one_line(error)})") from error
         if found != extractor:
             raise ConfigError(f"made by another extractor ({found[:12]}, not {extractor[:12]})")
-        return cls(first, layers)
+        return cls(first, layers, broken)
 
 
 class Measurement:
@@ -200,7 +214,7 @@ class Measurement:
         device: str | torch.device = "cpu",
     ):
         self.metrics = {name: METRICS[name] for name in metrics}
-        self.count, self.done = count, 0
+        self.count, self.done, self._next = count, 0, 0
         self.reference, self._real, self._device = reference, reference_features, device
         kinds = {metric.kind for metric in self.metrics.values()}
         self._sums: dict[str, FeatureSums | None] = {
@@ -211,23 +225,31 @@ class Measurement:
         self._rows: list[npt.NDArray[np.float16]] = []
         self._splits = SPLITS[splits](count) if "score" in kinds else None
         self._score: ScoreSums | None = None
+        self._judges_classes, self._right = "accuracy" in kinds, 0
 
     @property
     def layers(self) -> set[str]:
         """Those that shards must have."""
         return {metric.layer for metric in self.metrics.values()}
 
-    def add(self, shard: ShardFeatures) -> None:
+    def add(self, shard: ShardFeatures, labels: npt.NDArray[np.integer] | None = None) -> None:
         """Take the next shard.
+
+        Args:
+            shard: whose first image is the one behind all before.
+            labels: the class that each image was asked for by [N]; for `class_accuracy`.
 
         Raises:
             ConfigError: for any but the next: no image may be missing or count twice.
         """
-        if shard.first != self.done or self.done + len(shard) > self.count:
+        if shard.first != self._next or self.done + len(shard) > self.count:
             raise ConfigError(
-                f"images {shard.first} to {shard.first + len(shard) - 1} are not the next: "
+                f"images {shard.first} to {shard.end - 1} are not the next: "
                 f"{self.done} of {self.count} are there"
             )
+        self._next = shard.end
+        if not len(shard):
+            return
         for layer, sums in self._sums.items():
             own = FeatureSums.of(torch.from_numpy(shard.layers[layer]))
             self._sums[layer] = own if sums is None else sums + own
@@ -239,6 +261,10 @@ class Measurement:
             logits = torch.from_numpy(shard.layers[LOGITS])
             own_score = ScoreSums.of(logits, ids, num_splits)
             self._score = own_score if self._score is None else self._score + own_score
+        if self._judges_classes:
+            if labels is None:
+                raise ConfigError("class_accuracy takes the classes that images were asked for by")
+            self._right += int((shard.layers[LOGITS].argmax(1) == labels).sum())
         self.done += len(shard)
 
     def results(self) -> dict[str, float]:
@@ -261,6 +287,8 @@ class Measurement:
             elif metric.kind == "score":
                 assert self._score is not None
                 found[metric.key] = self._score.score()
+            elif metric.kind == "accuracy":
+                found[metric.key] = self._right / self.done
             else:
                 assert rows is not None and self._real is not None
                 if metric.kind == "kernel":

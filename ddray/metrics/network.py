@@ -40,6 +40,7 @@ class FeatureNetwork(ABC):
     # Batches are cut from the first image on, and always so: sums of a product may depend on the
     # number of its rows.
     batch_size: ClassVar[int] = 50
+    channels: ClassVar[int] = 3
 
     def __init__(self, module: nn.Module, fingerprint: str, device: str | torch.device = "cpu"):
         self.fingerprint = fingerprint
@@ -50,7 +51,7 @@ class FeatureNetwork(ABC):
         """Features of every layer.
 
         Args:
-            images: uint8 [N, H, W, 3] or [N, 3, H, W], N >= 1, on any device.
+            images: uint8 [N, H, W, C] or [N, C, H, W] of `channels` C, N >= 1, on any device.
 
         Returns:
             float32 [N, D] of each name in `layers`, on the device of the network.
@@ -58,7 +59,7 @@ class FeatureNetwork(ABC):
         Raises:
             ConfigError: for images of another dtype or shape, or none.
         """
-        pixels = as_pixels(images)
+        pixels = as_pixels(images, self.channels)
         if not len(pixels):
             raise ConfigError("there are no images to take features of")
         with torch.no_grad(), full_float32(self.device):
@@ -70,7 +71,7 @@ class FeatureNetwork(ABC):
 
     @abstractmethod
     def _features(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Features of one batch float32 [N, 3, H, W] in [0, 255]."""
+        """Features of one batch float32 [N, C, H, W] in [0, 255]."""
 
 
 def file_sha256(path: str | Path) -> str:

@@ -26,14 +26,15 @@ def eight_bit(images: Tensor) -> Tensor:
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def as_pixels(images: Tensor) -> Tensor:
-    """Colour images channels first.
+def as_pixels(images: Tensor, channels: int = 3) -> Tensor:
+    """Images channels first.
 
     Args:
-        images: uint8 [N, H, W, 3] or [N, 3, H, W].
+        images: uint8 [N, H, W, C] or [N, C, H, W].
+        channels: C, 3 or 1.
 
     Returns:
-        A view, uint8 [N, 3, H, W].
+        A view, uint8 [N, C, H, W].
 
     Raises:
         ConfigError: for another dtype or shape: no metric guesses how grey, transparent or 16-bit
@@ -41,13 +42,14 @@ def as_pixels(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise ConfigError(f"images are {images.dtype}; uint8 is needed: round them by eight_bit")
-    if images.ndim == 4 and images.shape[-1] == 3:
+    if images.ndim == 4 and images.shape[-1] == channels:
         return images.movedim(-1, 1)
-    if images.ndim == 4 and images.shape[1] == 3:
+    if images.ndim == 4 and images.shape[1] == channels:
         return images
+    kind = "colour" if channels == 3 else "grey"
     raise ConfigError(
-        f"images have shape {[*images.shape]}; colour images are needed, [N, H, W, 3] or "
-        "[N, 3, H, W]"
+        f"images have shape {[*images.shape]}; {kind} images are needed, [N, H, W, {channels}] or "
+        f"[N, {channels}, H, W]"
     )
 
 

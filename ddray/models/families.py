@@ -13,6 +13,7 @@ from ddray.errors import ConfigError, DDRayError, one_line
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.models.masked import MaskedConfig, MaskedTransformer
 from ddray.models.var import VAR
 from ddray.models.var_blocks import VARConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
@@ -24,7 +25,7 @@ class Family:
     """The classes behind a family name.
 
     Attributes:
-        kind: "teacher" or "student".
+        kind: "teacher", "student" or "masked model".
         config: dataclass of the network's sizes.
         network: module class.
         tokenizer_config: dataclass of the tokenizer's sizes.
@@ -57,7 +58,11 @@ FAMILIES = {
     "var-dd": Family(
         "student", VARStudentConfig, VARStudent, *_VAR_VQ, ("trainer", "ema_parameters")
     ),
+    "masked": Family("masked model", MaskedConfig, MaskedTransformer, *_LLAMAGEN_VQ, ()),
 }
+
+
+_MASKED_SCALES = Family("masked model", MaskedConfig, MaskedTransformer, *_VAR_VQ, ())
 
 
 STUDENT_OF = {"llamagen": "llamagen-dd", "var": "var-dd"}
@@ -87,7 +92,7 @@ def family_of(kind: str, config: Mapping[str, Any], name: str) -> Family:
     """The family that a config names.
 
     Args:
-        kind: "teacher" or "student", or "model" for either.
+        kind: "teacher", "student" or "masked model", or "model" for any.
         config: of the model.
         name: of the model, for messages.
 
@@ -102,11 +107,13 @@ def family_of(kind: str, config: Mapping[str, Any], name: str) -> Family:
         raise ConfigError(f"{name} is of family {family_name!r}, which is no {kind}")
     if family_name not in valid:
         raise ConfigError(f"{name}: family={family_name!r} is unknown; choose {', '.join(valid)}")
-    return FAMILIES[family_name]
+    # Its sizes say whose tokens it fills in: scales are VAR's.
+    scales = family_name == "masked" and config.get("patch_nums") is not None
+    return _MASKED_SCALES if scales else FAMILIES[family_name]
 
 
 def _any_family(config: Mapping[str, Any], name: str) -> Family:
-    """The family of a teacher or a student."""
+    """The family of a model of any kind."""
     return family_of("model", config, name)
 
 
@@ -149,8 +156,8 @@ def _network_sizes(family: Family, config: Mapping[str, Any], codec: Any, name: 
     """The network's sizes, refused where they contradict its tokenizer's."""
     values = {k: v for k, v in config.items() if k not in _CARD_FIELDS}
     stated = {"codebook_dim": values.get("codebook_dim")}
-    if family.network is LlamaGen:
-        # For this teacher it is a statement about its tokenizer: it reads ids, not codes.
+    if family.network in (LlamaGen, MaskedTransformer):
+        # For these it is a statement about the tokenizer: they read ids, not codes.
         values.pop("codebook_dim", None)
     elif codec is not None:
         values.setdefault("codebook_dim", codec.code_width)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddray.errors import ConfigError, positive_integers
 from ddray.method.conditioning import Captions, Condition
 from ddray.method.guidance import classifier_free_guidance, top_p_filter
-from ddray.models.kv_cache import KeyValueCache
+from ddray.models.attention import KeyValueCache, grid_angles, rotate
 from ddray.models.linear import Linear, packed
 
 # On a CPU a decoder packs its weights at this token: fewer would not make up for it.
@@ -106,34 +106,12 @@ def rope_table(config: LlamaGenConfig, device: torch.device) -> Tensor:
     Returns:
         float32 [cls_token_num + L, D, 2].
     """
-    axis_pairs = config.head_dim // 4
-    exponent = torch.arange(axis_pairs, device=device).float() / axis_pairs
-    frequency = config.rope_base**-exponent
-    along = torch.outer(torch.arange(config.grid, device=device).float(), frequency)
-    rows = along[:, None].expand(-1, config.grid, -1)
-    columns = along[None].expand(config.grid, -1, -1)
-    angle = torch.cat((rows, columns), -1).flatten(0, 1)
+    angle = grid_angles(
+        torch.arange(config.grid, device=device).float(), config.head_dim, config.rope_base
+    )
     rotation = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
     condition = rotation.new_zeros(config.cls_token_num, *rotation.shape[1:])
     return torch.cat((condition, rotation))
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn interleaved channel pairs (2p, 2p + 1) in float32, and give the input's dtype back.
-
-    A product of complex numbers is one kernel, but torch's compiler has no code for it.
-
-    Args:
-        x: [..., h].
-        rotation: float32 cosine and sine, broadcast to [..., D, 2].
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (even, odd), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
-    return turned.flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -279,6 +257,8 @@ class CaptionEmbedding(nn.Module):
 class LlamaGenTrunk(nn.Module):
     """What the teacher and its student share: class token, blocks, final norm, logits."""
 
+    rope_table = staticmethod(rope_table)
+
     def __init__(self, config: LlamaGenConfig):
         super().__init__()
         self.cls_embedding: nn.Module = (
@@ -298,7 +278,7 @@ class LlamaGenTrunk(nn.Module):
         if self._rotation is None or self._rotation.device != device:
             # A table made while generating must also serve a later training step.
             with torch.inference_mode(False):
-                self._rotation = rope_table(self._sizes, device)
+                self._rotation = self.rope_table(self._sizes, device)
         return self._rotation
 
     def init_weights(self) -> None:
@@ -417,23 +397,31 @@ class LlamaGenDecoder:
         self._written = 0
         turned = model.rotation(condition.device)
         unturned = torch.view_as_real(torch.ones_like(torch.view_as_complex(turned)))
-        # Of queries, keys and values.
-        self._rotation_S31D2 = torch.stack((turned, turned, unturned), 1)[:, :, None]
+        self._rotation_S31D2 = torch.stack((turned, turned, unturned), 1)[:, :, None]  # of q, k, v
         self._mask = model.attention_mask(cond, length)
 
-    def logits(self) -> Tensor:
-        """Logits of the next stage, float32 [B, 1, V]; `append` must come before the next call."""
+    def logits(self, stages: int = 1) -> Tensor:
+        """Logits of the next stages, float32 [B, l, V]; `append` must come before the next call.
+
+        Of several, all but the first lack the token before: the mean of all codes' embeddings
+        stands in for it, the strongest choice that needs no training (docs/method.md).
+        """
         x_BlC, start = self._next_BlC, self._caches[0].length
+        if stages > 1:
+            unknown = self._model.tok_embeddings.weight.mean(0)
+            x_BlC = torch.cat((x_BlC, unknown.expand(len(x_BlC), stages - 1, -1)), 1)
         end = start + x_BlC.shape[1]
         rotation = self._rotation_S31D2[start:end]
         mask = None if self._mask is None else self._mask[:, :, start:end, :end]
+        if mask is None and start and stages > 1:  # torch's own flag is for an empty cache
+            mask = torch.ones(stages, end, dtype=torch.bool, device=x_BlC.device).tril(start)
         if self._written == _PACKED_FROM:
             rows = len(x_BlC)
             self._layers, self._output = packed(self._layers, rows), packed(self._output, rows)
         for layer, cache in zip(self._layers, self._caches, strict=True):
             x_BlC = layer.step(x_BlC, rotation, mask, cache)  # type: ignore[operator]
         self._written += 1
-        logits: Tensor = self._output(self._model.norm(x_BlC[:, -1:]))
+        logits: Tensor = self._output(self._model.norm(x_BlC[:, -stages:]))
         return logits.float()
 
     def append(self, tokens_Bl: Tensor) -> None:

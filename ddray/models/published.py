@@ -3,7 +3,7 @@
 Shapes: B batch, L tokens, E code width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ddray.errors import CheckpointError, ConfigError
+from ddray.method.masked_decoding import Masked
 from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED, File
 from ddray.models.families import FAMILIES, empty_network, empty_tokenizer
-from ddray.models.zoo import image_side, load_student, load_teacher, resolve
+from ddray.models.zoo import image_side, load_masked, load_student, load_teacher, resolve
 from ddray.storage.checkpoint import (
     load_folder,
     read_config,
@@ -133,16 +134,22 @@ def verify(name: str, checkpoint: str | None, tokenizer: str | None) -> dict[str
     }
 
 
+_LOADERS: Mapping[str, Callable[..., Teacher | Student | Masked]] = {
+    "teacher": load_teacher,
+    "student": load_student,
+    "masked model": load_masked,
+}
+
+
 def _load(
     name: str, checkpoint: str | None, tokenizer: str | None, device: str = "auto"
-) -> Teacher | Student:
-    """A model of either kind by its name."""
+) -> Teacher | Student | Masked:
+    """A model of any kind by its name."""
     config = resolve(name)
     if not isinstance(config, dict):
         config = load_folder(str(config))[0]
-    student = config["family"] in FAMILIES and FAMILIES[config["family"]].kind == "student"
-    load = load_student if student else load_teacher
-    return load(name, checkpoint=checkpoint, tokenizer=tokenizer, device=device)
+    kind = FAMILIES[config["family"]].kind if config["family"] in FAMILIES else "teacher"
+    return _LOADERS[kind](name, checkpoint=checkpoint, tokenizer=tokenizer, device=device)
 
 
 def _dtypes(name: str, checkpoint: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddray.errors import ConfigError
 from ddray.method.guidance import top_p_filter_from_below
-from ddray.models.kv_cache import KeyValueCache
+from ddray.models.attention import KeyValueCache
 from ddray.models.linear import Linear
 from ddray.models.var_vq import (
     MultiScaleQuantizer,
@@ -303,16 +303,35 @@ class VARDecoder:
             left -= size
         return prefix_BP.split(sizes, 1)
 
-    def logits(self) -> Tensor:
-        """Logits of the next stage, float32 [B, l, V]; `append` must come before the next call."""
+    def logits(self, stages: int = 1) -> Tensor:
+        """Logits of the next stages, float32 [B, l, V]; `append` must come before the next call.
+
+        Each of several stages reads the latent of the scales that are known, as if the scales
+        between added nothing, and sees the stages before it, as in training.
+        """
         x_BlC, position = self._next_BlC, self._caches[0].length
+        mask = self._mask
+        if stages > 1:
+            later = range(self._stage + 1, self._stage + stages)
+            x_BlC = torch.cat((x_BlC, *map(self._inputs, later)), 1)
+            end = position + x_BlC.shape[1]
+            mask = self._model.attn_bias_for_masking[..., position:end, :end].to(x_BlC.dtype)
         x_BlC = x_BlC + self._places[:, position : position + x_BlC.shape[1]]
         of_block = (self._model.blocks, self._modulations, self._caches, self._constants)
         for block, modulation, cache, constants in zip(*of_block, strict=True):
-            x_BlC = block(x_BlC, modulation, self._mask, cache, constants=constants)
+            x_BlC = block(x_BlC, modulation, mask, cache, constants=constants)
         self._mask = None
-        asked = self._model.stages[self._stage]
+        asked = sum(self._model.stages[self._stage : self._stage + stages])
         return self._model.logits(x_BlC[:, -asked:], self._head_modulation).float()
+
+    def _inputs(self, stage: int) -> Tensor:
+        """What a later stage reads of the latent so far, before `places`, [B, l, C]."""
+        quantizer, latent = self._model.quantizer, self._latent
+        if latent is None:
+            side = quantizer.config.patch_nums[-1]
+            latent = quantizer.codebook.new_zeros(1, quantizer.codebook.shape[1], side, side)
+        inputs = self._model.embed(quantizer.seen_by(latent, stage))
+        return inputs.repeat(len(self._condition) // len(inputs), 1, 1)
 
     def append(self, tokens_Bl: Tensor) -> None:
         """Give the tokens of the stage whose logits were read, int64 [B, l]."""
@@ -322,5 +341,4 @@ class VARDecoder:
             return
         added = quantizer.contribution(quantizer.codebook[tokens_Bl], stage)
         self._latent = added if self._latent is None else self._latent + added
-        inputs = self._model.embed(quantizer.seen_by(self._latent, self._stage))
-        self._next_BlC = inputs.repeat(len(self._condition) // len(inputs), 1, 1)
+        self._next_BlC = self._inputs(self._stage)

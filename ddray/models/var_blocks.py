@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError, positive_integers
-from ddray.models.kv_cache import KeyValueCache
+from ddray.models.attention import KeyValueCache
 from ddray.models.linear import Linear, linear
 from ddray.models.var_vq import (
     PATCH_NUMS_256,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError
-from ddray.models.block_mask import tried_level_mask
+from ddray.models.attention import tried_level_mask
 from ddray.models.linear import Linear
 from ddray.models.student_parts import CodeHead, told_apart
 from ddray.models.var import VAR, VARTrunk

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ddray.errors import CheckpointError, ConfigError, one_line
+from ddray.method.masked_decoding import Masked
 from ddray.method.model import Tokenizer
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
@@ -26,6 +27,7 @@ from ddray.models.families import (
     nearest,
     sizes_of,
 )
+from ddray.models.masked import MaskedTransformer, masked_sizes
 from ddray.models.var import VAR
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import (
@@ -266,6 +268,22 @@ def load_student(
     return Student(network, codec, config, name)
 
 
+def load_masked(
+    spec: str | Path | Mapping[str, Any],
+    *,
+    checkpoint: Source | None = None,
+    tokenizer: Source | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    decode_dtype: str | torch.dtype | None = None,
+) -> Masked:
+    """Load a model of masked decoding; arguments and errors as for `load_teacher`."""
+    network, codec, config, name = _build(
+        "masked model", spec, checkpoint, tokenizer, device, dtype, decode_dtype
+    )
+    return Masked(network, codec, config, name)
+
+
 def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
     """A student of the teacher's sizes, initialised from it, in float32 on its device.
 
@@ -326,6 +344,37 @@ def continue_student(spec: str | Path, teacher: Teacher) -> tuple[Any, dict[str,
         )
     network.load_state_dict(student.model.state_dict())
     return network, card
+
+
+def new_masked(teacher: Teacher) -> tuple[MaskedTransformer, dict[str, Any]]:
+    """A model of masked decoding for a teacher's tokens, about as large, with random weights.
+
+    Returns:
+        As `new_student`.
+    """
+    sizes = masked_sizes(teacher.model.config)
+    network = MaskedTransformer(sizes)
+    network.init_weights()
+    network.to(teacher.device)
+    if network.conditioning == "text":
+        null_TD: torch.Tensor = network.cls_embedding.uncond_embedding  # type: ignore[assignment]
+        null_TD.copy_(teacher.model.cls_embedding.uncond_embedding)
+    card = {k: teacher.config[k] for k in ("class_names",) if k in teacher.config}
+    return network, {
+        "family": "masked",
+        **asdict(sizes),
+        "tokenizer": teacher.config["tokenizer"],
+        **card,
+    }
+
+
+def empty_masked(teacher: str | Path | Mapping[str, Any]) -> MaskedTransformer:
+    """A model of masked decoding for a teacher's tokens, on the meta device; as `empty_student`."""
+    where = resolve(teacher)
+    config = where if isinstance(where, Mapping) else read_config(where)
+    sizes = masked_sizes(empty_network(config, str(teacher)).config)
+    with torch.device("meta"):
+        return MaskedTransformer(sizes)
 
 
 def empty_student(teacher: str | Path | Mapping[str, Any]) -> Any:

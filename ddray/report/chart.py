@@ -20,27 +20,27 @@ COLOURS = 6  # of lines, in report.css
 _SIZE = (10.5, 4.4)  # inches of 72 points
 # What matplotlib is told in place of colours of the page, which are other ones in the dark.
 _LINES = [f"#00000{k + 1}" for k in range(COLOURS)]
-_SOFT, _RULE = "#00000a", "#00000b"
-_PAGE = {_SOFT: "var(--soft)", _RULE: "var(--line)"} | {
+TEXT, SOFT, RULE, PAGE = "#00000a", "#00000b", "#00000c", "#00000d"
+_PAGE = {TEXT: "var(--text)", SOFT: "var(--soft)", RULE: "var(--line)", PAGE: "var(--page)"} | {
     stand_in: f"var(--c{k})" for k, stand_in in enumerate(_LINES)
 }
 _STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _SOFT,
-    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "font.size": 10.5,
-    "grid.color": _RULE,
+    "grid.color": RULE,
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",  # letters stay text, in the font of the page
     "svg.hashsalt": "ddray",  # the same bytes for the same curves
-    "text.color": _SOFT,
+    "text.color": SOFT,
     "text.parse_math": False,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
 }
@@ -63,12 +63,15 @@ class Curve:
     y: Sequence[float]
 
 
-def draw(plot: Callable[["Axes"], None], description: str) -> Markup:
+def draw(
+    plot: Callable[["Axes"], None], description: str, size: tuple[float, float] = _SIZE
+) -> Markup:
     """An inline SVG of one pair of axes.
 
     Args:
         plot: draws into the axes, lines in `line_style`.
         description: for those who do not see it.
+        size: width and height in inches.
 
     Returns:
         The element, without ids of its own: a page may hold several.
@@ -77,14 +80,14 @@ def draw(plot: Callable[["Axes"], None], description: str) -> Markup:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(_SIZE, layout="constrained")
+        figure = Figure(size, dpi=72, layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
         plot(axes)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    return _inline(stream.getvalue(), description)
+    return _inline(stream.getvalue(), description, size)
 
 
 def line_style(k: int) -> dict[str, Any]:
@@ -97,16 +100,39 @@ def hue(k: int) -> str:
     return f"c{k % COLOURS}" + " dashed" * (k >= COLOURS)
 
 
-def _inline(text: str, description: str) -> Markup:
+def log_scale(axes: "Axes", name: str, low: float, high: float) -> None:
+    """Make an axis logarithmic, its numbers plain: 0.5, not 5 times a power of ten in TeX.
+
+    Args:
+        axes: of the chart.
+        name: "x" or "y".
+        low: smallest value on the axis.
+        high: largest value on it.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    spans = ((10, (1, 1.5, 2, 3, 5, 7)), (1000, (1, 2, 5)))
+    steps = next((steps for span, steps in spans if high < span * low), (1,))
+    axis.set_major_locator(LogLocator(subs=steps, numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _inline(text: str, description: str, size: tuple[float, float]) -> Markup:
     """A file of SVG as an element of HTML."""
-    width, height = (72 * inches for inches in _SIZE)
+    width, height = (72 * inches for inches in size)
     inner = text[text.index(">", text.index("<svg")) + 1 :]
     for stand_in, colour in _PAGE.items():
         inner = inner.replace(stand_in, colour)
     for surplus in _SURPLUS:
         inner = surplus.sub("", inner)
     # Names that we gave are classes; of matplotlib's ids only those stay that something refers to.
-    inner = re.sub(r' id="(curve\d+)"', r' class="\1"', inner.replace("xlink:href", "href"))
+    inner = re.sub(
+        r' id="((?:curve|point)\d+|front)"', r' class="\1"', inner.replace("xlink:href", "href")
+    )
     used = set(re.findall(r'href="#([^"]*)"', inner))
     inner = re.sub(r' id="([^"]*)"', lambda found: found[0] * (found[1] in used), inner)
     head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(description)}">'
@@ -150,7 +176,8 @@ def line_chart(
         axes.set_xlabel(x_label, loc="right")
         axes.set_title(y_label + " (log scale)" * log_y, loc="left", fontsize=10.5)
         if log_y:
-            axes.set_yscale("log")
+            heights = np.concatenate([points[:, 1] for _, points in drawn])
+            log_scale(axes, "y", np.nanmin(heights), np.nanmax(heights))
         for k, (_, points) in enumerate(drawn):
             axes.plot(*points.T, **line_style(k), gid=f"curve{k}")
             axes.plot(*_lone(points).T, **line_style(k) | {"linestyle": ""}, marker=".")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +84,29 @@ def grid(
         top, left = i // columns * height + pad, i % columns * width + pad
         canvas[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return Image.fromarray(255 - canvas if invert else canvas)
+
+
+def reduced(images: npt.ArrayLike, side: int) -> npt.NDArray[np.floating[Any]]:
+    """Images of at most `side` pixels a side: large ones divided by a whole number.
+
+    Args:
+        images: float [N, C, H, W] in [0, 1].
+        side: the most that is kept.
+
+    Returns:
+        float [N, C, h, w]; small images as they are.
+
+    Raises:
+        ConfigError: images that `to_uint8` refuses.
+    """
+    array = np.asarray(images)
+    levels = to_uint8(array)
+    factor = -(-max(levels.shape[1:3]) // side)
+    if factor <= 1:
+        return array
+    small = np.stack([np.asarray(Image.fromarray(level).reduce(factor)) for level in levels])
+    planes = small[:, None] if small.ndim == 3 else small.transpose(0, 3, 1, 2)
+    return planes.astype(np.float32) / 255
 
 
 def grid_mask(images: npt.ArrayLike, columns: int, scale: int, pad: int) -> Image.Image:

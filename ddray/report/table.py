@@ -11,6 +11,7 @@ import numpy as np
 from ddray.errors import ConfigError
 
 MISSING = "–"
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,37 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """A value of a cell with the numbers, from 1, of the notes below the table that it has."""
+
+    value: Any
+    notes: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Table:
-    """Rows of measurements; the first column names the row, `highlight` is the name of one."""
+    """Rows of measurements; the first column names the row, `highlight` is the name of one.
+
+    `note` stands below, and so do the numbered `notes`, which cells refer to by `Marked`.
+    """
 
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
     note: str = ""
     highlight: str = ""
+    notes: Sequence[str] = ()
+
+
+def note_mark(number: int) -> str:
+    """The number of a note as a superscript, which HTML, Markdown and terminals all show."""
+    return str(number).translate(_RAISED)
 
 
 def _cell(value: Any, column: Column) -> str:
+    if isinstance(value, Marked):
+        marks = (note_mark(number) for number in value.notes)
+        return " ".join((_cell(value.value, column), " ".join(marks))).strip()
     if value is None or (isinstance(value, numbers.Real) and math.isnan(value)):
         return MISSING
     if isinstance(value, bool | np.bool_):
@@ -50,7 +71,9 @@ def _cell(value: Any, column: Column) -> str:
 
 def _is_number(key: str, rows: Iterable[Mapping[str, Any]]) -> bool:
     """Whether a column is set flush right: every value it has is a number."""
-    values = [row[key] for row in rows if row.get(key) is not None]
+    cells = (row.get(key) for row in rows)
+    values = [cell.value if isinstance(cell, Marked) else cell for cell in cells]
+    values = [value for value in values if value is not None]
     return bool(values) and all(isinstance(value, numbers.Real) for value in values)
 
 

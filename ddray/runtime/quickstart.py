@@ -89,14 +89,17 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         # Ray's processes are gone by now: speed is measured on a machine of one's own.
         cap_threads()
         evaluation = _stage("evaluation", lambda: evaluate(evaluating))
+    evaluated, pictures = evaluation.summary, evaluation.pictures
     minutes, gigabytes = (time.monotonic() - started) / 60, memory.peak_bytes / 1e9
     summary |= {
-        "evaluation": evaluation.summary(),
+        "evaluation": evaluated,
         "minutes": round(minutes, 2),
         "peak_memory_gb": round(gigabytes, 2),
     }
     report = build_report(
-        evaluation,
+        evaluated,
+        pictures,
+        evaluation.columns,
         title="Distilled Decoding on real digits",
         subtitle=f"{config.teacher}, distilled on this machine into a student of "
         f"one and two steps: {sampling.count} trajectories, "
@@ -112,8 +115,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             shlex.join(["ddray", "quickstart", "--teacher", config.teacher, "--out", config.out])
         ],
     )
-    write_evaluation(config.out, evaluation, report, summary)
-    print(tables_as_text(evaluation))
+    write_evaluation(config.out, summary, report, pictures, evaluation.columns)
+    print(tables_as_text(evaluated))
     _say(f"{minutes:.1f} minutes, {gigabytes:.1f} GB; open {storage.join('report.html')}")
     return summary
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,6 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, ShardError, one_line
 from ddray.file_kind import kind_of
-from ddray.sets.plan import SetPlan
 from ddray.storage.base import NotFoundError, Storage
 from ddray.storage.caption_file import CaptionFile, matrices
 
@@ -62,12 +62,44 @@ class ShardCaptions:
         return digest.hexdigest()
 
 
+class CutRows(Protocol):
+    """What of a plan decides how captions are cut."""
+
+    @property
+    def count(self) -> int:
+        """Rows of all shards."""
+
+    @property
+    def num_shards(self) -> int:
+        """How many there are."""
+
+    def shard_range(self, k: int) -> range:
+        """Indices of shard k."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`count` rows in shards of `shard_rows`, the last one shorter."""
+
+    count: int
+    shard_rows: int
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all rows."""
+        return -(-self.count // self.shard_rows)
+
+    def shard_range(self, k: int) -> range:
+        """Indices of shard k."""
+        return range(k * self.shard_rows, min((k + 1) * self.shard_rows, self.count))
+
+
 def captions_name(k: int) -> str:
     """Name of the captions of shard `k` below the set's URI."""
     return f"{_FOLDER}captions-{k:05d}.parquet"
 
 
-def cut_captions(file: CaptionFile, storage: Storage, plan: SetPlan) -> int:
+def cut_captions(file: CaptionFile, storage: Storage, plan: CutRows) -> int:
     """Write the captions of every shard beside it, and say how many files were written.
 
     A file that is there with the same content is kept, or with more rows, which an extension

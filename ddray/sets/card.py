@@ -99,7 +99,7 @@ def _model_lines(plan: SetPlan, model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _setting_lines(plan: SetPlan) -> dict[str, Any]:
     """The settings that say what rows these are; what is off is left out."""
-    shown = {name: getattr(plan, name) for name in plan.SHOWN if name != plan.MODEL}
+    shown = {name: value for name, value in plan.shown().items() if name != plan.MODEL}
     asked = {"classes asked for": ", ".join(map(str, plan.classes)), "encoder": plan.text_encoder}
     return {name: value for name, value in {**shown, **asked}.items() if value not in (None, "")}
 

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddray.config.generation import GenerateConfig
-from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.method.model import Model
 from ddray.method.teacher import AskedFor
 from ddray.models.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder, encoder_width
 from ddray.sets.captions import padded, read_captions
-from ddray.sets.plan import SetPlan
 from ddray.sets.sharded_set import ShardedSet
 from ddray.storage.caption_file import CaptionFile
 
@@ -52,7 +49,27 @@ class Conditions:
         return torch.from_numpy(self.label[np.asarray(rows)].astype(np.int64))
 
 
-def open_captions(config: SampleConfig | GenerateConfig, model: Model) -> CaptionFile | None:
+class TakesCaptions(Protocol):
+    """What of a job's config names its captions."""
+
+    @property
+    def captions(self) -> str | None:
+        """URI of the file."""
+
+    @property
+    def text_encoder(self) -> str | None:
+        """Of captions without features."""
+
+
+class NamesEncoder(Protocol):
+    """What of a plan names its encoder."""
+
+    @property
+    def text_encoder(self) -> str:
+        """Empty where there is none."""
+
+
+def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
     """The captions that a job gives to its model; None for a model of classes.
 
     Raises:
@@ -75,7 +92,7 @@ def open_captions(config: SampleConfig | GenerateConfig, model: Model) -> Captio
     return CaptionFile(config.captions, length=sizes.cls_token_num, width=sizes.caption_dim)
 
 
-def encoder_name(config: SampleConfig | GenerateConfig, captions: CaptionFile | None) -> str:
+def encoder_name(config: TakesCaptions, captions: CaptionFile | None) -> str:
     """What a plan says of its text encoder: a folder where all workers look for it, or a name.
 
     Raises:
@@ -92,7 +109,7 @@ def encoder_name(config: SampleConfig | GenerateConfig, captions: CaptionFile | 
     return config.text_encoder or FLAN_T5_XL
 
 
-def check_encoder(plan: SetPlan, model: Model) -> None:
+def check_encoder(plan: NamesEncoder, model: Model) -> None:
     """Refuse a plan whose encoder is not here, or does not fit the model.
 
     Raises:
@@ -109,7 +126,7 @@ def check_encoder(plan: SetPlan, model: Model) -> None:
         )
 
 
-def load_encoder(plan: SetPlan, model: Model) -> TextEncoder | None:
+def load_encoder(plan: NamesEncoder, model: Model) -> TextEncoder | None:
     """The plan's text encoder on the model's device; None where it has none.
 
     Raises:

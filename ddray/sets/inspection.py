@@ -61,7 +61,7 @@ def describe(uri: str) -> dict[str, Any]:
     told = {
         "uri": opened.uri,
         "plan_hash": plan.hash,
-        **{name: getattr(plan, name) for name in plan.SHOWN},
+        **plan.shown(),
         "stages": len(plan.stages),
         "tokens_per_row": plan.num_tokens,
         "rows": rows,

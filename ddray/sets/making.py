@@ -81,8 +81,7 @@ def create_set(
         StorageError: the URI cannot be written, or the captions not read.
     """
     storage = open_storage(config.out)
-    if config.batch_size == "auto":
-        plan = _with_its_own_batches(kind, config.out, plan)
+    plan = _as_it_was_begun(kind, config, plan)
     if captions is not None:
         check_encoder(plan, model)
         captions.check(plan.count)
@@ -94,9 +93,23 @@ def create_set(
     return made
 
 
-def _with_its_own_batches(kind: type[SetT], uri: str, plan: SetPlan) -> SetPlan:
-    """The plan, with the batch size of the set that is there, whatever `auto` was when it began."""
+def _as_it_was_begun(
+    kind: type[SetT], config: SampleConfig | GenerateConfig, plan: SetPlan
+) -> SetPlan:
+    """The plan, with what the set that is there found where the job leaves it open.
+
+    The batch size of `auto`, and the blocks of labels `in-order`, which follow from the first
+    count.
+    """
+    in_order = isinstance(config, GenerateConfig) and config.labels == "in-order"
+    if config.batch_size != "auto" and not in_order:
+        return plan
     try:
-        return replace(plan, batch_size=kind.open(uri).plan.batch_size)
+        begun = kind.open(config.out).plan
     except ShardError:  # none, or one that is refused where it is taken up
         return plan
+    if config.batch_size == "auto":
+        plan = replace(plan, batch_size=begun.batch_size)
+    if in_order and begun.label_rule.startswith("in-order"):
+        plan = replace(plan, labels=begun.label_rule)  # type: ignore[call-arg]
+    return plan

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ddray import __version__
 from ddray.errors import ConfigError, ShardError, one_line
 from ddray.file_kind import json_value, kind_of
+from ddray.sets.labels import label_of
 
 SCHEMA_FORMAT = 1
 
@@ -203,21 +204,26 @@ class SetPlan:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def label(self, index: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """Return the class of each index: the classes in turn, classes[index mod their number].
+        """Return the class of each index; see `ddray.sets.labels`.
 
-        Any run of that many indices holds the list once, so every shard and every extension
-        of the set is balanced, up to one turn that its end cuts. In a list that gives
-        weights, such as (0, 0, 1), class 0 comes twice as often as class 1.
+        With the classes in turn every shard and every extension of the set is balanced, up to one
+        turn that its end cuts.
 
         Raises:
             ConfigError: If the model takes text: captions come with the rows.
         """
         if self.conditioning != "class":
             raise ConfigError("plan: conditioning='text' has no class labels; give captions")
-        number = np.asarray(index, dtype=np.int64)
-        if not self.classes:
-            return (number % self.num_classes).astype(np.int32)
-        return np.array(self.classes, dtype=np.int32)[number % len(self.classes)]
+        return label_of(self.label_rule, index, self.classes or self.num_classes, self.seed)
+
+    @property
+    def label_rule(self) -> str:
+        """How classes follow from the index, as `label_of` takes it."""
+        return "balanced"
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings that say what rows these are."""
+        return {name: getattr(self, name) for name in self.SHOWN}
 
     def in_format(self, number: int) -> Self:
         """Return the plan as a set of another format has it."""

@@ -15,7 +15,7 @@ from ddray.errors import ConfigError
 from ddray.method.conditioning import Captions
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
-from ddray.models.zoo import empty_student
+from ddray.models.zoo import empty_masked, empty_student
 
 ROWS = 4
 
@@ -128,6 +128,17 @@ def test_utilisation_is_a_share_of_the_peak_of_known_devices() -> None:
     assert mfu(8 * 312e12, 4.0, "NVIDIA A100-SXM4-80GB", 8) == 0.25
     assert mfu(756e12, 1.0, "NVIDIA H100 PCIe", 1) == 1.0
     assert mfu(1e12, 1.0, "cpu", 1) is None
+
+
+def test_a_masked_model_is_priced_by_its_own_sizes() -> None:
+    masked = empty_masked("llamagen-b-256")
+    tokens = torch.zeros(2, 256, dtype=torch.int64, device="meta")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        masked(tokens, tokens[:, 0])
+    assert 2 * forward_flops(masked) == counter.get_total_flops()
+    config = DistillConfig(objective="masked", teacher="llamagen-b-256", data="none")
+    millions = sum(p.numel() for p in masked.parameters()) / 1e6
+    assert estimate_distill(config)["student"] == f"{millions:.1f} million parameters"
 
 
 def test_an_estimate_needs_no_weights_and_no_set() -> None:

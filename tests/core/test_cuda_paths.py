@@ -23,6 +23,8 @@ from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.distillation.critics import new_critics
+from ddray.distillation.distilled import DistilledDecoding
+from ddray.distillation.masked import MaskedDecoding
 from ddray.distillation.optimization import batch_loss
 from ddray.distillation.perceptual import Perceptual
 from ddray.distillation.step import Agreement, TrainingStep
@@ -30,6 +32,7 @@ from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
 from ddray.evaluation import evaluate
 from ddray.method.flow import full_float32
+from ddray.method.masked_decoding import Masked
 from ddray.method.model import Model, Tokenizer
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
@@ -40,7 +43,7 @@ from ddray.sets.images.making import make_plan, planned_student
 from ddray.sets.images.orders import RowsOrder
 from ddray.sets.makers import Maker, maker_on
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
-from tests.core.tiny import tiny_student, tiny_teacher, tiny_var
+from tests.core.tiny import tiny_masked, tiny_student, tiny_teacher, tiny_var
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +57,7 @@ class Pair:
     """Teacher and student of a family on the device that is not here."""
 
     def __init__(self, family: str, device: str = "cuda", codec_on: str | None = None):
+        self.family = family
         teacher, student, self.schedule = FAMILIES[family]
         self.jumps = tuple(map(int, self.schedule.split(",")))
         self.gpu = FakeDevice(device, num_evals=4)
@@ -84,11 +88,12 @@ def test_a_teacher_is_looked_at_once_a_batch(pair: Pair) -> None:
         assert gpu.holds(tokens) and tokens.shape == (2, teacher.num_tokens)
         assert meter.looks == {"teacher.py:_roll_out": 1}  # whether all logits were finite
         assert gpu.holds(teacher.trajectories([1, 2], [0, 1], cfg=2.0, seed=1))
-        assert meter.looks == {"teacher.py:_roll_out": 2}
+        assert gpu.holds(teacher.sample([1, 2], cfg=2.0, seed=1, skip=2))
+        assert meter.looks == {"teacher.py:_roll_out": 3}
         images = teacher.decode(tokens)
         assert gpu.holds(teacher.guided_logits([1, 2], tokens, 2.0), images, teacher.encode(images))
         # Whether tokens that come from the device are in range.
-        assert meter.looks == {"teacher.py:_roll_out": 2, "model.py:_tokens": 2}
+        assert meter.looks == {"teacher.py:_roll_out": 3, "model.py:_tokens": 2}
         assert not meter.moves["to host"]
 
 
@@ -104,6 +109,26 @@ def test_a_student_jumps_without_a_look(pair: Pair) -> None:
         assert gpu.holds(student.generate([1, 2], seed=1, schedule=turns, **with_teacher))
         assert meter.looks == {"teacher.py:_roll_out": 1} and meter.waits == 1
         assert gpu.holds(*student.predict(codes, [0, 1], torch.ones(2, device="cuda")))
+
+
+def test_masked_decoding_is_looked_at_once(pair: Pair) -> None:
+    masked: Masked = pair.gpu.model(tiny_masked(FAMILIES[pair.family][0]()))
+    with pair.gpu.here() as meter:
+        tokens = masked.generate([1, 2], steps=2, seed=1, cfg=2.0)
+        assert pair.gpu.holds(tokens)
+        assert meter.looks == {"masked_decoding.py:generate": 1}  # whether all logits were finite
+        assert not meter.moves["to host"]
+
+
+def test_a_masked_model_learns_without_a_look(pair: Pair) -> None:
+    config = DistillConfig(objective="masked", batch_size=4)
+    masked: Masked = pair.gpu.model(tiny_masked(FAMILIES[pair.family][0]()))
+    with pair.gpu.here() as meter:
+        rows = a_batch(pair)
+        meter.looks.clear()
+        loss, figures = MaskedDecoding(config, pair.teacher).loss(masked.model, rows, step=0, row=0)
+        assert pair.gpu.holds(loss, *figures.values())
+        assert not meter.waits and not meter.moves["to host"]
 
 
 def test_what_a_graph_records_asks_nothing_of_the_host(
@@ -122,6 +147,8 @@ def test_what_a_graph_records_asks_nothing_of_the_host(
 
         monkeypatch.setattr(Model, "replayed", replayed)
         pair.teacher.sample([1, 2], cfg=2.0, seed=1, top_k=3, top_p=0.9)
+        for skip in (2, len(pair.teacher.stages)):
+            pair.teacher.sample([1, 2], cfg=2.0, seed=1, skip=skip)
         pair.teacher.trajectories([1, 2], [0, 1], cfg=2.0, seed=1)
         first, last = pair.jumps
         turns = f"{first},teacher:1-2,{max(2, last)}"
@@ -182,13 +209,13 @@ CRITICS: dict[str, Any] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_is_looked_at_once(family: str) -> None:
     pair = Pair(family, "meta")
-    config = DistillConfig(batch_size=4, steps=10, **CRITICS)
+    config = DistillConfig(batch_size=4, steps=10, schedule=pair.jumps, **CRITICS)
     with pair.gpu.here() as meter:
         critics = new_critics(config, pair.teacher, plan_of(cfg=2.0), 8.0)
         for critic in critics:
             vars(critic)["update"] = lambda average: None  # fused Adam takes no such tensors
         agree, engine = Agreement(1, pair.teacher.device), PlainEngine(pair.student.model)
-        step = TrainingStep(engine, critics, pair.teacher, config, pair.jumps, agree)
+        step = TrainingStep(engine, DistilledDecoding(config, pair.teacher, critics), config, agree)
         batch = a_batch(pair)
         meter.looks.clear()
         figures, _ = step.take(batch, 0)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddray.distillation.losses import distillation_loss
 from ddray.distillation.optimization import compile_blocks
+from ddray.method.masked_decoding import Masked
 from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
@@ -21,7 +22,7 @@ from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.models.var_dd import VARStudent
-from ddray.models.zoo import load_student, load_teacher
+from ddray.models.zoo import load_masked, load_student, load_teacher, new_masked
 from tests.paths import GOLDEN
 
 SIZES = {
@@ -112,6 +113,17 @@ def tiny_student(seed: int = 2, **sizes: Any) -> Student:
     config = student_config(**sizes)
     codec = tokenizer_state(codebook_size=config["vocab_size"])
     return load_student(config, checkpoint=student_state(seed, **sizes), tokenizer=codec)
+
+
+def tiny_masked(teacher: Teacher, card: Mapping[str, Any] | None = None) -> Masked:
+    """A random model of masked decoding for a teacher's tokens."""
+    network, config = new_masked(teacher)
+    return load_masked(
+        {**config, **(card or {})},
+        checkpoint=random_state(network, 3),
+        tokenizer=teacher.tokenizer.state_dict(),
+        device="cpu",
+    )
 
 
 def write_text_encoder(folder: Path, width: int) -> str:

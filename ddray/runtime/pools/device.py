@@ -7,9 +7,7 @@ written. A shard's bytes are those of a worker that does one thing after the oth
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import Any, TypeVar
-
-import numpy.typing as npt
+from typing import TypeVar
 
 from ddray.prefetch import in_order
 
@@ -19,6 +17,7 @@ SHARDS_AT_ONCE = 2
 BATCHES_AHEAD = 2
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Device:
@@ -39,9 +38,7 @@ class Device:
         """What `load` returns, called on the device's thread."""
         return self._thread.submit(load).result()
 
-    def batches(
-        self, make: Callable[[T], npt.NDArray[Any]], orders: Iterable[T]
-    ) -> Generator[npt.NDArray[Any], None, None]:
+    def batches(self, make: Callable[[T], R], orders: Iterable[T], /) -> Generator[R, None, None]:
         """A shard's batches in order; nobody else's are made until the last one is, or `close`.
 
         Args:

@@ -74,7 +74,9 @@ def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -
 
 
 def _with_schedule(config: DistillConfig, teacher: Teacher) -> DistillConfig:
-    """The config with the schedule that the run will use."""
+    """The config with the schedule that the run will use, if it trains a student."""
+    if config.objective != "distilled":
+        return config
     schedule = config.schedule or default_schedule(teacher.stages)
     if schedule[-1] >= len(teacher.stages):
         raise ConfigError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ddray.config.base import reserved_device
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.optimization import (
     MovingAverage,
@@ -119,13 +120,13 @@ def in_parallel(network: nn.Module, config: DistillConfig) -> DistributedDataPar
 
 
 class Engine:
-    """A student in training: weights, optimizer and moving average, over all workers.
+    """A network in training: weights, optimizer and moving average, over all workers.
 
     The average is kept beside the optimizer's own float32 weights, in the same partition: it works
     element by element, so the average of a partition is the partition of the average.
 
     Args:
-        network: the student, the same on every worker.
+        network: the same on every worker.
         codebook_VE: float [V, E].
         config: the job.
         world: number of workers.
@@ -159,20 +160,19 @@ class Engine:
             network.skip_masked_tiles(getattr(torch, config.precision))
         self._average = MovingAverage(self._masters(), config.ema_decay)
 
-    def __call__(self, x_BLE: Tensor, cond: Any, t_B: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Any) -> Any:
         """The forward pass."""
         if self._parallel is None:
-            logits_BLV, codes_BLE = self._engine(x_BLE, cond, t_B)
-            return logits_BLV, codes_BLE
+            return self._engine(*inputs)
         last = self._engine.is_gradient_accumulation_boundary()
-        with self._autocast(x_BLE.device), nullcontext() if last else self._parallel.no_sync():
-            logits_BLV, codes_BLE = self._parallel(x_BLE, cond, t_B)
-        return logits_BLV, codes_BLE
+        with self._autocast(), nullcontext() if last else self._parallel.no_sync():
+            return self._parallel(*inputs)
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+    def _autocast(self) -> AbstractContextManager[object]:
         if self._config.precision == "float32":
             return nullcontext()
-        return torch.autocast(device.type, getattr(torch, self._config.precision))
+        device = reserved_device(self._config.use_gpu)
+        return torch.autocast(device, getattr(torch, self._config.precision))
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro batch."""

@@ -20,19 +20,16 @@ from ddray import __version__
 from ddray.config.base import reserved_device
 from ddray.config.distillation import DistillConfig
 from ddray.cost import mfu
-from ddray.distillation.critics import new_critics
 from ddray.distillation.log import TrainingLog
+from ddray.distillation.objective import new_objective
 from ddray.distillation.operations import step_operations
-from ddray.distillation.optimization import (
-    default_code_precision,
-    learning_rate,
-)
+from ddray.distillation.optimization import learning_rate
 from ddray.distillation.order import check_state
 from ddray.distillation.step import Agreement, Means, TrainingStep
 from ddray.distillation.stream import Batch, open_stream
 from ddray.errors import DDRayError, StorageError, TrainingError, one_line
 from ddray.method.memory import is_out_of_memory
-from ddray.models.zoo import continue_student, load_teacher, new_student
+from ddray.models.zoo import load_teacher
 from ddray.runtime.training.checkpoints import (
     STATE_FILE,
     checkpoint_name,
@@ -83,9 +80,7 @@ class _Run:
         began = time.monotonic()
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        assert config.schedule is not None  # the driver has put in the default
-        self.config, self.schedule = config, config.schedule
-        self.board, self.watchdog = board, watchdog
+        self.config, self.board, self.watchdog = config, board, watchdog
         if not config.use_gpu:
             torch.set_num_threads(config.threads)
         device = torch.device(reserved_device(config.use_gpu))
@@ -102,13 +97,8 @@ class _Run:
             rank=self.rank,
             world=self.world,
         )
-        self.code_precision = (
-            default_code_precision(self.teacher.stages)
-            if config.code_precision is None
-            else config.code_precision
-        )
         torch.manual_seed(config.seed)
-        self.critics = new_critics(config, self.teacher, plan, self.code_precision)
+        self.objective = new_objective(config, self.teacher, plan)
         self.step, self.bad_steps = 0, 0
         lines: list[dict[str, Any]] = []
         loaded = time.monotonic()
@@ -120,14 +110,7 @@ class _Run:
             else:
                 self.step, lines = self._resume(folder)
         self.training_step = TrainingStep(
-            self.engine,
-            self.critics,
-            self.teacher,
-            config,
-            self.schedule,
-            self.agree,
-            self.rank,
-            self.world,
+            self.engine, self.objective, config, self.agree, self.rank, self.world
         )
         self.log = TrainingLog(config.out, lines) if self.rank == 0 else None
         self._saved = self.step
@@ -136,10 +119,7 @@ class _Run:
 
     def _engine(self, weights: dict[str, Tensor] | None = None) -> Engine:
         torch.manual_seed(self.config.seed)
-        if self.config.init is None:
-            network, self.card = new_student(self.teacher)
-        else:
-            network, self.card = continue_student(self.config.init, self.teacher)
+        network, self.card = self.objective.new_network()
         if self.config.use_gpu and self.rank == 0:
             plan = self.trajectories.plan
             self._operations = step_operations(network, self.teacher, self.config, plan)
@@ -156,7 +136,7 @@ class _Run:
         check_state(state["data"], self.stream.identity())
         _, averaged, _ = load_folder(Path(folder) / STUDENT_FOLDER)
         states = torch.load(Path(folder) / _CRITICS_FILE, self.teacher.device, weights_only=True)
-        for critic, saved in zip(self.critics, states, strict=True):
+        for critic, saved in zip(self.objective.critics, states, strict=True):
             critic.load_state_dict(saved)
         same = state["workers"] == self.world
         # ZeRO cuts the optimizer's state into as many parts as there are workers.
@@ -361,7 +341,7 @@ class _Run:
                 "lines": self.log.lines,
             }
             (Path(folder) / STATE_FILE).write_text(json.dumps(state))
-            states = [critic.state_dict() for critic in self.critics]
+            states = [critic.state_dict() for critic in self.objective.critics]
             torch.save(states, Path(folder) / _CRITICS_FILE)
             self.log.flush()
         self.engine.save(folder)
@@ -382,8 +362,6 @@ class _Run:
         teacher = self.teacher
         card = {
             **self.card,
-            "schedule": list(self.schedule),
-            "code_precision": self.code_precision,
             "step": self.step,
             "teacher": teacher.name,
             "teacher_fingerprint": teacher.fingerprint,

@@ -13,6 +13,7 @@ from ddray.metrics.frechet import FeatureStatistics, FeatureSums
 from ddray.models.zoo import METRIC_FOLDER, load_student
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
+from ddray.sets.labels import with_block
 from ddray.sets.making import planned_fields, require_planned
 from ddray.storage.base import read_ahead
 from ddray.storage.caption_file import CaptionFile
@@ -50,8 +51,18 @@ def make_plan(
         class_names=_class_names(student),
         dtype=config.student_dtype,
         decode_dtype=config.pixel_dtype,
+        labels=_labels(config, student),
         **planned_fields(config, student, captions),
     )
+
+
+def _labels(config: GenerateConfig, student: Student) -> str:
+    """The plan's rule, refused where there are no classes."""
+    if student.conditioning == "text" and config.labels != "balanced":
+        raise ConfigError(
+            f"labels={config.labels} is of classes, but {student.name} is conditioned on captions"
+        )
+    return with_block(config.labels, config.count, config.classes or student.num_classes)
 
 
 def _class_names(student: Student) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from ddray.errors import ConfigError
+from ddray.sets.labels import check_rule
 from ddray.sets.plan import SetPlan
 
 Encoding = Literal["parquet", "webdataset", "images", "flat", "npz"]
@@ -35,13 +36,16 @@ class ImagePlan(SetPlan):
         compression: Of the files: small, or fast, which takes a fraction of the time for the same
             pixels in other bytes.
         decode_dtype: Of its decoder; of sets that were begun before it was a setting, float32.
+        labels: How classes follow from the index: `balanced`, `random` or `in-order:M`; see
+            `ddray.sets.labels`.
     """
 
     KIND: ClassVar[str] = "images"
     WHAT: ClassVar[str] = "image set"
     ROWS: ClassVar[str] = "images"
     SHOWN: ClassVar[tuple[str, ...]] = (
-        *("student", "conditioning", "num_classes", "seed", "schedule", "encoding", "content"),
+        *("student", "conditioning", "num_classes", "labels", "seed", "schedule", "encoding"),
+        "content",
         *("image_format", "quality", "compression", "dtype", "decode_dtype"),
         *("threads", "batch_size", "shard_rows", "vocab_size"),
     )
@@ -55,10 +59,11 @@ class ImagePlan(SetPlan):
         "schedule",
         "dtype",
         "decode_dtype",
+        "labels",
     )
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset({"student", "count", "earlier_counts"})
     JOINED_LATER: ClassVar[frozenset[str]] = frozenset(
-        {"class_names", "compression", "dtype", "decode_dtype"}
+        {"class_names", "compression", "dtype", "decode_dtype", "labels"}
     )
     FORMATS: ClassVar[tuple[int, ...]] = (1, 2)
 
@@ -73,7 +78,20 @@ class ImagePlan(SetPlan):
     compression: Compression = "small"
     dtype: str = "float32"
     decode_dtype: str = "float32"
+    labels: str = "balanced"
     format: int = 2
+
+    @property
+    def label_rule(self) -> str:
+        """See `SetPlan`."""
+        return self.labels
+
+    def shown(self) -> dict[str, Any]:
+        """See `SetPlan`: a set of captions has no labels."""
+        shown = super().shown()
+        if self.conditioning == "text":
+            del shown["labels"]
+        return shown
 
     @property
     def data_files(self) -> str:
@@ -106,6 +124,11 @@ class ImagePlan(SetPlan):
                     f"{', '.join(get_args(choice))}"
                 )
         self._check_class_names()
+        check_rule(self.labels)
+        if self.labels != "balanced" and self.conditioning == "text":
+            raise ConfigError(
+                f"plan: labels={self.labels!r} is of classes, but the student takes captions"
+            )
         if self.content == "tokens" and self.compression != "small":
             raise ConfigError(f"plan: compression={self.compression!r} is of images alone")
         if self.content == "tokens" and self.encoding != "parquet":

@@ -154,6 +154,21 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         (DistillConfig, ["schedule=0,8,8"], "schedule=[0, 8, 8] must increase"),
         (DistillConfig, ["schedule=4,8"], "schedule=[4, 8] must begin with 0"),
         (DistillConfig, ["batch_size=9", "workers=2"], "must be a multiple of workers=2"),
+        *(
+            (DistillConfig, ["objective=masked", *told], f"{told[-1]} does not apply to objective=")
+            for told in (
+                ["init=x"],
+                ["logits_weight=2.0"],
+                ["code_precision=4.0"],
+                ["score.weight=1.0"],
+                ["adversary.weight=1.0"],
+                ["perceptual.distance=tokenizer"],
+                ["checkpoint_every=5", "evaluate_every=5"],
+            )
+        ),
+        (DistillConfig, ["objective=masked", "schedule=0,2"], "schedule=(0, 2) does not apply"),
+        (DistillConfig, ["masked.label_smoothing=0.1"], "label_smoothing=0.1 does not apply"),
+        (QuickstartConfig, ["distill.objective=masked"], "a quickstart makes a student"),
         (DistillConfig, ["zero=4"], "zero=4: input should be less than or equal to 3"),
         *(
             (kind, [f"batch_size={value}"], "must be auto, or a whole number from 1 on")

@@ -11,7 +11,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.config.sampling import SampleConfig
 from ddray.distillation.losses import distillation_loss
 from ddray.distillation.operations import step_operations
-from ddray.models.zoo import new_student
+from ddray.models.zoo import new_masked, new_student
 from ddray.sets.trajectories.making import make_plan
 from tests.core.tiny import tiny_teacher, tiny_var
 
@@ -22,7 +22,9 @@ TEACHERS = {"llamagen": tiny_teacher, "var": tiny_var}
 def operations(family: str, **settings: Any) -> int:
     teacher = TEACHERS[family]()
     plan = make_plan(SampleConfig(cfg=2.0), teacher)
-    config = DistillConfig(batch_size=ROWS, precision="bfloat16", **settings)
+    config = DistillConfig(
+        **{"batch_size": ROWS, "precision": "bfloat16", "schedule": (0, 2), **settings}
+    )
     return step_operations(new_student(teacher)[0], teacher, config, plan)
 
 
@@ -39,6 +41,18 @@ def test_they_are_those_of_a_step_with_numbers(family: str) -> None:
         loss = distillation_loss(student, teacher.stages, codes, noise, tokens, label, label)
         loss.total.backward()
     assert operations(family) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_those_of_masked_decoding_are_counted_too(family: str) -> None:
+    teacher = TEACHERS[family]()
+    config = DistillConfig(objective="masked", batch_size=ROWS)
+    network, _ = new_masked(teacher)
+    tokens, label = torch.zeros(ROWS, teacher.num_tokens, dtype=torch.int64), torch.zeros(ROWS)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(tokens, label.long()).sum().backward()
+    plan = make_plan(SampleConfig(cfg=2.0), teacher)
+    assert step_operations(network, teacher, config, plan) == counter.get_total_flops()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.critics import Critic
+from ddray.distillation.distilled import DistilledDecoding
 from ddray.distillation.step import Agreement, Means, TrainingStep
 from ddray.distillation.stream import Batch
 from ddray.method.teacher import Teacher
@@ -94,9 +95,12 @@ def _batch(teacher: Teacher, noise: float = 1.0) -> Batch:
 def _step(
     teacher: Teacher, accumulation: int = 1, critics: tuple[Critic, ...] = ()
 ) -> tuple[PlainEngine, TrainingStep]:
-    config = DistillConfig(batch_size=ROWS, accumulation=accumulation, lr=0.1, warmup=0)
+    config = DistillConfig(
+        batch_size=ROWS, accumulation=accumulation, lr=0.1, warmup=0, schedule=(0, 2)
+    )
     engine = PlainEngine(teacher, accumulation)
-    return engine, TrainingStep(engine, critics, teacher, config, (0, 2), ALONE)
+    objective = DistilledDecoding(config, teacher, critics)
+    return engine, TrainingStep(engine, objective, config, ALONE)
 
 
 def test_micro_batches_move_the_weights_as_the_whole_batch_does(teacher: Teacher) -> None:
@@ -156,9 +160,10 @@ class Lover(Doubter):
 
 
 def test_a_critic_moves_no_token_that_the_next_jump_keeps(teacher: Teacher) -> None:
-    config = DistillConfig(batch_size=ROWS, logits_weight=0, code_weight=0)
+    config = DistillConfig(batch_size=ROWS, logits_weight=0, code_weight=0, schedule=(0, 1, 3))
     engine = PlainEngine(teacher, 1)
-    step = TrainingStep(engine, (Lover(0.0),), teacher, config, (0, 1, 3), ALONE)
+    objective = DistilledDecoding(config, teacher, (Lover(0.0),))
+    step = TrainingStep(engine, objective, config, ALONE)
     step.take(_batch(teacher), 0)
     moved_BL = engine.logits.grad.abs().sum(-1) > 0
     # Rows take t = 0, 1, 3 in turns; what lies behind 1, 3 and 3 is not kept.

@@ -104,12 +104,13 @@ def test_an_evaluation_measures_every_generator_and_writes_its_page(tmp_path):
     assert evaluation.transport["agreement"] > 0.9
     assert "seed 1000003" in evaluation.protocol[0]
     assert "classes 0, 1, 2, 3 in turn, for so few images" in evaluation.protocol[0]
-    report = build_report(evaluation, title="T", subtitle="S", settings={}, commands=["c"])
-    write_evaluation(str(tmp_path), evaluation, report, evaluation.summary())
+    summary, shown = evaluation.summary(), (evaluation.shown, evaluation.columns)
+    report = build_report(summary, *shown, title="T", subtitle="S", settings={}, commands=["c"])
+    write_evaluation(str(tmp_path), summary, report, *shown)
     assert {p.name for p in tmp_path.iterdir()} == {"report.html", "grid.png", "summary.json"}
     assert json.loads((tmp_path / "summary.json").read_text())["quality"][0]["images"] > 0
     assert "fd_digits says how far" in (tmp_path / "report.html").read_text()
-    assert "student, 2 steps" in tables_as_text(evaluation)
+    assert "student, 2 steps" in tables_as_text(summary)
 
 
 def set_of(folder, **changes):

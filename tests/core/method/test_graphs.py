@@ -43,16 +43,18 @@ def test_a_replayed_teacher_writes_what_it_would_have_written(
     teacher = tiny_teacher()
     rules = {"cfg": 2.0, "top_k": 6, "top_p": 0.9, "temperature": 1.1}
 
-    def both(cond: list[int], index: list[int], seed: int) -> Tensor:
+    def all_three(cond: list[int], index: list[int], seed: int) -> Tensor:
         sampled = teacher.sample(cond, index=index, seed=seed, cfg_interval=1, **rules)
-        return torch.cat((sampled, teacher.trajectories(cond, index, seed=seed, **rules)))
+        skipped = teacher.sample(cond, index=index, seed=seed, skip=2, **rules)
+        carried = teacher.trajectories(cond, index, seed=seed, **rules)
+        return torch.cat((sampled, skipped, carried))
 
     calls = [([0, 1, 2], [0, 1, 2], 1), ([3, 3, 0], [9, 2**40, 5], 7)]
-    replayed = [both(*call) for call in calls]
-    assert len(recorded) == 2  # one of each kind, for both calls
+    replayed = [all_three(*call) for call in calls]
+    assert len(recorded) == 3  # one of each kind, for both calls
     monkeypatch.undo()
     for call, tokens in zip(calls, replayed, strict=True):
-        assert torch.equal(tokens, both(*call))
+        assert torch.equal(tokens, all_three(*call))
 
 
 @pytest.mark.slow

@@ -123,3 +123,13 @@ def test_the_same_curves_are_the_same_bytes_and_share_a_page_with_others():
         assert len(ids) == len(set(ids))
         # Definitions, named by a hash of what they are: the same id is the same shape.
         assert all(re.fullmatch(r"m[0-9a-f]{10}", name) for name in ids)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([0.1, 10], {"0.1", "0.5", "5"}), ([30, 45], {"36"}), ([1, 1e6], {"1e+06"})],
+)
+def test_numbers_of_a_log_axis_are_plain(values, ticks):
+    words = words_of(line_chart([Curve("a", [0, 1], values)], log_y=True))
+    assert ticks <= set(words)
+    assert not any("$" in word or "\\" in word for word in words)

@@ -22,7 +22,7 @@ from ddray.distillation.optimization import (
 from ddray.distillation.stream import TrajectoryStream
 from ddray.errors import ConfigError, DDRayError, ShardError, StorageError, TrainingError
 from ddray.models.families import empty_network, empty_tokenizer
-from ddray.models.zoo import new_student
+from ddray.models.zoo import load_masked, new_student
 from ddray.runtime.training.driver import distill, read_history
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
@@ -177,6 +177,42 @@ def test_two_workers_with_parted_weights_learn_what_one_learns(
     assert moved < 5e-3 * size
     student = ddray.load_student(f"{config.out}/student")
     assert student.generate([0, 1], seed=1).shape == (2, 16, 4)
+
+
+@pytest.fixture(scope="module")
+def masked(ray_local: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> DistillConfig:
+    """A finished run of masked decoding."""
+    config = _masking(data, tmp_path_factory.mktemp("masked") / "single")
+    distill(config)
+    return config
+
+
+def _masking(data: Path, out: Path, **other: Any) -> DistillConfig:
+    return distilling(data, out, **{"objective": "masked", "schedule": None, "lr": 1e-2, **other})
+
+
+def test_masked_decoding_leaves_a_model_that_loads_and_generates(
+    masked: DistillConfig, teacher: str
+) -> None:
+    model = load_masked(f"{masked.out}/student", device="cpu")
+    assert (model.config["family"], model.config["step"]) == ("masked", 12)
+    assert model.config["teacher"] == teacher
+    assert model.config["teacher_fingerprint"] == ddray.load_teacher(teacher).fingerprint
+    assert "schedule" not in model.config
+    assert model.generate([0, 1, 2], steps=4, seed=1).shape == (3, 16)
+    with pytest.raises(ConfigError, match="is of family 'masked', which is no student"):
+        ddray.load_student(f"{masked.out}/student")
+    losses = _losses(masked.out)
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert {"cross_entropy", "token_accuracy"} <= {*read_history(masked.out)[0]}
+
+
+def test_masks_are_the_same_for_any_number_of_workers(
+    masked: DistillConfig, data: Path, tmp_path: Path
+) -> None:
+    config = _masking(data, tmp_path / "run", workers=2, zero=2, accumulation=2)
+    distill(config)
+    assert _losses(config.out) == pytest.approx(_losses(masked.out), rel=2e-3)
 
 
 def test_a_finished_run_is_not_run_again(single: DistillConfig) -> None:

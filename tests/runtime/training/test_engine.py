@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from ddray.config.distillation import DistillConfig
 from ddray.config.sampling import SampleConfig
-from ddray.distillation.critics import new_critics
+from ddray.distillation.objective import new_objective
 from ddray.distillation.optimization import (
     MovingAverage,
     batch_loss,
@@ -169,13 +169,12 @@ def _train(rank: int, world: int, folder: str) -> dict[str, Any]:
 def _judged(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Figures of every step beside two critics, over all workers."""
     critics = {name: {"weight": 1.0, "start": 2} for name in ("score", "adversary")}
-    config, teacher = _config(workers=world, steps=8, **critics), _teacher()
+    config = _config(workers=world, steps=8, schedule=SCHEDULE, **critics)
+    teacher = _teacher()
     worker, agree = _Worker(rank, world, config), Agreement(world, torch.device("cpu"))
     torch.manual_seed(1)
-    judges = new_critics(config, teacher, make_plan(SampleConfig(cfg=2.0), teacher), 8.0)
-    step = TrainingStep(
-        worker.engine, judges, teacher, config, SCHEDULE, agree, rank=rank, workers=world
-    )
+    objective = new_objective(config, teacher, make_plan(SampleConfig(cfg=2.0), teacher))
+    step = TrainingStep(worker.engine, objective, config, agree, rank=rank, workers=world)
     lines = []
     for number in range(config.steps):
         figures, _ = step.take(_rows(number).split(world)[rank], number)

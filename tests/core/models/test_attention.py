@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from ddray.distillation.optimization import compile_blocks
-from ddray.models.block_mask import level_mask, tried_level_mask
+from ddray.models.attention import level_mask, tried_level_mask
 from ddray.models.zoo import empty_student
 from tests.core.tiny import tiny_var
 

@@ -1,10 +1,11 @@
-"""Attention between levels that leaves out what the mask hides, tile by tile, on a GPU.
+"""What attention is made of beside products: cached keys and values, rotations, tiles left out.
 
 Of the scores of VAR's student 45 % are masked; a mask that is added hides them when they are
 computed. FlexAttention (torch, arXiv 2412.05496) does not compute the tiles of 128 x 128 that are
-hidden whole: 29 % of 681 positions'. It needs torch's compiler.
+hidden whole: 29 % of 681 positions'. It needs torch's compiler, and a GPU to be worth it.
 
-Shapes: L positions, h head width.
+Shapes: B batch, H heads, S all positions, l positions of this step, L positions, h head width, G
+cells along a side, D = h / 2 rotation pairs.
 """
 
 import warnings
@@ -21,6 +22,73 @@ if TYPE_CHECKING:
 
 # Of the largest number; bfloat16 alone makes 1 % of a gradient.
 _TOLERANCE = 0.03
+
+
+class KeyValueCache:
+    """Keys and values of one layer, [B, H, S, h] each, written in place.
+
+    Args:
+        shape: (B, H, S, h).
+        like: a tensor that has the cache's dtype and device.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor):
+        self._both_2BHSh = like.new_empty((2, *shape))
+        self.length = 0
+
+    def append(self, keys_BHlh: Tensor, values_BHlh: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next l positions; views of everything written so far."""
+        here_2BHlh = self._both_2BHSh[:, :, :, self.length : self.length + keys_BHlh.shape[2]]
+        here_2BHlh[0], here_2BHlh[1] = keys_BHlh, values_BHlh
+        return self._grown(keys_BHlh.shape[2])
+
+    def append_both(self, both_2BHlh: Tensor) -> tuple[Tensor, Tensor]:
+        """As `append`, where keys and values lie in one tensor: one copy."""
+        length = both_2BHlh.shape[3]
+        self._both_2BHSh[:, :, :, self.length : self.length + length] = both_2BHlh
+        return self._grown(length)
+
+    def _grown(self, length: int) -> tuple[Tensor, Tensor]:
+        self.length += length
+        keys, values = self._both_2BHSh[:, :, :, : self.length].unbind()
+        return keys, values
+
+
+def grid_angles(place_G: Tensor, head_dim: int, base: float) -> Tensor:
+    """Angles of the channel pairs of every cell of a grid: its row's, then its column's.
+
+    Args:
+        place_G: float, where the rows and columns lie.
+        head_dim: width h of a head, a multiple of 4.
+        base: of the frequencies.
+
+    Returns:
+        float32 [G G, D].
+    """
+    axis_pairs = head_dim // 4
+    exponent = torch.arange(axis_pairs, device=place_G.device).float() / axis_pairs
+    along = torch.outer(place_G, base**-exponent)
+    rows = along[:, None].expand(-1, len(place_G), -1)
+    columns = along[None].expand(len(place_G), -1, -1)
+    return torch.cat((rows, columns), -1).flatten(0, 1)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn interleaved channel pairs (2p, 2p + 1) in float32, and give the input's dtype back.
+
+    A product of complex numbers is one kernel, but torch's compiler has no code for it.
+
+    Args:
+        x: [..., h].
+        rotation: float32 cosine and sine, broadcast to [..., D, 2].
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def level_mask(level_L: Tensor) -> "BlockMask":
