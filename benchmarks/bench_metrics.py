@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import frame
+import numpy as np
 import torch
 import torch_fidelity
 from frame import Figure
@@ -103,7 +104,7 @@ def measured_reference(network: Inception, real: Tensor) -> Reference:
     """The second set as a reference."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "real.npz"
-        file.write_bytes(Reference("", {}).to_bytes(real.numpy()))
+        np.savez(file, arr_0=real.numpy())
         return Reference.load(str(file)).completed(network)
 
 

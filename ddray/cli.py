@@ -45,6 +45,11 @@ _JOBS = {
         "ddray.cli:_evaluate",
         "a student beside its teacher",
     ),
+    "reference": (
+        "reference:ReferenceConfig",
+        "ddray.cli:_reference",
+        "statistics of real images, for `evaluate`",
+    ),
     "serve": (
         "serving:ServeConfig",
         "ddray.cli:_serve",
@@ -142,7 +147,7 @@ def _job_parser(verb: str) -> argparse.ArgumentParser:
     kind = _config_class(verb)
     parser = _Parser(
         prog=f"ddray {verb}",
-        usage=f"ddray {verb} [flags]",
+        usage=f"ddray {verb} {f'{kind.POSITIONAL.upper()} ' if kind.POSITIONAL else ''}[flags]",
         description=description_of(kind),
         epilog="Order: preset < --config FILE < --set < flags.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -228,6 +233,12 @@ def _evaluate(config: Any) -> None:
     from ddray.runtime.evaluating import evaluate_and_report
 
     print(_apart_from_ray(lambda: evaluate_and_report(config)))
+
+
+def _reference(config: Any) -> None:
+    from ddray.runtime.referencing import reference
+
+    print_json(_apart_from_ray(lambda: reference(config)))
 
 
 def _serve(config: Any) -> None:

@@ -162,12 +162,14 @@ class Job(BaseModel):
 
     Attributes:
         EXAMPLE: a command line of the verb, as its help shows it.
+        POSITIONAL: a key that may be given without its flag.
         HEADINGS: of the help, in its order, each with the first of its keys; the keys that follow
             in the class belong to it too, up to the first one of another heading.
         MOVED: keys that have got another name or place, with the path that they have now.
     """
 
     EXAMPLE: ClassVar[str] = ""
+    POSITIONAL: ClassVar[str] = ""
     HEADINGS: ClassVar[Mapping[str, str]] = {}
     MOVED: ClassVar[Mapping[str, str]] = {}
 

@@ -22,6 +22,11 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Job]) -> None:
         parser: of the verb.
         kind: the verb's config class.
     """
+    if kind.POSITIONAL:
+        # Where it is absent, it must not hide what the flag said.
+        parser.add_argument(
+            _DEST + kind.POSITIONAL, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     for heading, keys in _sections(kind).items():
         group = parser.add_argument_group(heading)
         for key in keys:

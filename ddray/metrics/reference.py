@@ -30,8 +30,8 @@ from ddray.storage import open_beside
 from ddray.storage.image_array import IMAGES, image_shape
 from ddray.storage.weights_only import load_weights_only
 
-# The names of mean and covariance of each layer.
-_MOMENTS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
+MOMENTS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
+"""The names of mean and covariance of each layer."""
 _FEATURES = "features"
 _BLOCK_IMAGES = 500
 
@@ -92,8 +92,8 @@ class Reference:
             images: of how many real images it takes features.
         """
         if layer is not None and layer not in self.statistics and not self._only_images:
-            names = " and ".join(_MOMENTS[layer])
-            held = [name for known in self.statistics for name in _MOMENTS[known]]
+            names = " and ".join(MOMENTS[layer])
+            held = [name for known in self.statistics for name in MOMENTS[known]]
             return f"it has no {names}" + (f", only {', '.join(held)}" if held else "")
         there = len(self.features) if self.features is not None else self.num_images
         if images and not there:
@@ -122,12 +122,12 @@ class Reference:
         for block in self.images():
             found = network(torch.from_numpy(block.copy()))
             rows.append(found[POOL].half().cpu().numpy())
-            for layer in _MOMENTS.keys() & found.keys():
+            for layer in MOMENTS.keys() & found.keys():
                 own = FeatureSums.of(found[layer])
                 sums[layer] = sums[layer] + own if layer in sums else own
         return replace(
             self,
-            statistics={layer: sums[layer].statistics() for layer in _MOMENTS if layer in sums},
+            statistics={layer: sums[layer].statistics() for layer in MOMENTS if layer in sums},
             features=np.concatenate(rows),
         )
 
@@ -194,27 +194,20 @@ class Reference:
         ]
         return np.concatenate(parts)
 
-    def to_bytes(self, images: npt.NDArray[np.uint8] | None = None) -> bytes:
-        """As an .npz, which pytorch-fid and `load` read, and with images ADM's evaluator, too.
-
-        Args:
-            images: uint8 [M, H, W, 3] to stand in the file.
-        """
-        arrays: dict[str, Any] = {}
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What an .npz holds that `load` reads, and with `arr_0` beside it ADM's evaluator, too."""
+        found: dict[str, npt.NDArray[Any]] = {}
         for layer, statistics in self.statistics.items():
-            mean, covariance = _MOMENTS[layer]
-            arrays |= {mean: statistics.mean, covariance: statistics.covariance}
+            mean, covariance = MOMENTS[layer]
+            found |= {mean: statistics.mean, covariance: statistics.covariance}
             if statistics.count:
-                arrays["count"] = np.array(statistics.count)
+                found["count"] = np.array(statistics.count)
         for name, note in (("extractor", self.extractor), ("network", self.network)):
             if note is not None:
-                arrays[name] = np.array(note)
-        for name, array in ((_FEATURES, self.features), (IMAGES, images)):
-            if array is not None:
-                arrays[name] = array
-        stream = io.BytesIO()
-        np.savez(stream, **arrays)
-        return stream.getvalue()
+                found[name] = np.array(note)
+        if self.features is not None:
+            found[_FEATURES] = self.features
+        return found
 
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
@@ -231,7 +224,7 @@ def _read_numpy(cls: type[Reference], uri: str, file: Any, data: bytes | None) -
     count = int(file["count"]) if "count" in file.files else 0
     statistics = {
         layer: _statistics(count, file[mean], file[covariance])
-        for layer, (mean, covariance) in _MOMENTS.items()
+        for layer, (mean, covariance) in MOMENTS.items()
         if mean in file.files and covariance in file.files
     }
     features = file[_FEATURES] if _FEATURES in file.files else None

@@ -6,11 +6,11 @@ Shapes: H and W pixels.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -73,6 +73,14 @@ class ImageSource(ABC):
         self.fingerprint = _sha256(chain([self.kind], facts))
         self._first: tuple[str, tuple[int, int, int]] | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """H, W and 3 of every image, once one was looked at."""
+        if self.rules.size is not None:
+            return (self.rules.size, self.rules.size, 3)
+        assert self._first is not None
+        return self._first[1]
+
     def look(self) -> None:
         """Learn the size that all images must have, from the first of a few that can be used.
 
@@ -95,11 +103,11 @@ class ImageSource(ABC):
                 f"{broken[0]}"
             )
 
-    def read(self, rows: range) -> Iterator[npt.NDArray[np.uint8] | BrokenImage]:
+    def read(self, rows: Sequence[int]) -> Iterator[npt.NDArray[np.uint8] | BrokenImage]:
         """Images one after the other, of which a few are fetched and decoded ahead.
 
         Args:
-            rows: consecutive ones.
+            rows: ascending, such as a range.
 
         Yields:
             uint8 [H, W, 3] of each row, or why it cannot be used.
@@ -107,8 +115,8 @@ class ImageSource(ABC):
         Raises:
             StorageError: if they cannot be fetched.
         """
-        if rows.step != 1 or rows.start < 0 or rows.stop > self.count:
-            raise ValueError(f"{rows} are no consecutive rows of {self.count}")
+        if not _ascend(rows, self.count):
+            raise ValueError(f"{rows} are no ascending rows of {self.count}")
         with (
             ThreadPoolExecutor(_DECODERS, "decode") as pool,
             closing(self._contents(rows)) as contents,
@@ -121,7 +129,7 @@ class ImageSource(ABC):
         """What to call an image in a message."""
 
     @abstractmethod
-    def _contents(self, rows: range) -> Generator[Content, None, None]:
+    def _contents(self, rows: Sequence[int]) -> Generator[Content, None, None]:
         """What is there of each row; another thread than the reader's asks for it."""
 
     def _image(self, row: int, content: Content) -> npt.NDArray[np.uint8] | BrokenImage:
@@ -145,6 +153,13 @@ class ImageSource(ABC):
             f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, and {name} is {width} x {height}; "
             "--size crops and resizes all of them alike"
         )
+
+
+def _ascend(rows: Sequence[int], count: int) -> bool:
+    if not rows:
+        return True
+    inside = rows[0] >= 0 and rows[-1] < count
+    return inside and all(after > row for row, after in pairwise(rows))
 
 
 def _sha256(facts: Iterable[object]) -> str:

@@ -1,6 +1,6 @@
 """A folder of image files, flat or in folders by class."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import ClassVar
 
@@ -29,7 +29,7 @@ class FolderSource(ImageSource):
         """Path of the file below the folder."""
         return self._names[row]
 
-    def _contents(self, rows: range) -> Generator[Content, None, None]:
-        with closing(read_ahead(self._storage, self._names[rows.start : rows.stop])) as files:
+    def _contents(self, rows: Sequence[int]) -> Generator[Content, None, None]:
+        with closing(read_ahead(self._storage, [self._names[row] for row in rows])) as files:
             for data in files:
                 yield PixelsError("is no longer there") if data is None else data

@@ -1,6 +1,7 @@
 """A set that `ddray generate` wrote, whatever its format: its images by their indices."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from itertools import groupby
 from typing import ClassVar
 
 from ddray.errors import ConfigError, ShardError
@@ -45,11 +46,8 @@ class GeneratedSource(ImageSource):
         """Name of the shard, and the row of the set."""
         return f"{self._images.shard_name(row // self._images.plan.shard_rows)} row {row}"
 
-    def _contents(self, rows: range) -> Generator[Content, None, None]:
-        at, size = rows.start, self._images.plan.shard_rows
-        while at < rows.stop:
-            k = at // size
-            stop = min(rows.stop, (k + 1) * size)
+    def _contents(self, rows: Sequence[int]) -> Generator[Content, None, None]:
+        size = self._images.plan.shard_rows
+        for k, wanted in groupby(rows, lambda row: row // size):
             files = self._images.read_shard(k).content
-            yield from map(bytes, files[at - k * size : stop - k * size])
-            at = stop
+            yield from (bytes(files[row - k * size]) for row in wanted)

@@ -75,10 +75,7 @@ class Listing:
         is_bucket = place.startswith(S3) and "/" not in place.removeprefix(S3)
         if not is_bucket and place != "/":
             storage, name = open_beside(place)
-            if place.startswith(S3):
-                stamp = storage.stamps(name).get(name)
-            else:
-                stamp = Stamp(os.path.getsize(place), "") if os.path.isfile(place) else None
+            stamp = storage.stamp(name)
             if stamp is not None:
                 return cls(place, storage, {name: stamp})
         storage = open_storage(place)

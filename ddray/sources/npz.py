@@ -11,7 +11,7 @@ import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import IO, Any, ClassVar
 
@@ -101,34 +101,45 @@ class NpzSource(ImageSource):
                 self._pixels_at = file.tell() + name_length + extra_length + in_entry
             return shape, entry
 
-    def _contents(self, rows: range) -> Generator[Content, None, None]:
-        at_once = max(1, BLOCK_BYTES // self._bytes)
-        blocks = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
-        for block, data in zip(blocks, self._blocks(rows, blocks), strict=True):
+    def _contents(self, rows: Sequence[int]) -> Generator[Content, None, None]:
+        blocks = [*self._runs(rows)]
+        for block, data in zip(blocks, self._blocks(blocks), strict=True):
             if len(data) < len(block) * self._bytes:
                 raise StorageError(f"{self._where} is cut: {IMAGES} ends before its last image")
             yield from np.frombuffer(data, np.uint8).reshape(len(block), *self._shape[1:])
 
-    def _blocks(self, rows: range, blocks: list[range]) -> Iterator[bytes]:
+    def _runs(self, rows: Sequence[int]) -> Iterator[range]:
+        """Rows that follow on each other, as many as are read at once."""
+        run = range(0)
+        for row in rows:
+            if run and (row > run.stop or (len(run) + 1) * self._bytes > BLOCK_BYTES):
+                yield run
+                run = range(0)
+            run = range(run.start if run else row, row + 1)
+        if run:
+            yield run
+
+    def _blocks(self, blocks: list[range]) -> Iterator[bytes]:
         if self._pixels_at is not None:
             for block in blocks:
                 start = self._pixels_at + block.start * self._bytes
                 yield self._storage.read_range(self._name, start, len(block) * self._bytes)
             return
         (opened, array, at), self._reading = self._reading or self._begun(), None
-        if at > rows.start:
+        if blocks and at > blocks[0].start:
             opened.close()
             opened, array, at = self._begun()
         try:
-            while at < rows.start:
-                skipped = min(rows.start - at, max(1, BLOCK_BYTES // self._bytes))
-                array.read(skipped * self._bytes)
-                at += skipped
             for block in blocks:
+                while at < block.start:
+                    skipped = min(block.start - at, max(1, BLOCK_BYTES // self._bytes))
+                    array.read(skipped * self._bytes)
+                    at += skipped
                 yield array.read(len(block) * self._bytes)
+                at = block.stop
         except _UNREADABLE as error:
             raise StorageError(f"{self._where} is damaged: {one_line(error)}") from error
-        self._reading = opened, array, rows.stop
+        self._reading = opened, array, at
 
     def _begun(self) -> tuple[ExitStack, IO[bytes], int]:
         """The compressed array, opened at its first image."""

@@ -4,9 +4,11 @@ A row group is the least that can be asked for: files of few large ones are read
 beginning of the group to the rows that are wanted.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -69,27 +71,26 @@ class ParquetSource(ImageSource):
         file = int(np.searchsorted(self._file_starts, row, "right")) - 1
         return f"{self._files[file]} row {row - self._file_starts[file]}"
 
-    def _contents(self, rows: range) -> Generator[Content, None, None]:
-        number = int(np.searchsorted(self._starts, rows.start, "right")) - 1
-        at = rows.start
-        while at < rows.stop:
-            start, end = int(self._starts[number]), int(self._starts[number + 1])
-            stop = min(end, rows.stop)
-            yield from self._of_group(number, at - start, stop - start)
-            at, number = stop, number + 1
+    def _contents(self, rows: Sequence[int]) -> Generator[Content, None, None]:
+        numbers = np.searchsorted(self._starts, np.asarray(rows, np.int64), "right") - 1
+        for number, wanted in groupby(zip(numbers.tolist(), rows, strict=True), itemgetter(0)):
+            start = int(self._starts[number])
+            yield from self._of_group(number, [row - start for _, row in wanted])
 
-    def _of_group(self, number: int, first: int, stop: int) -> Iterator[Content]:
-        """Rows `first` to `stop` of a row group."""
+    def _of_group(self, number: int, wanted: list[int]) -> Iterator[Content]:
+        """Some rows of a row group."""
         file, group = self._group[number]
         done = 0
         with _errors(self._storage, self._files[file]), self._open(file) as opened:
             for batch in opened.iter_batches(
                 _ROWS_AT_ONCE, row_groups=[group], columns=[self._column], use_threads=False
             ):
-                wanted = batch.column(0)[max(first - done, 0) : max(stop - done, 0)]
-                yield from map(_content, wanted)
+                column = batch.column(0)
+                yield from (
+                    _content(column[k - done]) for k in wanted if 0 <= k - done < len(batch)
+                )
                 done += len(batch)
-                if done >= stop:
+                if done > wanted[-1]:
                     return
 
     def _footer(self, file: int) -> tuple[Any, list[int]]:

@@ -5,7 +5,7 @@ reads then asks for the parts of a tar that hold its rows.
 """
 
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ _IMAGES = tuple(suffix for suffix in SUFFIXES["folder"] if suffix != ".bmp")
 # Of a tar on disk, where skipping costs nothing, and of one that is asked for over a network.
 _HEADER_BYTES, _FAR_HEADER_BYTES = 2**16, BLOCK_BYTES
 _READERS = 4
+# Between two images that are fetched at once.
+_GAP_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -79,29 +81,34 @@ class WebDatasetSource(ImageSource):
         """Path of the tar, then of the member in it."""
         return f"{self._tars[self._tar[row]]}/{self._names[row]}"
 
-    def _contents(self, rows: range) -> Generator[Content, None, None]:
+    def _contents(self, rows: Sequence[int]) -> Generator[Content, None, None]:
         with ThreadPoolExecutor(_READERS) as readers:
             for contents in in_order(
                 lambda run: readers.submit(self._fetch, run), self._runs(rows), _READERS
             ):
                 yield from contents
 
-    def _runs(self, rows: range) -> Iterator[range]:
+    def _runs(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """Rows that lie near enough to be fetched at once."""
-        start = rows.start
+        run: list[int] = []
         for row in rows:
-            is_last = row + 1 == rows.stop
-            if (
-                is_last
-                or self._tar[row + 1] != self._tar[start]
-                or (self._end(row + 1) - self._start[start] > BLOCK_BYTES)
-            ):
-                yield range(start, row + 1)
-                start = row + 1
+            if run and not self._is_near(run, row):
+                yield run
+                run = []
+            run.append(row)
+        if run:
+            yield run
 
-    def _fetch(self, run: range) -> list[Content]:
-        first, end = int(self._start[run.start]), int(self._end(run.stop - 1))
-        data = self._storage.read_range(self._tars[self._tar[run.start]], first, end - first)
+    def _is_near(self, run: list[int], row: int) -> bool:
+        return bool(
+            self._tar[row] == self._tar[run[0]]
+            and self._start[row] - self._end(run[-1]) <= _GAP_BYTES
+            and self._end(row) - self._start[run[0]] <= BLOCK_BYTES
+        )
+
+    def _fetch(self, run: list[int]) -> list[Content]:
+        first, end = int(self._start[run[0]]), self._end(run[-1])
+        data = self._storage.read_range(self._tars[self._tar[run[0]]], first, end - first)
         contents: list[Content] = []
         for row in run:
             at = int(self._start[row]) - first

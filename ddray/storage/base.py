@@ -127,6 +127,14 @@ class Storage(ABC):
             StorageError: If the URI cannot be listed.
         """
 
+    @abstractmethod
+    def stamp(self, name: str) -> Stamp | None:
+        """Return what a listing tells of one name; None if there is no such file.
+
+        Raises:
+            StorageError: If the URI cannot be reached.
+        """
+
     def list(self, prefix: str = "") -> dict[str, int]:
         """Return name -> size in bytes; see `stamps`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -75,6 +76,14 @@ class LocalStorage(Storage):
                         with suppress(FileNotFoundError):
                             found[name] = Stamp(os.stat(path).st_size, "")
         return dict(sorted(found.items()))
+
+    def stamp(self, name: str) -> Stamp | None:
+        """Return the size of a file; see `Storage.stamp`."""
+        path = self.join(name)
+        with _local_errors("read", path), suppress(FileNotFoundError, NotADirectoryError):
+            found = os.stat(path)
+            return Stamp(found.st_size, "") if stat.S_ISREG(found.st_mode) else None
+        return None
 
     def exists(self, name: str) -> bool:
         """Say whether `name` exists; see `Storage.exists`."""

@@ -120,17 +120,21 @@ class S3Storage(Storage):
                     is_temporary = name.rpartition("/")[2].startswith(TEMPORARY)
                     # Some tools mark a folder by an empty key that ends in a slash.
                     if name and not name.endswith("/") and not is_temporary:
-                        found[name] = Stamp(int(entry["Size"]), str(entry.get("ETag", "")))
+                        found[name] = _stamp(entry)
         return dict(sorted(found.items()))
 
-    def exists(self, name: str) -> bool:
-        """Say whether `name` exists; see `Storage.exists`."""
+    def stamp(self, name: str) -> Stamp | None:
+        """Return size and ETag of the object; see `Storage.stamp`."""
         key = self._key(checked_name(name))
         with s3_errors("read", self.join(name)):
             # A listing, and not HEAD, whose 404 does not tell a missing bucket from a
             # missing key. The key itself sorts first among all that begin with it.
             page = self._client().list_objects_v2(Bucket=self.bucket, Prefix=key, MaxKeys=1)
-        return any(entry["Key"] == key for entry in page.get("Contents", ()))
+        return next((_stamp(e) for e in page.get("Contents", ()) if e["Key"] == key), None)
+
+    def exists(self, name: str) -> bool:
+        """Say whether `name` exists; see `Storage.exists`."""
+        return self.stamp(name) is not None
 
     def version(self, name: str) -> str:
         """Return ETag and time of the object; see `Storage.version`."""
@@ -168,6 +172,10 @@ class S3Storage(Storage):
         if self._lazy_client is None:
             self._lazy_client = new_client()
         return self._lazy_client
+
+
+def _stamp(entry: Any) -> Stamp:
+    return Stamp(int(entry["Size"]), str(entry.get("ETag", "")))
 
 
 class _Chunks(io.RawIOBase):

@@ -20,6 +20,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.quickstart import QuickstartConfig
+from ddray.config.reference import ReferenceConfig
 from ddray.config.sampling import SampleConfig
 from ddray.config.serving import ServeConfig
 from ddray.models.zoo import load_teacher
@@ -39,6 +40,7 @@ JOBS: dict[str, type[Job]] = {
     "distill": DistillConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "reference": ReferenceConfig,
     "serve": ServeConfig,
 }
 
@@ -203,6 +205,8 @@ def test_the_cost_of_sampling_is_a_comment_behind_the_config(
         ),
         (("evaluate", "--data", "runs/x"), ["forward_passes_of_the_teacher: 1 x 49"]),
         (("quickstart",), ["sample.shards: 20", "distill.exaflops", "evaluate.images: 5000"]),
+        (("reference",), ["cost: unknown without SOURCE"]),
+        (("reference", "nowhere"), ["cost: unknown without the images: /"]),
         (("doctor",), ["cost: none"]),
     ],
 )

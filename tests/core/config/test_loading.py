@@ -13,6 +13,7 @@ from ddray.config.generation import GenerateConfig
 from ddray.config.loading import in_todays_keys, load_config
 from ddray.config.presets import PRESETS, preset
 from ddray.config.quickstart import QuickstartConfig
+from ddray.config.reference import ReferenceConfig
 from ddray.config.sampling import SampleConfig
 from ddray.config.serving import ServeConfig
 from ddray.errors import ConfigError
@@ -23,6 +24,7 @@ KINDS = {
     "distill": DistillConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "reference": ReferenceConfig,
     "serve": ServeConfig,
     "quickstart": QuickstartConfig,
 }

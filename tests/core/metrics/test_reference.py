@@ -11,6 +11,7 @@ from ddray.metrics.frechet import FeatureStatistics
 from ddray.metrics.network import POOL, SPATIAL
 from ddray.metrics.reference import Reference
 from ddray.storage import open_storage
+from ddray.storage.image_array import npz_chunks
 from tests.core.metrics.stub_network import StubNetwork, some_images
 from tests.s3_server import BUCKET
 
@@ -95,7 +96,8 @@ def test_ours_is_read_back_and_by_pytorch_fid(tmp_path):
         features[POOL].half().numpy(),
     )
     file = tmp_path / "ours.npz"
-    file.write_bytes(reference.to_bytes(images.numpy()))
+    chunks = npz_chunks((20, 4, 4, 3), [images.numpy()], reference.arrays())
+    file.write_bytes(b"".join(chunks))
     back = Reference.load(str(file))
     back.check(network)
     assert (back.extractor, back.network, back.num_images) == ("5" * 64, "inception", 20)

@@ -14,8 +14,9 @@ from ddray.errors import ConfigError, ShardError
 from ddray.report.image_file import decode_image
 from ddray.sets.images.features import label_names
 from ddray.sets.images.image_set import SAMPLES, ImageSet
-from ddray.sets.images.samples import npz_chunks, write_samples
+from ddray.sets.images.samples import write_samples
 from ddray.sets.inspection import verify
+from ddray.storage.image_array import npz_chunks
 from tests.core.sets.images.test_image_set import FORMATS, PLAN, fill, images_like, pixels_of, write
 from tests.paths import GOLDEN
 
