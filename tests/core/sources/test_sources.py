@@ -2,12 +2,14 @@
 
 import pickle
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ddray.errors import ConfigError, DDRayError, ShardError, StorageError
+from ddray.report.image_file import encode_png
 from ddray.sources import BrokenImage, ImageSource, npz, open_source, webdataset
 from ddray.storage import open_storage
 from tests.core.sources.corpus import (
@@ -128,8 +130,6 @@ def test_what_has_gone_since_it_was_listed_is_a_broken_image(place: str) -> None
 
 
 def test_an_image_of_another_size_is_refused_by_both_sizes(tmp_path: Path) -> None:
-    from ddray.report.image_file import encode_png
-
     odd = encode_png(np.zeros((8, 4, 3), np.uint8))
     uri = write(str(tmp_path), dict(zip("abcde", FILES, strict=False)) | {"b": odd})
     for name in "abcde":
@@ -342,3 +342,24 @@ def test_parts_of_a_name_are_read_from_storage(place: str) -> None:
         assert (file.read(3), file.seek(-2, 2), file.read(9)) == (b"\0\1\2", 98, bytes([98, 99]))
     etag = storage.stamps()["x"].etag
     assert storage.list() == {"x": 100} and bool(etag) == place.startswith("s3")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    images = np.zeros((3000, 128, 128, 3), np.uint8)
+    file = encode_png(images[0])
+    uris = [
+        write(f"{tmp_path}/stored", {"a.npz": npz_of(arr_0=images)}),
+        write(f"{tmp_path}/packed", {"a.npz": npz_of(np.savez_compressed, arr_0=images)}),
+        write(f"{tmp_path}/rows", {"a.parquet": parquet_of({"image": [file] * 3000}, 3000)}),
+        write(f"{tmp_path}/tars", {"a.tar": tar_of([(f"{i}.png", file) for i in range(3000)])}),
+    ]
+    for uri in uris:
+        source = open_source(uri)
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in source.read(range(3000))) == 3000
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 40e6 < images.nbytes, (uri, peak)
