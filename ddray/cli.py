@@ -329,6 +329,10 @@ def _cost(verb: str, config: Any) -> dict[str, Any]:
     """What a job will write or take, as far as that is known before it runs."""
     if verb == "doctor":
         return {"cost": "none; a file of a few bytes is written to every uri, and deleted"}
+    if verb == "reference":
+        from ddray.evaluation.reference_making import estimate
+
+        return estimate(config)
     if verb != "quickstart":
         told: dict[str, Any] = getattr(import_module("ddray.cost"), f"estimate_{verb}")(config)
         return told

@@ -18,7 +18,6 @@ from torch import nn
 from ddray.config.distillation import DistillConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
-from ddray.config.reference import ReferenceConfig
 from ddray.config.sampling import SampleConfig
 from ddray.config.serving import ServeConfig
 from ddray.errors import DDRayError, ShardError, StorageError, one_line
@@ -28,7 +27,6 @@ from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.zoo import empty_masked, empty_student, image_side, resolve
 from ddray.sets.batch_size import batch_size, image_bytes
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from ddray.sources import open_source
 from ddray.storage.checkpoint import read_config
 
 # Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
@@ -46,10 +44,6 @@ _ASSUMED_MFU = 0.4
 _ASSUMED_SAMPLING_MFU = 0.02
 # Evaluations of the transport's velocity at the published sizes of codebook, at most.
 _EVALUATIONS = 48
-
-# Features of an image, layer by layer: pooled ones, and those that keep their place. Of DINOv2 and
-# CLIP the most that a published size gives.
-_FEATURES = {"inception": (2048, 2023), "efficientnet": (1280,), "dinov2": (1536,), "clip": (1280,)}
 
 # Bytes that a block keeps for its backward pass, for each position and unit of C; of a logit and
 # what becomes of it in the loss; and of all else. Measured (tests/core/test_cost.py).
@@ -319,37 +313,6 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "gigabytes": f"{_rounded(student.gigabytes + teacher.gigabytes):g} of weights",
         "speed": f"{len(config.speed_batches) * (2 + len(jumps))} figures of "
         f"{config.speed_seconds:g} s or 4 runs, whichever is longer",
-    }
-
-
-def estimate_reference(config: ReferenceConfig) -> dict[str, Any]:
-    """What statistics of real images will read and write, for `--dry-run`.
-
-    Args:
-        config: the job; its images are counted.
-
-    Returns:
-        Values by name, for people.
-    """
-    if config.source is None:
-        return {"cost": "unknown without SOURCE"}
-    try:
-        source = open_source(
-            config.source, column=config.column, size=config.size, convert=config.convert
-        )
-    except DDRayError as error:
-        return {"cost": f"unknown without the images: {one_line(error)}"}
-    height, width, _ = source.shape
-    held = min(config.images, source.count)
-    layers = _FEATURES[config.network.partition("-")[0]]
-    features, moments = 4 * sum(layers), 8 * sum(size * (size + 1) for size in layers)
-    return {
-        "images": f"{source.count} of {source.kind} {source.uri}",
-        "shards": -(-source.count // config.shard_rows),
-        "megabytes_until_it_is_done": _rounded(source.count * features / 1e6),
-        "megabytes_of_the_file": _rounded(
-            (moments + held * (height * width * 3 + 2 * layers[0])) / 1e6
-        ),
     }
 
 

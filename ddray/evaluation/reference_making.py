@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from ddray.config.reference import ReferenceConfig
-from ddray.errors import ConfigError, StorageError
+from ddray.errors import ConfigError, DDRayError, StorageError, one_line
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.judging import refuse_broken
 from ddray.evaluation.making import open_planned, source_settings
@@ -36,6 +36,9 @@ from ddray.storage.image_array import npz_chunks
 
 NOTES = "notes"
 """The entry that says how a file was made, as JSON."""
+# Features of an image, layer by layer: pooled ones, and those that keep their place. Of DINOv2 and
+# CLIP the most that a published size gives.
+_FEATURES = {"inception": (2048, 2023), "efficientnet": (1280,), "dinov2": (1536,), "clip": (1280,)}
 _NAMED = 5
 _PARTS = ".parts"
 
@@ -80,6 +83,33 @@ def open_images(config: ReferenceConfig) -> ImageSource:
     if source.count < 2:
         raise ConfigError(f"{source.uri} holds one image; statistics take two at least")
     return source
+
+
+def estimate(config: ReferenceConfig) -> dict[str, Any]:
+    """What statistics of real images will read and write, for `--dry-run`.
+
+    Args:
+        config: the job; its images are counted.
+
+    Returns:
+        Values by name, for people.
+    """
+    try:
+        source = open_images(config)
+    except DDRayError as error:
+        return {"cost": f"unknown without the images: {one_line(error)}"}
+    height, width, _ = source.shape
+    held = min(config.images, source.count)
+    layers = _FEATURES[config.network.partition("-")[0]]
+    features, moments = 4 * sum(layers), 8 * sum(size * (size + 1) for size in layers)
+    return {
+        "images": f"{source.count} of {source.kind} {source.uri}",
+        "shards": -(-source.count // config.shard_rows),
+        "megabytes_until_it_is_done": round(source.count * features / 1e6, 1),
+        "megabytes_of_the_file": round(
+            (moments + held * (height * width * 3 + 2 * layers[0])) / 1e6, 1
+        ),
+    }
 
 
 def begun(config: ReferenceConfig, plan: EvaluationPlan) -> FeatureSet | None:

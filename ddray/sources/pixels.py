@@ -66,7 +66,8 @@ class PixelRules:
                         f"{_MOST_PIXELS} that are read"
                     )
                 return self._cropped(self._colours(image, data))
-        except PixelsError:
+        except (PixelsError, MemoryError):
+            # A machine without memory is not the image's fault, which would be left out for it.
             raise
         except Exception as error:  # one flipped bit makes Pillow fail in any way
             raise PixelsError(_damage(data, error)) from error

@@ -205,7 +205,7 @@ def test_the_cost_of_sampling_is_a_comment_behind_the_config(
         ),
         (("evaluate", "--data", "runs/x"), ["forward_passes_of_the_teacher: 1 x 49"]),
         (("quickstart",), ["sample.shards: 20", "distill.exaflops", "evaluate.images: 5000"]),
-        (("reference",), ["cost: unknown without SOURCE"]),
+        (("reference",), ["cost: unknown without the images: reference takes SOURCE"]),
         (("reference", "nowhere"), ["cost: unknown without the images: /"]),
         (("doctor",), ["cost: none"]),
     ],

@@ -157,6 +157,15 @@ def test_files_that_would_become_gigabytes_are_refused(monkeypatch: pytest.Monke
         PixelRules(size=2).crop(narrow)
 
 
+def test_a_machine_without_memory_breaks_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PixelRules, "_colours", none)
+    with pytest.raises(MemoryError):
+        decoded(saved(IMAGE))
+
+
 def halved(pixels: np.ndarray) -> np.ndarray:
     """Means of two columns, then of two rows, each rounded as Pillow does: halves upwards."""
     across = np.floor((pixels[:, 0::2] + pixels[:, 1::2]) / 2 + 0.5)
