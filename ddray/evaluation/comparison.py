@@ -232,12 +232,8 @@ def _beside(
     name: str, key: str, first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One figure of both rows."""
-    a, b = (row[key] if is_finite(row.get(key)) else None for row in (first, second))
-    both = a is not None and b is not None
-    return {
-        "generator": name,
-        "a": a,
-        "b": b,
-        "difference": b - a if both else None,
-        "ratio": b / a if both and a else None,
-    }
+    a, b = (float(row[key]) if is_finite(row.get(key)) else None for row in (first, second))
+    figures: dict[str, Any] = {"generator": name, "a": a, "b": b, "difference": None, "ratio": None}
+    if a is not None and b is not None:
+        figures |= {"difference": b - a, "ratio": b / a if a else None}
+    return figures

@@ -58,7 +58,9 @@ def test_fewer_images_of_a_row_compare_only_roughly(write):
     fewer = samples()
     fewer["quality"][0]["images"] = 10
     found = compare([write("a.json", samples()), write("b.json", fewer)])
-    assert found.verdict == ["The distances may be compared only roughly: number of images differs."]
+    assert found.verdict == [
+        "The distances may be compared only roughly: number of images differs."
+    ]
 
 
 def test_times_of_other_hardware_do_not_compare(write):
