@@ -298,6 +298,8 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         Values by name, for people.
     """
+    if config.samples is not None:
+        return {"cost": "one pass of the feature network for each image"}
     try:
         student = _described(config.student)
         teacher = _described(config.teacher or student.teacher or config.student)
@@ -307,7 +309,7 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     # By sampling and, unless a set holds them already, by transport.
     rounds = 1 if config.data else 2
     return {
-        "images_of_every_generator": config.count,
+        "images_of_every_generator": config.num_images,
         "forward_passes_of_the_teacher": f"{rounds} x {stages} for each image",
         "forward_passes_of_the_student": " + ".join(map(str, jumps)) + " for each image",
         "gigabytes": f"{_rounded(student.gigabytes + teacher.gigabytes):g} of weights",

@@ -70,7 +70,7 @@ class EvaluateConfig(PoolConfig):
         "Files of images": "column",
         "Speed and transport": "speed_batches",
         "Shards and batches": "shard_rows",
-        "Workers and memory": "dtype",
+        "Workers": "workers",
         "Faults": "max_retries",
     }
 
@@ -134,6 +134,7 @@ class EvaluateConfig(PoolConfig):
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="of the teacher; 0 = off")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="likewise; 1 = off")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="likewise")
+    dtype: NetworkDtype = "auto"
 
     count: Annotated[int, Field(ge=2)] | None = Field(
         None, description=f"images of every row; absent = {_IMAGES}, and all of samples"
@@ -173,7 +174,6 @@ class EvaluateConfig(PoolConfig):
         description="of a worker's CPU; part of what decides the last bits; absent = 1 on a "
         "cluster or of several workers, else all cores",
     )
-    dtype: NetworkDtype = "auto"
 
     @property
     def num_images(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ddray.config.evaluation import SWEPT
 from ddray.metrics.measurement import METRICS
 from ddray.report.table import Column
 
@@ -12,7 +13,8 @@ ARROWS = {LOWER: "↓", HIGHER: "↑"}
 _WIDE = 4  # metrics, above which a table has arrows for words
 _BETTER = {"frechet": LOWER, "kernel": LOWER, "manifold": HIGHER, "score": HIGHER}
 _FORMATS = {"frechet": ".2f", "kernel": ".5f", "manifold": ".3f", "score": ".1f"}
-_NETWORKS = {"efficientnet": "EfficientNet", "dinov2": "DINOv2", "clip": "CLIP"}
+_NETWORKS = {"efficientnet": "EfficientNet", "dinov2": "DINOv2", "clip": "CLIP", "digits": "digits"}
+_KEPT = ("fd_digits", "class_accuracy")
 _LABELS = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "kid": "KID"}
 _HEADS = {"fd": "FD", "kd": "KD"}
 
@@ -32,6 +34,7 @@ METRIC_COLUMNS: dict[str, Column] = {
             metric.key, _label(metric.key), _BETTER[metric.kind], _FORMATS[metric.kind]
         )
         for metric in METRICS.values()
+        if metric.key not in _KEPT
     },
     "class_accuracy": Column("class_accuracy", "class accuracy", HIGHER, ".3f"),
 }
@@ -57,8 +60,7 @@ def quality_columns(rows: Sequence[Mapping[str, Any]], leading: str | None = Non
         leading: key of the metric that comes first, with its ratio.
     """
     settings = [row.get("settings") or {} for row in rows]
-    names = dict.fromkeys(key for given in settings for key in given)
-    differing = [key for key in names if len({str(s[key]) for s in settings if key in s}) > 1]
+    differing = [key for key in SWEPT if len({str(s[key]) for s in settings if key in s}) > 1]
     metrics = metrics_of(rows)
     if leading in metrics:
         metrics = [leading, *(key for key in metrics if key != leading)]

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,12 @@ import torch
 import ddray
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.sampling import SampleConfig
-from ddray.errors import ConfigError
-from ddray.evaluation.evaluate import Evaluator, evaluate, independent_tokens
+from ddray.errors import ConfigError, DDRayError
+from ddray.evaluation.evaluate import evaluate
+from ddray.evaluation.feature_set import FeatureSet
+from ddray.evaluation.generators import Generators, independent_tokens
+from ddray.evaluation.look import Look
+from ddray.evaluation.planning import Preparation
 from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import BUNDLED, METRIC_FOLDER, load_student, load_teacher
@@ -22,7 +28,14 @@ from tests.core.tiny import chi_square_p_value
 pytestmark = pytest.mark.slow
 
 BUNDLED_TEACHERS = ("digits-llamagen", "digits-var")
-SHORT = {"student": "digits-var-dd", "speed_batches": (1,), "speed_seconds": 0.01}
+SHORT = {
+    "student": "digits-var-dd",
+    "speed_batches": (1,),
+    "speed_seconds": 0.01,
+    "transport_count": 0,
+    "batch_size": 4,
+    "threads": 1,
+}
 
 
 def test_independent_tokens_follow_the_marginals_of_their_class_and_position():
@@ -87,9 +100,15 @@ def test_a_bundled_student_follows_the_noise_of_its_teacher(name):
     assert (same - target).square().mean() < 0.6 * (other - target).square().mean()
 
 
+def figures(evaluation):
+    """Every metric of every row, of which each bit counts."""
+    skipped = ("seconds_per_image", "settings", "warnings")
+    return [{k: v for k, v in row.items() if k not in skipped} for row in evaluation.quality]
+
+
 def test_an_evaluation_measures_every_generator_and_writes_its_page(tmp_path):
-    config = EvaluateConfig(**SHORT, count=4, batch_size=4, transport_count=2)
-    evaluation = evaluate(config)
+    out = tmp_path / "out"
+    evaluation = evaluate(EvaluateConfig(**{**SHORT, "transport_count": 2}, count=4, out=out))
     names = [row["generator"] for row in evaluation.quality]
     assert names[-5:] == [
         "teacher, autoregressive",
@@ -100,17 +119,79 @@ def test_an_evaluation_measures_every_generator_and_writes_its_page(tmp_path):
     ]
     assert all(row["fd_digits"] > 0 for row in evaluation.quality)
     assert all(0 <= row["class_accuracy"] <= 1 for row in evaluation.quality)
-    assert all(row["batch_1"] > 0 for row in evaluation.speed)
-    assert evaluation.transport["agreement"] > 0.9
-    assert "seed 1000003" in evaluation.protocol[0]
-    assert "classes 0, 1, 2, 3 in turn, for so few images" in evaluation.protocol[0]
-    summary, shown = evaluation.summary(), (evaluation.shown, evaluation.columns)
+    summary = evaluation.summary
+    assert all(row["batch_1"] > 0 for row in summary["speed"])
+    assert summary["transport"]["agreement"] > 0.9
+    assert "seed 1000003" in summary["protocol"][0]
+    assert "classes 0, 1, 2, 3 in turn" in summary["protocol"][0]
+    shown = evaluation.pictures, evaluation.columns
     report = build_report(summary, *shown, title="T", subtitle="S", settings={}, commands=["c"])
-    write_evaluation(str(tmp_path), summary, report, *shown)
-    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "grid.png", "summary.json"}
-    assert json.loads((tmp_path / "summary.json").read_text())["quality"][0]["images"] > 0
-    assert "fd_digits says how far" in (tmp_path / "report.html").read_text()
+    write_evaluation(str(tmp_path / "page"), summary, report, *shown)
+    written = {p.name for p in (tmp_path / "page").iterdir()}
+    assert written == {"report.html", "grid.png", "summary.json"}
+    assert json.loads((tmp_path / "page" / "summary.json").read_text()) == summary
+    assert "fd_digits" in (tmp_path / "page" / "report.html").read_text()
     assert "student, 2 steps" in tables_as_text(summary)
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_bits(tmp_path):
+    config = EvaluateConfig(
+        **{**SHORT, "speed_batches": "off"}, count=10, shard_rows=4, out=tmp_path
+    )
+    whole = evaluate(config)
+    files = sorted((tmp_path / "features").rglob("*.safetensors"))
+    left = {path: path.read_bytes() for path in files}
+    for path in files[::3]:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in files if path.exists()}
+    assert figures(evaluate(config)) == figures(whole)
+    assert {path: path.read_bytes() for path in files} == left
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_more_images_and_another_row_make_only_what_is_not_there(tmp_path):
+    few = {**SHORT, "speed_batches": "off", "shard_rows": 4, "out": tmp_path}
+    evaluate(EvaluateConfig(**few, count=8, rows="student"))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    larger = evaluate(EvaluateConfig(**few, count=12, rows="teacher,student", skip="2"))
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    assert before.items() <= after.items() and len(before) == 4 and len(after) == 9
+    fresh = {**few, "out": tmp_path / "other"}
+    again = evaluate(EvaluateConfig(**fresh, count=12, rows="teacher,student"))
+    assert figures(larger) == figures(again)
+
+
+def test_a_sweep_is_a_row_for_each_value(tmp_path):
+    config = EvaluateConfig(**SHORT, count=4, sweep="cfg=1.0,2.0 top_k=0,8", out=tmp_path)
+    names = [row.name for row in Preparation(config).plan.generators if row.kind == "teacher"]
+    assert names == [
+        "teacher, autoregressive, cfg 1, top_k 0",
+        "teacher, autoregressive, cfg 1, top_k 8",
+        "teacher, autoregressive, cfg 2, top_k 0",
+        "teacher, autoregressive, cfg 2, top_k 8",
+    ]
+
+
+def test_the_teacher_may_write_the_first_stages_or_the_last(tmp_path):
+    config = {**SHORT, "rows": "student,skip", "skip": "2", "count": 4, "out": tmp_path}
+    schedules = "0/0,teacher:3-5/teacher:0-2,2"
+    found = evaluate(EvaluateConfig(**config, schedules=schedules)).quality
+    assert [(row["generator"], row["steps"]) for row in found] == [
+        ("student, 1 step", 1),
+        ("student, 3 steps (0,teacher:3-5)", 3),
+        ("student, 3 steps (teacher:0-2,2)", 3),
+        ("teacher, last 2 steps in one", 4),
+    ]
+    assert all(math.isfinite(row["fd_digits"]) for row in found)
+
+
+def test_labels_at_random_are_those_of_the_rule(tmp_path):
+    config = EvaluateConfig(**SHORT, count=64, labels="random", out=tmp_path)
+    plan = Preparation(config).plan
+    assert 5 < len({*plan.label(np.arange(64)).tolist()}) <= 10
+    assert plan.label([5]).tolist() == plan.label(np.arange(6))[5:].tolist()
+    blocks = Preparation(config.model_copy(update={"labels": "in-order"})).plan
+    assert blocks.label(np.arange(15)).tolist() == [0] * 7 + [1] * 7 + [2]
 
 
 def set_of(folder, **changes):
@@ -128,23 +209,23 @@ def set_of(folder, **changes):
 
 def test_a_set_of_fewer_rows_than_classes_is_compared_over_those_that_it_has(tmp_path):
     uri = set_of(tmp_path / "set", count=4)
-    evaluator = Evaluator(EvaluateConfig(**SHORT, data=uri, count=4, batch_size=4))
-    assert evaluator.labels_of(7).tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert evaluator.known[0].tolist() == [0, 1, 2, 3]
-    assert "classes 0, 1, 2, 3 in turn, as the set has them" in evaluator.protocol()[0]
+    prepared = Preparation(EvaluateConfig(**SHORT, data=uri, count=7, out=tmp_path / "out"))
+    assert prepared.plan.label(np.arange(7)).tolist() == [0, 1, 2, 3, 0, 1, 2]
+    counts = {row.kind: row.count for row in prepared.plan.generators}
+    assert (counts["transport"], counts["student"]) == (4, 7)
+    assert Generators(prepared.begin(), "cpu").known[0].tolist() == [0, 1, 2, 3]
 
 
 def test_a_set_is_compared_over_the_classes_that_it_has(tmp_path):
     uri = set_of(tmp_path / "set", classes="0,0,8", count=3)
-    config = EvaluateConfig(**SHORT, data=uri, count=4, batch_size=4, transport_count=2)
-    evaluator = Evaluator(config)
-    assert evaluator.labels_of(7).tolist() == [0, 0, 8, 0, 0, 8, 0]
-    rows = {row["generator"]: row for row in evaluator.quality()}
-    assert all(math.isfinite(row["fd_digits"]) for row in rows.values())
-    assert {*evaluator.known[0].tolist()} == {0, 8}
-    assert "classes 0, 8 in turn, as the set has them" in evaluator.protocol()[0]
-    names = [name for name, images in evaluator.pictures() if images.isfinite().all()]
-    assert len(names) == 5
+    config = EvaluateConfig(**SHORT, data=uri, count=4, out=tmp_path / "out")
+    evaluation = evaluate(config)
+    assert all(math.isfinite(row["fd_digits"]) for row in evaluation.quality)
+    generators = Generators(FeatureSet.open(config.out), "cpu")
+    assert generators.plan.label(np.arange(7)).tolist() == [0, 0, 8, 0, 0, 8, 0]
+    assert {*generators.known[0].tolist()} == {0, 8}
+    assert evaluation.columns == ("0", "0", "8", "0")
+    assert sum(np.isfinite(images).all() for _, images in evaluation.pictures) == 5
 
 
 def test_tokens_of_a_class_that_the_set_lacks_are_refused_by_name():
@@ -156,9 +237,43 @@ def test_tokens_of_a_class_that_the_set_lacks_are_refused_by_name():
 def test_a_set_of_one_row_is_refused_at_once(tmp_path):
     uri = set_of(tmp_path / "set", count=1)
     with pytest.raises(ConfigError, match="has one row, and a Frechet distance needs at least 2"):
-        Evaluator(EvaluateConfig(student="digits-var-dd", data=uri))
+        Preparation(EvaluateConfig(student="digits-var-dd", data=uri))
 
 
-def test_a_student_without_a_known_teacher_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no model 'nowhere'"):
-        evaluate(EvaluateConfig(teacher="nowhere"))
+REFUSED = {
+    "teacher": ({"teacher": "nowhere"}, "no model 'nowhere'"),
+    "metric": ({"metrics": "fidd"}, "metric 'fidd' is not one of fid, "),
+    "no weights": ({"metrics": "fid", "inception": "none.pth"}, "none.pth does not exist"),
+    "no reference": (
+        {"metrics": "fd_efficientnet"},
+        "fd_efficientnet compares with real images; give their reference",
+    ),
+    "few": ({"metrics": "kd_digits", "count": 4}, "kd_digits takes at least 1000 images"),
+    "skip": ({"skip": "9"}, "skip=9, but digits-var has 5"),
+    "classes": ({"classes": "3,10"}, "classes holds 10; those of digits-var-dd are 0 to 9"),
+    "tokenizers": ({"teacher": "digits-llamagen"}, "have different tokenizers"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_before_anything_is_made(case, tmp_path):
+    changes, told = REFUSED[case]
+    with pytest.raises(ConfigError, match=told):
+        evaluate(EvaluateConfig(**{**SHORT, "out": tmp_path / "out", **changes}))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_look_shows_captions_or_classes_above_its_pictures(tmp_path):
+    prepared = Preparation(EvaluateConfig(**SHORT, count=3, rows="student", out=tmp_path))
+    features = prepared.begin()
+    look = Look(prepared.config, Generators(features, "cpu", **prepared.models))
+    assert look.columns(["zero", "one"]) == ("zero", "one", "2")
+    assert [images.shape for _, images in look.pictures()] == [(3, 1, 28, 28)] * 2
+
+
+def test_other_weights_than_where_it_began_are_refused(tmp_path):
+    prepared = Preparation(EvaluateConfig(**SHORT, count=4, rows="student", out=tmp_path))
+    changed = replace(prepared.plan, fingerprints={"student": "0" * 64})
+    features = FeatureSet.create(str(Path(tmp_path)), changed)
+    with pytest.raises(DDRayError, match="digits-var-dd has other weights here"):
+        Generators(features, "cpu").content(changed.generators[-1], range(2))
