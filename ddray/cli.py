@@ -177,26 +177,37 @@ def _add_job(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and the cost, do nothing"
     )
+    if verb == "evaluate":
+        parser.add_argument(
+            "--compare",
+            nargs="+",
+            metavar="SUMMARY",
+            help="put two summary.json, or folders that hold one, side by side; with --out, on a "
+            "page too; nothing is evaluated",
+        )
     add_flags(parser, _config_class(verb))
 
 
-def _resolve(verb: str, argv: Sequence[str]) -> tuple[Any, bool]:
-    """The config that a command line comes to, and whether it is only to be shown."""
-    from ddray.config.flags import given_values, refuse_moved_flags
+def _parsed(verb: str, argv: Sequence[str]) -> argparse.Namespace:
+    from ddray.config.flags import refuse_moved_flags
+
+    refuse_moved_flags(_config_class(verb), argv)
+    return _job_parser(verb).parse_args(argv)
+
+
+def _resolve(verb: str, arguments: argparse.Namespace) -> Any:
+    """The config that a command line comes to."""
+    from ddray.config.flags import given_values
     from ddray.config.loading import load_config
     from ddray.config.presets import preset
 
-    kind = _config_class(verb)
-    refuse_moved_flags(kind, argv)
-    arguments = _job_parser(verb).parse_args(argv)
-    config = load_config(
-        kind,
+    return load_config(
+        _config_class(verb),
         preset=preset(verb, arguments.preset),
         file=arguments.config,
         settings=arguments.settings,
         flags=given_values(arguments),
     )
-    return config, arguments.dry_run
 
 
 def _quickstart(config: Any) -> None:
@@ -239,6 +250,18 @@ def _reference(config: Any) -> None:
     from ddray.runtime.referencing import reference
 
     print_json(_apart_from_ray(lambda: reference(config)))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from ddray.config.flags import given_values
+    from ddray.evaluation.comparison import compare
+    from ddray.locations import absolute
+
+    comparison, out = compare(arguments.compare), given_values(arguments).get("out")
+    print(comparison.as_text())
+    if out:
+        _require_lasting(out)
+        print(f"\n{comparison.write(absolute(out))}")
 
 
 def _serve(config: Any) -> None:
@@ -350,9 +373,8 @@ def _cost(verb: str, config: Any) -> dict[str, Any]:
     }
 
 
-def _require_lasting(config: Any) -> None:
+def _require_lasting(out: str) -> None:
     """Refuse results in the folder that Ray has unpacked for a job, and deletes after it."""
-    out = getattr(config, "out", "/")
     if "/runtime_resources/working_dir_files/" in out and not out.startswith("s3://"):
         raise ConfigError(
             f"out={out!r} lies in the working directory, which Ray deletes after the job; give a "
@@ -382,11 +404,15 @@ def _run(argv: Sequence[str]) -> int:
             return inspect(arguments)
         others[verb](arguments)
         return 0
-    config, shown = _resolve(verb, rest)
-    if shown:
+    arguments = _parsed(verb, rest)
+    if getattr(arguments, "compare", None):
+        _compare(arguments)
+        return 0
+    config = _resolve(verb, arguments)
+    if arguments.dry_run:
         _dry_run(verb, config)
         return 0
-    _require_lasting(config)
+    _require_lasting(getattr(config, "out", "/"))
     return _handler(_JOBS[verb][1])(config) or 0
 
 

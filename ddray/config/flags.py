@@ -42,7 +42,7 @@ def show_to_shells(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                 show_to_shells(inner)
         elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
             action.choices = action.metavar.strip("{}").split(",")
-        elif action.dest == "config":
+        elif action.dest in ("config", "compare"):
             action.complete = _FILES  # type: ignore[attr-defined]
     return parser
 

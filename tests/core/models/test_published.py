@@ -11,7 +11,7 @@ from ddray.errors import CheckpointError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
 from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.published import describe, export, verify
-from ddray.models.zoo import load_student, load_teacher
+from ddray.models.zoo import load_masked, load_student, load_teacher
 from ddray.storage.checkpoint import read_weights, save_folder
 from tests.core.tiny import (
     VAR_SIZES,
@@ -28,12 +28,14 @@ CONFIGS = {
     "llamagen-dd": student_config(),
     "var": VAR_CONFIG,
     "var-dd": {**VAR_CONFIG, "family": "var-dd"},
+    "masked": {**teacher_config(), "family": "masked"},
 }
 LAYOUTS = {
     "llamagen": ("model",),
     "llamagen-dd": ("ema",),
     "var": (),
     "var-dd": ("trainer", "ema_parameters"),
+    "masked": (),
 }
 
 
@@ -47,6 +49,8 @@ def folder(request, tmp_path):
 
 
 def load(path, **options):
+    if path.name == "masked":
+        return load_masked(path, **options)
     return (load_student if path.name.endswith("-dd") else load_teacher)(path, **options)
 
 

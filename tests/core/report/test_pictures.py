@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddray.errors import ConfigError
-from ddray.report.pictures import grid, labelled_grid, to_uint8
+from ddray.report.pictures import grid, labelled_grid, reduced, to_uint8
 from tests.core.tiny import random_images as digits
 
 
@@ -92,3 +92,12 @@ def test_labelled_grid_cuts_headings_wider_than_their_column():
 def test_labelled_grid_refuses_what_does_not_fit(rows, labels, message):
     with pytest.raises(ConfigError, match=message):
         labelled_grid(rows, labels, columns=2)
+
+
+def test_large_images_are_reduced_by_a_whole_number_and_small_ones_left():
+    images = np.linspace(0, 1, 2 * 3 * 40 * 20, dtype=np.float32).reshape(2, 3, 40, 20)
+    assert reduced(images, 40) is images
+    small = reduced(images, 16)
+    assert small.shape == (2, 3, 14, 7)
+    assert np.abs(small[:, :, 0, 0] - images[:, :, :3, :3].mean((2, 3))).max() < 2 / 255
+    assert reduced(images[:, :1], 16).shape == (2, 1, 14, 7)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddray.errors import ConfigError
-from ddray.report.table import Column, markdown_table, write_summary_table
+from ddray.report.table import Column, Marked, markdown_table, write_summary_table
 
 COLUMNS = [
     Column("name", "Generator"),
@@ -56,3 +56,9 @@ def test_tables_refuse_no_columns_and_a_format_that_does_not_fit():
         write_summary_table(ROWS, [])
     with pytest.raises(ConfigError, match="column 'fd' cannot show 1.5"):
         markdown_table([{"fd": 1.5}], [Column("fd", "FD", format="d")])
+
+
+def test_a_marked_number_stays_a_number_and_shows_its_notes():
+    rows = [{"a": "x", "b": Marked(1.25, [1, 12])}, {"a": "y", "b": Marked(None, [2])}]
+    text = write_summary_table(rows, [Column("a", "A"), Column("b", "B", "", ".1f")])
+    assert text.splitlines()[2:] == ["x  1.2 ¹ ¹²", "y       – ²"]
