@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ddray.errors import one_line
 from ddray.file_kind import kind_of
@@ -159,4 +159,7 @@ def _damage(data: bytes, error: Exception) -> str:
         return f"would be far more pixels than the {_MOST_PIXELS} that are read"
     if kind is not None and not kind.name.endswith(("image", "WebP")):
         return f"is no image but {kind.name}"
+    if isinstance(error, UnidentifiedImageError):
+        # What it says names the place in memory, which is another one every time.
+        return "is no PNG, JPEG, WebP or BMP, or damaged in its first bytes"
     return f"is damaged or truncated ({one_line(error)})"

@@ -164,7 +164,7 @@ def _members(storage: Storage, name: str, size: int) -> Iterator[_Member]:
             file.seek(archive.offset)
             if any(file.read(tarfile.BLOCKSIZE)):
                 raise tarfile.ReadError(f"no member at byte {archive.offset}")
-    except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         refusal = f"{storage.join(name)} is damaged, truncated or no tar"
         head = storage.read_range(name, 0, tarfile.BLOCKSIZE)
         raise ConfigError(explained(refusal, head, error, "tar")) from error

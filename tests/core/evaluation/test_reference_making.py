@@ -20,6 +20,7 @@ from ddray.report.image_file import encode_png
 from ddray.runtime import referencing
 from ddray.storage import open_storage
 from tests.core.metrics.stub_network import StubNetwork, some_images
+from tests.core.sources.corpus import write
 from tests.s3_server import BUCKET
 
 COUNT = 30
@@ -34,7 +35,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "load_network", lambda *_, **__: StubNetwork())
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path)
@@ -49,9 +50,7 @@ def config_of(place: str, **other: Any) -> ReferenceConfig:
 
 def fill(place: str, **changed: bytes) -> str:
     files = {f"{i:02d}.png": encode_png(image) for i, image in enumerate(IMAGES)}
-    for name, data in (files | {f"{name}.png": data for name, data in changed.items()}).items():
-        open_storage(f"{place}/real").write(name, data)
-    return f"{place}/real"
+    return write(f"{place}/real", files | {f"{name}.png": data for name, data in changed.items()})
 
 
 def test_a_file_holds_what_every_metric_takes(place: str) -> None:

@@ -130,7 +130,10 @@ DAMAGED = {
     "a cut JPEG": (saved(IMAGE, "JPEG")[:-40], "is damaged or truncated ("),
     "a cut WebP": (saved(IMAGE, "WEBP", lossless=True)[:50], "is damaged or truncated ("),
     "a flipped bit": (saved(IMAGE)[:50] + b"\xff" + saved(IMAGE)[51:], "is damaged or truncated ("),
-    "another format": (saved(IMAGE, "TIFF"), "is damaged or truncated (cannot identify"),
+    "another format": (
+        saved(IMAGE, "TIFF"),
+        "is no PNG, JPEG, WebP or BMP, or damaged in its first bytes",
+    ),
 }
 
 
@@ -206,3 +209,23 @@ def test_a_crop_is_that_of_a_written_out_reference(width: int, height: int, size
 def test_an_image_of_the_size_is_left_as_it_is() -> None:
     image = Image.fromarray(PIXELS[0][:5])
     np.testing.assert_array_equal(np.asarray(center_crop(image, 5)), PIXELS[0][:5])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_whatever_is_damaged_is_an_image_or_a_reason_that_is_the_same_twice(kind: str) -> None:
+    whole, draws = saved(Image.fromarray(PIXELS[1]), kind), np.random.default_rng(3)
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in draws.integers(0, len(data), 3):
+            data[place] = draws.integers(0, 256)
+        answers = []
+        for _ in range(2):
+            try:
+                found = decoded(bytes(data))
+            except PixelsError as error:
+                assert "0x" not in str(error)
+                answers.append(str(error))
+            else:
+                assert found.ndim == 3 and found.dtype == np.uint8
+                answers.append(found.tobytes().hex())
+        assert answers[0] == answers[1]

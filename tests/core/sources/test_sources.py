@@ -26,7 +26,7 @@ from tests.core.sources.corpus import (
 from tests.s3_server import BUCKET
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty place of each kind of storage."""
     if request.param == "local":
@@ -40,8 +40,13 @@ def read(source: ImageSource, rows: range | None = None) -> np.ndarray:
 
 
 # A service is asked for one of each kind: it takes longer.
-S3_KINDS = ("by class", "webdataset", "Hugging Face", "npz", "packed npz", "ours images")
-EVERYWHERE = [("local", kind) for kind in SOURCES] + [("s3", kind) for kind in S3_KINDS]
+S3_KINDS = ("webdataset", "npz", "packed npz")
+SLOW_S3_KINDS = ("by class", "Hugging Face", "ours images")
+EVERYWHERE = [
+    *(("local", kind) for kind in SOURCES),
+    *(("s3", kind) for kind in S3_KINDS),
+    *(pytest.param("s3", kind, marks=pytest.mark.slow) for kind in SLOW_S3_KINDS),
+]
 
 
 @pytest.mark.parametrize(("place", "kind"), EVERYWHERE, indirect=["place"])
