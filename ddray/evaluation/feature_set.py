@@ -105,7 +105,7 @@ class FeatureSet:
                 yield ShardFeatures.from_bytes(data, extractor.fingerprint)
             except ConfigError as error:
                 raise ShardError(
-                    f"{self.storage.join(name)}: {error}; delete it and rerun `ddray evaluate`"
+                    f"{self.storage.join(name)}: {error}; delete it and rerun"
                 ) from error
 
     def tokens(self, generator: Generator) -> npt.NDArray[np.unsignedinteger]:

@@ -184,7 +184,7 @@ def open_planned(settings: Mapping[str, Any]) -> ImageSource:
     source = open_source(settings["source"], **{key: settings[key] for key in keys})
     if source.fingerprint != settings["fingerprint"]:
         raise ConfigError(
-            f"{source.uri} has changed since the evaluation began; evaluate it into another --out"
+            f"{source.uri} has changed since its features were begun; choose another --out"
         )
     return source
 

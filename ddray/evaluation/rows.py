@@ -21,10 +21,10 @@ RECONSTRUCTION = "tokenizer reconstruction"
 SAMPLES = "samples"
 
 
-def student_name(schedule: str, stages: int) -> str:
-    """Name of a student's row."""
+def student_name(schedule: str, stages: int, trained: Sequence[str] = ()) -> str:
+    """Name of a student's row: of a schedule that it was trained for, the steps say all."""
     steps = num_steps(parse_schedule(schedule, stages))
-    return f"student, {_plural(steps)}" + (f" ({schedule})" if "teacher" in schedule else "")
+    return f"student, {_plural(steps)}" + ("" if schedule in trained else f" ({schedule})")
 
 
 def trained_schedules(config: Mapping[str, Any]) -> list[str]:
@@ -110,10 +110,10 @@ class Rows:
         student, config = self.models.get("student"), self.config
         if student is None:
             return []
-        found = []
-        for schedule in config.schedules or trained_schedules(student.config):
+        found, trained = [], trained_schedules(student.config)
+        for schedule in dict.fromkeys(config.schedules or trained):
             parsed = parse_schedule(schedule, len(student.stages))
-            name, steps = student_name(schedule, len(student.stages)), num_steps(parsed)
+            name, steps = student_name(schedule, len(student.stages), trained), num_steps(parsed)
             if "teacher" not in schedule:
                 settings = {"schedule": schedule}
                 found.append(Generator(name, "student", config.num_images, steps, settings))
@@ -134,7 +134,7 @@ class Rows:
         if "teacher" not in self.models or not self.config.skip:
             return []
         stages, found = len(self.models["teacher"].stages), []
-        for skip in self.config.skip:
+        for skip in dict.fromkeys(self.config.skip):
             if skip > stages:
                 raise ConfigError(f"skip={skip}, but {self.models['teacher'].name} has {stages}")
             found += [
@@ -171,7 +171,7 @@ class Rows:
                 steps,
                 {"steps": steps, **settings},
             )
-            for steps in self.config.masked_steps
+            for steps in dict.fromkeys(self.config.masked_steps)
         ]
 
     def _reconstructions(self) -> list[Generator]:

@@ -116,7 +116,11 @@ def _jumps(student: Student) -> Iterator[tuple[str, int, list[int]]]:
     stages = len(student.stages)
     for schedule in trained_schedules(student.config):
         steps = num_steps(parse_schedule(schedule, stages))
-        yield student_name(schedule, stages), steps, [int(t) for t in schedule.split(",")]
+        yield (
+            student_name(schedule, stages, [schedule]),
+            steps,
+            [int(t) for t in schedule.split(",")],
+        )
 
 
 def _generate(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ddray.config.base import reserved_device
+from ddray.config.base import PoolConfig, reserved_device
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.flags import command_of
 from ddray.errors import ClusterError, one_line
@@ -142,7 +142,7 @@ def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:
     return evaluation
 
 
-def on_worker(label: str, task: Callable[[], T], config: EvaluateConfig) -> T:
+def on_worker(label: str, task: Callable[[], T], config: PoolConfig) -> T:
     """Do one task with what a worker of the pool has; it is begun again where its node is lost.
 
     Raises:

@@ -33,6 +33,14 @@ NO_LOCATIONS = {
     "ServeConfig.host": "an address to listen at",
     "ServeConfig.cors_origins": "origins of web pages",
     "GenerateConfig.schedule": "numbers of stages",
+    "GenerateConfig.labels": "words",
+    "EvaluateConfig.schedules": "numbers of stages",
+    "EvaluateConfig.sweep": "numbers",
+    "EvaluateConfig.metrics": "words",
+    "EvaluateConfig.rows": "words",
+    "EvaluateConfig.labels": "words",
+    "EvaluateConfig.column": "name of a column",
+    "ReferenceConfig.column": "name of a column",
     "node_pool": "a label of nodes, in every config",
 }
 

@@ -172,7 +172,7 @@ def test_a_set_that_has_changed_meanwhile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="missing; delete it and rerun"):
         reference_making.finish(config_of(place), features)
     open_storage(f"{place}/real").write("new.png", encode_png(IMAGES[0]))
-    with pytest.raises(ConfigError, match="has changed since the evaluation began"):
+    with pytest.raises(ConfigError, match="has changed since its features were begun"):
         making.FeatureMaker(features, "cpu").do(0)
 
 
