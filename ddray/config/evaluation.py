@@ -127,7 +127,7 @@ class EvaluateConfig(PoolConfig):
     masked_steps: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = Field(
         (1, 2, 4, 8), description="of the masked model"
     )
-    sweep: Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_parse_sweep)] = Field(
+    sweep: Annotated[Mapping[str, tuple[Any, ...]], BeforeValidator(_parse_sweep)] = Field(
         {}, description='rows for each value, as in "cfg=1.0,1.5 top_k=0,900 temperature=1"'
     )
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
@@ -202,7 +202,7 @@ class EvaluateConfig(PoolConfig):
 
     @field_validator("sweep")
     @classmethod
-    def _known_sweep(cls, sweep: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[Any, ...]]:
+    def _known_sweep(cls, sweep: Mapping[str, tuple[Any, ...]]) -> Mapping[str, tuple[Any, ...]]:
         """Values as the keys of the teacher's sampling have them.
 
         Raises:

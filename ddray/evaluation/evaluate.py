@@ -6,6 +6,7 @@ An evaluation is prepared (`planning`), features are made shard by shard (`makin
 page is made in `ddray.evaluation.report`.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ddray.evaluation.planning import Judge, Preparation
 from ddray.evaluation.published_tables import published_rows
 from ddray.evaluation.rows import NAIVE, RECONSTRUCTION
 from ddray.metrics.fd_digits import DigitsNetwork
+from ddray.metrics.frechet import FeatureStatistics
 from ddray.metrics.measurement import METRICS
 from ddray.models.zoo import METRIC_FOLDER
 from ddray.progress import Progress
@@ -131,7 +133,7 @@ def conclude(
     _add_seconds(quality, speed)
     transport = look.transport() if models else None
     pictures = look.pictures() if models else []
-    settings = settings_of(config, features, judges, device)
+    settings = settings_of(config, features, judges, judgement, device)
     summary = {
         "quality": quality,
         "leading": leading,
@@ -154,8 +156,8 @@ def leading_of(judges: Sequence[Judge]) -> str:
 
 
 def _add_ratio(quality: list[dict[str, Any]], leading: str) -> None:
-    """To the teacher's, of distances alone."""
-    base = next((row[leading] for row in quality if row["kind"] == "teacher"), None)
+    """To the best of the teacher's rows, of distances alone."""
+    base = min((row[leading] for row in quality if row["kind"] == "teacher"), default=0)
     is_distance = any(m.key == leading and m.kind == "frechet" for m in METRICS.values())
     for row in quality:
         row["ratio"] = row[leading] / base if base and is_distance else None
@@ -179,7 +181,11 @@ def _published(models: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def settings_of(
-    config: EvaluateConfig, features: FeatureSet, judges: Sequence[Judge], device: str
+    config: EvaluateConfig,
+    features: FeatureSet,
+    judges: Sequence[Judge],
+    judgement: Judgement,
+    device: str,
 ) -> dict[str, Any]:
     """What two evaluations must share for their distances to be compared."""
     plan = features.plan
@@ -193,13 +199,15 @@ def settings_of(
     else:
         found |= {"samples": config.samples, "size": config.size, "convert": config.convert}
     first = judges[0]
+    real = next(iter(judgement.references.values()), None)
     found |= {
         "network": ", ".join(judge.extractor.name for judge in judges),
         "extractor": ", ".join(judge.extractor.fingerprint[:16] for judge in judges),
         "reference": ", ".join(
             judge.reference.uri for judge in judges if judge.reference is not None
         ),
-        "reference_images": _reference_images(first),
+        "reference_images": (real.count or None) if real is not None else None,
+        "reference_sha256": ", ".join(map(_digest, judgement.references.values())) or None,
         "resize": config.resize if "inception" in first.extractor.name else None,
         "splits": config.splits if "is" in first.metrics else None,
         "rounding": "nearest of 256 levels",
@@ -210,6 +218,12 @@ def settings_of(
         "ddray_version": __version__,
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _digest(statistics: FeatureStatistics) -> str:
+    """The same for the same statistics, whichever file they come from."""
+    data = statistics.mean.tobytes() + statistics.covariance.tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _reference_images(judge: Judge) -> int | None:
@@ -242,6 +256,9 @@ def protocol_of(
             f"{NAIVE}: each token drawn alone from the teacher's frequencies at its position and "
             "class."
         )
+    teachers = [row.name for row in plan.generators if row.kind == "teacher"]
+    if len(teachers) > 1:
+        said.append("Ratio: to the best of the teacher's rows.")
     if "skip" in kinds:
         said.append("Last steps in one: their tokens are drawn each by itself, in one pass.")
     if "reconstruction" in kinds:

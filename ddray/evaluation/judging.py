@@ -16,8 +16,7 @@ from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
 from ddray.evaluation.plan import SOURCES, Extractor, Generator
 from ddray.evaluation.planning import Judge
-from ddray.evaluation.rows import AUTOREGRESSIVE
-from ddray.metrics.frechet import FeatureSums
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums
 from ddray.metrics.measurement import METRICS, Measurement, ShardFeatures
 from ddray.metrics.network import POOL, SPATIAL
 from ddray.metrics.reference import Reference
@@ -46,7 +45,7 @@ def refuse_broken(features: FeatureSet, skip: bool) -> dict[str, int]:
         broken = found.get(generator.name, [])
         if not broken:
             continue
-        named = "; ".join(f"{name} ({reason})" for _, name, reason in broken[:_NAMED])
+        named = "; ".join(f"{name} {reason}" for _, name, reason in broken[:_NAMED])
         more = " ..." if len(broken) > _NAMED else ""
         if not skip:
             raise ConfigError(
@@ -148,6 +147,11 @@ class Judgement:
         skip_broken: whether images that cannot be read are left out.
         device: where distances between images are computed.
 
+    Attributes:
+        quality: a row of figures each, as `summary.json` has them.
+        broken: images that are left out, by generator.
+        references: pooled statistics of the real images, by extractor.
+
     Raises:
         ConfigError: for broken images, or metrics that cannot come out.
         ShardError: if features are missing or damaged.
@@ -170,8 +174,11 @@ class Judgement:
         self.quality: list[dict[str, Any]] = []
         rows = [g for g in features.plan.generators if g.kind != "reference"]
         by_row: dict[str, dict[str, Any]] = {row.name: self._begun(row) for row in rows}
+        self.references: dict[str, FeatureStatistics] = {}
         for number, judge in enumerate(judges):
             reference, real = measured_reference(features, judge)
+            if reference is not None and POOL in reference.statistics:
+                self.references[judge.extractor.name] = reference.statistics[POOL]
             for row in rows:
                 measurement = Measurement(
                     *(judge.metrics, by_row[row.name]["images"], reference, real),
@@ -212,10 +219,11 @@ class Judgement:
         Args:
             names: of classes, by number; empty where there are none.
         """
-        base = self._means.get(AUTOREGRESSIVE)
+        teachers = [row["generator"] for row in self.quality if row["kind"] == "teacher"]
+        base = self._means.get(next(iter(teachers), ""))
         found: dict[str, list[dict[str, Any]]] = {}
         for row, means in self._means.items():
-            if base is None or means is base or row.startswith(AUTOREGRESSIVE):
+            if base is None or row in teachers:
                 continue
             distances = means.distances(base)
             worst = sorted(distances, key=lambda k: (-distances[k], k))[:_WORST]

@@ -262,7 +262,7 @@ class Preparation:
 
     def _reference_of(self, network: FeatureNetwork) -> tuple[Reference | None, ImageSource | None]:
         """The reference that fits a network, and its images where they are to be measured."""
-        if not self.config.reference and isinstance(network, DigitsNetwork):
+        if isinstance(network, DigitsNetwork):  # its metrics are distances to the held-out digits
             return network.reference, None
         refusal: ConfigError | None = None
         for uri in self.config.reference:
