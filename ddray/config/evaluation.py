@@ -69,7 +69,7 @@ class EvaluateConfig(PoolConfig):
         "Images": "count",
         "Files of images": "column",
         "Speed and transport": "speed_batches",
-        "Shards and batches": "shard_rows",
+        "Shards and batches": "keep_features",
         "Workers": "workers",
         "Faults": "max_retries",
     }
@@ -162,6 +162,11 @@ class EvaluateConfig(PoolConfig):
         400, description="images of the transport's comparison; 0 = none"
     )
 
+    keep_features: bool = Field(
+        True,
+        description="after the report, for further rows, images and metrics of the same layers; "
+        "with Inception up to 20 kB an image and row",
+    )
     shard_rows: CountT = Field(500, description="images of a shard: what a crash can cost")
     batch_size: AutoCount = Field(
         "auto", description="images made together; auto = 100 on CPUs, on GPUs what fits"

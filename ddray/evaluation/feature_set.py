@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from ddray.errors import ConfigError, ShardError
-from ddray.evaluation.plan import EvaluationPlan, Extractor, Generator, Task
+from ddray.evaluation.plan import FEATURES, EvaluationPlan, Extractor, Generator, Task
 from ddray.metrics.measurement import ShardFeatures
 from ddray.sets.sharded_set import MANIFEST
 from ddray.storage import open_storage
@@ -64,7 +65,7 @@ class FeatureSet:
         Raises:
             StorageError: if it cannot be listed.
         """
-        there = self.storage.list("features/")
+        there = self.storage.list(f"{FEATURES}/")
         return [
             k
             for k, task in enumerate(self.plan.tasks)
@@ -123,20 +124,24 @@ class FeatureSet:
             parts.append(_array(data))
         return np.concatenate(parts)
 
+    def delete(self) -> None:
+        """Delete all features, of rows of earlier plans too.
+
+        Raises:
+            StorageError: if they cannot be deleted.
+        """
+        self.storage.delete_folder(FEATURES)
+
     def _tasks(self, generator: Generator) -> list[Task]:
         return [task for task in self.plan.tasks if task.generator == generator]
 
 
 def _npy(tokens: npt.NDArray[np.unsignedinteger]) -> bytes:
-    import io
-
     stream = io.BytesIO()
     np.save(stream, tokens, allow_pickle=False)
     return stream.getvalue()
 
 
 def _array(data: bytes) -> npt.NDArray[np.unsignedinteger]:
-    import io
-
     found: npt.NDArray[np.unsignedinteger] = np.load(io.BytesIO(data), allow_pickle=False)
     return found

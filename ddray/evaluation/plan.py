@@ -48,6 +48,9 @@ _MADE_OF: Mapping[str, tuple[str, ...]] = {
 SOURCES: tuple[Kind, ...] = ("samples", "reference")
 """Kinds whose images are there already."""
 
+FEATURES = "features"
+"""Folder of all features, below an evaluation's URI."""
+
 _FORMAT = 1
 
 
@@ -191,7 +194,7 @@ class EvaluationPlan:
 
     def folder(self, generator: Generator) -> str:
         """Where what is made of a generator lies, below the evaluation's URI."""
-        return f"features/{_digest(self.identity(generator))}"
+        return f"{FEATURES}/{_digest(self.identity(generator))}"
 
     def names(self, task: Task) -> list[str]:
         """Files of a task's features, one an extractor."""

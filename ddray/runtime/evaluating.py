@@ -109,6 +109,8 @@ def evaluate_and_report(config: EvaluateConfig) -> str:
     )
     shown = evaluation.pictures, evaluation.columns
     write_evaluation(config.out, evaluation.summary, report, *shown)
+    if not config.keep_features:
+        FeatureSet.open(config.out).delete()
     return tables_as_text(evaluation.summary)
 
 

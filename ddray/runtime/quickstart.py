@@ -52,7 +52,12 @@ def parts(
             update={"student": student, "out": f"{out}/images", "seed": next_seed(config.seed)}
         ),
         config.evaluate.model_copy(
-            update={"student": student, "teacher": config.teacher, "data": data, "out": out}
+            update={
+                "student": student,
+                "teacher": config.teacher,
+                "data": data,
+                "out": f"{out}/evaluation",
+            }
         ),
     )
 

@@ -30,7 +30,11 @@ from ddray.distillation.perceptual import Perceptual
 from ddray.distillation.step import Agreement, TrainingStep
 from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
-from ddray.evaluation import evaluate
+from ddray.evaluation import look
+from ddray.evaluation.feature_set import FeatureSet
+from ddray.evaluation.generators import Generators
+from ddray.evaluation.plan import EvaluationPlan, Generator
+from ddray.evaluation.planning import Preparation
 from ddray.method.flow import full_float32
 from ddray.method.masked_decoding import Masked
 from ddray.method.model import Model, Tokenizer
@@ -42,6 +46,7 @@ from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.images.making import make_plan, planned_student
 from ddray.sets.images.orders import RowsOrder
 from ddray.sets.makers import Maker, maker_on
+from ddray.storage import open_storage
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 from tests.core.tiny import tiny_masked, tiny_student, tiny_teacher, tiny_var
 
@@ -248,19 +253,41 @@ def test_losses_and_images_in_bfloat16(pair: Pair) -> None:
         assert pair.gpu.holds(*perceptual.loss(said)[1].values())
 
 
-def test_an_evaluation_meets_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair("llamagen")
-    config = EvaluateConfig(student="digits-var-dd", count=3, batch_size=3, transport_count=1)
+def test_an_evaluation_meets_on_one_device(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sampling = {"cfg": 2.0, "top_k": 3}
+    masked = pair.gpu.model(tiny_masked(FAMILIES[pair.family][0]()))
+    turns = {"schedule": f"0,teacher:{len(pair.teacher.stages) - 1}-{len(pair.teacher.stages)}"}
+    rows = (
+        Generator("a", "teacher", 3, settings=sampling),
+        Generator("b", "transport", 3, settings=sampling),
+        Generator("c", "student", 3, settings={"schedule": pair.schedule}),
+        Generator("d", "student", 3, settings={**turns, **sampling}),
+        Generator("e", "skip", 3, settings={**sampling, "skip": 2}),
+        Generator("f", "masked", 3, settings={"steps": 2}),
+    )
+    plan = EvaluationPlan(
+        generators=rows, extractors=(), conditioning="class", classes=(0, 1, 2), seed=1
+    )
+    generators = Generators(
+        *(FeatureSet(open_storage(str(tmp_path)), plan), "cuda"),
+        teacher=pair.teacher,
+        student=pair.student,
+        masked=masked,
+    )
     solve = pair.teacher.transport("ab4", None)
-    monkeypatch.setattr(evaluate, "_load", lambda _: (pair.student, pair.teacher, None))
-    monkeypatch.setattr(evaluate, "Transport", lambda *_: solve)
-    monkeypatch.setattr(evaluate, "independent_tokens", lambda known, labels, *_: known[1])
-    monkeypatch.setattr(evaluate.Evaluator, "_transport_cost", lambda _: 1.0)
-    with pair.gpu.here():
-        evaluator = evaluate.Evaluator(config)
-        assert evaluator.transport()["tokens"] == pair.teacher.num_tokens
-        pictures = [images for _, images in evaluator.pictures()]
-        assert not any(map(pair.gpu.holds, [evaluator.known[1], *pictures]))
+    monkeypatch.setattr(look, "Transport", lambda *_: solve)
+    monkeypatch.setattr(look.Look, "_transport_cost", lambda *_: 1.0)
+    with pair.gpu.here() as meter:
+        for row in rows:
+            images, content = generators.pixels(row, range(3))
+            assert pair.gpu.holds(images, content) and images.dtype == torch.uint8
+        assert not meter.moves["to host"]
+        seen = look.Look(EvaluateConfig(count=3, transport_count=1), generators)
+        transport = seen.transport()
+        assert transport is not None and transport["tokens"] == pair.teacher.num_tokens
+        assert not any(pair.gpu.holds(images) for _, images in seen.pictures())
 
 
 TOUCHES_THE_CODEBOOK: dict[str, Callable[[Teacher, Student], object]] = {
@@ -354,7 +381,7 @@ DECODERS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 def test_who_serves_decodes_in_the_dtype_of_the_networks(dtype: str) -> None:
     config = GenerateConfig(student="digits-var-dd", dtype=dtype)
     plan = make_plan(config, load_student(config.student, device="cpu", dtype=dtype))
-    evaluated = evaluate._load(EvaluateConfig(student=config.student, dtype=dtype))[:2]
+    evaluated = Preparation(EvaluateConfig(student=config.student, dtype=dtype)).models.values()
     models = [
         Renderer.load(config.student, dtype=dtype).student,
         planned_student(plan, "cpu"),

@@ -141,7 +141,7 @@ def test_fused_noise_is_that_of_the_torch_operations():
         torch.testing.assert_close(fused.flatten(1), normals(seed, index, 245), rtol=0, atol=1e-6)
 
 
-def test_an_evaluation_runs_where_it_is_told():
+def test_an_evaluation_runs_where_it_is_told(tmp_path):
     config = EvaluateConfig(
         student="digits-var-dd",
         num_gpus=1,
@@ -150,11 +150,11 @@ def test_an_evaluation_runs_where_it_is_told():
         transport_count=2,
         speed_batches=(1,),
         speed_seconds=0.01,
+        out=str(tmp_path),
     )
-    evaluation = evaluate(config)
-    assert "on cuda, " in evaluation.protocol[-1]
-    assert evaluation.transport["agreement"] > 0.9
-    assert all(not images.is_cuda for _, images in evaluation.pictures)
+    summary = evaluate(config).summary
+    assert "on cuda, " in summary["protocol"][-1] and summary["settings"]["gpu"]
+    assert summary["transport"]["agreement"] > 0.9
 
 
 def test_images_of_the_service_are_those_of_the_cpu():

@@ -59,7 +59,7 @@ def test_images_and_an_evaluation_of_a_student_in_the_home_folder(elsewhere: Pat
     made = generate(GenerateConfig(student=student, out="images", count=4, shard_rows=4))
     assert (made["student"], made["images"]) == (str(elsewhere / "home/runs x/student"), 4)
     settings = ["speed_batches=[1]", "speed_seconds=0.1", "transport_count=2", "batch_size=10"]
-    flags = {"student": student, "count": "10"}
+    flags = {"student": student, "count": "10", "out": "evaluated", "rows": "student"}
     config = load_config(EvaluateConfig, settings=settings, flags=flags)
     rows = evaluate_on_cluster(config).quality
     assert {row["images"] for row in rows if row["steps"]} >= {10}

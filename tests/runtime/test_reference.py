@@ -46,7 +46,7 @@ def test_a_pool_writes_the_bytes_that_one_process_writes(source: str, tmp_path: 
 def test_what_an_actor_refuses_is_told_as_here(source: str, tmp_path: Path) -> None:
     (tmp_path / "real/0/04.png").write_bytes(b"<html>")
     config = config_of(source, f"{tmp_path}/out.npz", workers=2)
-    with pytest.raises(ConfigError, match=r"1 of 14 images .* 0/04.png .is no image but an HTML"):
+    with pytest.raises(ConfigError, match=r"1 of 14 images .* 0/04.png is no image but an HTML"):
         reference(config)
     left_out = reference(config.model_copy(update={"skip_broken": True}))
     assert (left_out["images"], left_out["images_left_out"]) == (COUNT - 1, 1)

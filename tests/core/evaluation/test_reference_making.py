@@ -129,7 +129,7 @@ def test_broken_images_are_counted_and_refused_or_left_out(tmp_path: Path) -> No
     place = str(tmp_path)
     fill(place, **{"03": b"<html>", "11": encode_png(IMAGES[0])[:50], "12": b""})
     with pytest.raises(
-        ConfigError, match="3 of 30 images of .*03.png .is no image but an HTML pag"
+        ConfigError, match="3 of 30 images of .*03.png is no image but an HTML pag"
     ):
         referencing.reference(config_of(place))
     assert not (tmp_path / "real.npz").exists()
