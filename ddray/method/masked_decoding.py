@@ -39,12 +39,13 @@ def masked_after(tokens: int, steps: int) -> list[int]:
     return counts
 
 
-class Masked(Model):
-    """A network that fills masked tokens in.
+def default_temperature(steps: int) -> float:
+    """What served the digits best: the more tokens are drawn at once, the safer each has to be."""
+    return min(1.0, 0.4 * math.sqrt(steps))
 
-    Attributes:
-        config: what `config.json` holds; "default_cfg" and "choice_temperature" are recommended.
-    """
+
+class Masked(Model):
+    """A network that fills masked tokens in."""
 
     @property
     def default_cfg(self) -> float:
@@ -68,7 +69,7 @@ class Masked(Model):
         seed: int = 0,
         index: Sequence[int] | Tensor | None = None,
         cfg: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         choice_temperature: float = 4.5,
     ) -> Tensor:
         """Tokens of images in so many passes of the network.
@@ -79,7 +80,8 @@ class Masked(Model):
             seed: together with `index` decides every draw.
             index: sample indices [B]; None = 0..B-1.
             cfg: guidance, null + cfg (conditional - null); None or 1 = off.
-            temperature: divides the logits that tokens are drawn from; 0 = the likeliest.
+            temperature: divides the logits that tokens are drawn from; 0 = the likeliest, None =
+                `default_temperature`; the paper's is 1.
             choice_temperature: of the Gumbel noise on the confidence by which tokens stay, at the
                 beginning; it falls to 0 linearly.
 
@@ -90,6 +92,8 @@ class Masked(Model):
             ConfigError: for settings out of range, or logits that are not finite.
         """
         self._check(steps, cfg, temperature, choice_temperature)
+        if temperature is None:
+            temperature = default_temperature(steps)
         cond = self.condition(cond_B)
         index_B = self._index(index, len(cond))
         length, mask_id = self.num_tokens, self.model.mask_id
@@ -125,7 +129,7 @@ class Masked(Model):
         return (classifier_free_guidance(conditional, null, cfg),)
 
     def _check(
-        self, steps: int, cfg: float | None, temperature: float, choice_temperature: float
+        self, steps: int, cfg: float | None, temperature: float | None, choice_temperature: float
     ) -> None:
         if not is_integer(steps) or not 1 <= steps <= self.num_tokens:
             raise ConfigError(
@@ -138,7 +142,7 @@ class Masked(Model):
             ("temperature", temperature),
             ("choice_temperature", choice_temperature),
         ):
-            if not is_finite(value) or value < 0:
+            if value is not None and (not is_finite(value) or value < 0):
                 raise ConfigError(f"{name}={value!r} must be a number >= 0")
 
 

@@ -11,7 +11,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.distillation.masked import MaskedDecoding
 from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
-from ddray.method.masked_decoding import Masked, masked_after
+from ddray.method.masked_decoding import Masked, default_temperature, masked_after
 from ddray.method.teacher import Teacher
 from ddray.models.zoo import load_masked
 from tests.core.tiny import chi_square_p_value, tiny_masked, tiny_teacher, tiny_var
@@ -96,6 +96,14 @@ def test_guidance_of_one_is_none_and_more_leaves_the_null_condition(masked: Mask
     assert not torch.equal(masked.generate([0, 1, 2], cfg=200.0, **told), plain)
     null = masked.generate([masked.num_classes] * 3, **told)
     assert torch.equal(masked.generate([0, 1, 2], cfg=0.0, **told), null)
+
+
+def test_the_temperature_of_few_steps_is_low_unless_it_is_given(masked: Masked) -> None:
+    assert [default_temperature(steps) for steps in (1, 4, 8)] == [0.4, 0.8, 1.0]
+    told = {"steps": 4, "seed": 5}
+    plain = masked.generate([0, 1, 2], **told)
+    assert torch.equal(masked.generate([0, 1, 2], temperature=0.8, **told), plain)
+    assert not torch.equal(masked.generate([0, 1, 2], temperature=9.0, **told), plain)
 
 
 def test_without_temperature_the_likeliest_tokens_stay(masked: Masked) -> None:
