@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ddray.config.distillation import DistillConfig
-from ddray.config.evaluation import EvaluateConfig
+from ddray.config.evaluation import ROWS, EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.config.serving import ServeConfig
@@ -290,13 +290,10 @@ def estimate_serve(config: ServeConfig) -> dict[str, Any]:
 
 
 def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """What an evaluation will make, for `--dry-run`.
+    """What an evaluation will make, for `--dry-run`: values by name, for people.
 
     Args:
         config: the job; the sizes of both models are enough.
-
-    Returns:
-        Values by name, for people.
     """
     if config.samples is not None:
         return {"cost": "one pass of the feature network for each image"}
@@ -305,15 +302,22 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         teacher = _described(config.teacher or student.teacher or config.student)
     except DDRayError as error:
         return {"cost": f"unknown without the student: {one_line(error)}"}
-    stages, jumps = len(teacher.stages), range(1, student.jumps + 1)
-    # By sampling and, unless a set holds them already, by transport.
-    rounds = 1 if config.data else 2
+    stages, sweep = len(teacher.stages), math.prod(map(len, config.sweep.values()))
+    wanted = config.rows or ROWS
+    passes = {
+        "teacher": stages * sweep,
+        "transport": 0 if config.data else stages,  # a set holds them already
+        "skip": sum(stages - skip + 1 for skip in config.skip) * sweep,
+    }
+    steps = [num_steps(parse_schedule(schedule, stages)) for schedule in config.schedules]
+    jumps = (steps or range(1, student.jumps + 1)) if "student" in wanted else [0]
     return {
         "images_of_every_generator": config.num_images,
-        "forward_passes_of_the_teacher": f"{rounds} x {stages} for each image",
+        "forward_passes_of_the_teacher": f"{sum(passes[row] for row in passes if row in wanted)} "
+        "for each image",
         "forward_passes_of_the_student": " + ".join(map(str, jumps)) + " for each image",
         "gigabytes": f"{_rounded(student.gigabytes + teacher.gigabytes):g} of weights",
-        "speed": f"{len(config.speed_batches) * (2 + len(jumps))} figures of "
+        "speed": f"{len(config.speed_batches)} figures a row, each of "
         f"{config.speed_seconds:g} s or 4 runs, whichever is longer",
     }
 

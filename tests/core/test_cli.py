@@ -201,9 +201,13 @@ def test_the_cost_of_sampling_is_a_comment_behind_the_config(
         (("serve", "--teacher"), ["forward_passes_of_the_teacher: 49"]),
         (
             ("evaluate", "--count", "100"),
-            ["images_of_every_generator: 100", "forward_passes_of_the_teacher: 2 x 49"],
+            ["images_of_every_generator: 100", "forward_passes_of_the_teacher: 98 for each"],
         ),
-        (("evaluate", "--data", "runs/x"), ["forward_passes_of_the_teacher: 1 x 49"]),
+        (
+            ("evaluate", "--rows", "teacher,skip,student", "--skip", "20", "--sweep", "cfg=1,2"),
+            ["forward_passes_of_the_teacher: 158 for", "forward_passes_of_the_student: 1 + 2 for"],
+        ),
+        (("evaluate", "--data", "runs/x"), ["forward_passes_of_the_teacher: 49 for each"]),
         (("quickstart",), ["sample.shards: 20", "distill.exaflops", "evaluate.images: 5000"]),
         (("reference",), ["cost: unknown without the images: reference takes SOURCE"]),
         (("reference", "nowhere"), ["cost: unknown without the images: /"]),

@@ -128,9 +128,7 @@ def test_a_killed_job_goes_on_and_its_file_is_the_same(
 def test_broken_images_are_counted_and_refused_or_left_out(tmp_path: Path) -> None:
     place = str(tmp_path)
     fill(place, **{"03": b"<html>", "11": encode_png(IMAGES[0])[:50], "12": b""})
-    with pytest.raises(
-        ConfigError, match="3 of 30 images of .*03.png is no image but an HTML pag"
-    ):
+    with pytest.raises(ConfigError, match="3 of 30 images of .*03.png is no image but an HTML pag"):
         referencing.reference(config_of(place))
     assert not (tmp_path / "real.npz").exists()
     # What was made of it is not made again.
