@@ -202,7 +202,12 @@ class SetConfig(PoolConfig):
 
     classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
     captions: Location | None = Field(
-        None, description="URI of a .parquet or .jsonl with index, caption and perhaps features"
+        None,
+        description="URI of a .parquet or .jsonl with index, caption and perhaps features; or of a "
+        "file of prompts, .txt with one a line, .tsv, .csv or .jsonl",
+    )
+    caption_column: str | None = Field(
+        None, description="of a file of prompts; absent = caption, Caption, prompt or Prompt"
     )
     text_encoder: EncoderName | None = Field(
         None, description="T5 for captions without features; absent = google/flan-t5-xl"

@@ -38,10 +38,14 @@ class GenerateConfig(SetConfig):
     count: CountT = Field(1000, description="number of images")
     labels: Labels = "balanced"
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
-    format: Literal["parquet", "webdataset", "images", "flat", "npz"] = Field(
+    format: Literal["parquet", "webdataset", "images", "flat", "npz", "coco", "geneval"] = Field(
         "parquet",
         description="of the set: parquet, webdataset (tar), images (folders by class), flat (one "
-        "folder, for FID tools) or npz (samples.npz for ADM's evaluator, beside Parquet)",
+        "folder, for FID tools), npz (samples.npz for ADM's evaluator, beside Parquet), coco "
+        "(images, captions.txt, result.jsonl) or geneval (a folder a prompt)",
+    )
+    samples_per_prompt: CountT | None = Field(
+        None, description="images of each prompt, of format=geneval alone; absent = 4"
     )
     content: Literal["images", "tokens"] = Field("images", description="tokens: in Parquet alone")
     image_format: Literal["png", "webp"] = Field("png", description="of the images")
@@ -88,6 +92,11 @@ class GenerateConfig(SetConfig):
         return "bfloat16" if self.num_gpus else "float32"
 
     @property
+    def images_per_prompt(self) -> int:
+        """Rows of the set for each row of the captions."""
+        return self.samples_per_prompt or 4 if self.format == "geneval" else 1
+
+    @property
     def encoder_threads(self) -> int:
         """As many as the CPUs that a worker reserves, unless it is told."""
         return self.encoders or self.threads
@@ -111,6 +120,17 @@ class GenerateConfig(SetConfig):
             raise ValueError(f"statistics needs at least 2 images, not count={self.count}")
         if self.format == "npz" and (self.image_format != "png" or self.quality is not None):
             raise ValueError("format=npz holds pixels, not files: no image_format, no quality")
+        if self.format in ("coco", "geneval") and self.image_format != "png":
+            raise ValueError(f"format={self.format} is of PNG files, not of {self.image_format}")
+        if self.samples_per_prompt is not None and self.format != "geneval":
+            raise ValueError(
+                f"samples_per_prompt={self.samples_per_prompt} is of format=geneval alone"
+            )
+        if self.count % self.images_per_prompt:
+            raise ValueError(
+                f"format=geneval makes {self.images_per_prompt} images of each prompt: "
+                f"count={self.count} must be a multiple of that"
+            )
         if self.quality is not None and self.image_format != "webp":
             raise ValueError(
                 f"quality={self.quality} is of image_format=webp; {self.image_format} has no loss"

@@ -40,25 +40,33 @@ class ShardCaptions:
     Attributes:
         captions: texts, N of them.
         features: float32 [T, D] of each row; None where an encoder makes them.
+        records: what a file of prompts says of each row, as JSON objects; None of other files.
     """
 
     captions: Sequence[str]
     features: Sequence[npt.NDArray[np.float32]] | None
+    records: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def first(self, count: int) -> ShardCaptions:
         """The first rows."""
-        return ShardCaptions(self.captions[:count], self.features and self.features[:count])
+        return ShardCaptions(
+            self.captions[:count],
+            self.features and self.features[:count],
+            self.records and self.records[:count],
+        )
 
     @property
     def sha256(self) -> str:
-        """Of the texts as a JSON list, and of each row's shape and little-endian features."""
+        """Of the texts as a JSON list, each row's shape and little-endian features, the records."""
         digest = hashlib.sha256(json.dumps(list(self.captions)).encode())
         for features_TD in self.features or ():
             digest.update(json.dumps(features_TD.shape).encode())
             digest.update(np.ascontiguousarray(features_TD, dtype="<f4").tobytes())
+        if self.records is not None:
+            digest.update(json.dumps(list(self.records)).encode())
         return digest.hexdigest()
 
 
@@ -117,7 +125,10 @@ def cut_captions(file: CaptionFile, storage: Storage, plan: CutRows) -> int:
     for k in range(plan.num_shards):
         part = list(islice(rows, len(plan.shard_range(k))))
         features = [row.features_TD for row in part if row.features_TD is not None]
-        captions = ShardCaptions([row.caption for row in part], features or None)
+        # Of one encoding of images alone: elsewhere the same captions may come in another file.
+        told = getattr(plan, "encoding", None) == "geneval"
+        records = [row.record for row in part if told and row.record is not None]
+        captions = ShardCaptions([row.caption for row in part], features or None, records or None)
         if captions_name(k) in there:
             existing = read_captions(storage, k)
             common = min(len(existing), len(captions))
@@ -157,7 +168,8 @@ def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCa
         features = None
         if "features" in table.column_names:
             features = [matrix for part in table["features"].chunks for matrix in matrices(part)]
-        written = ShardCaptions(captions, features)
+        records = table["record"].to_pylist() if "record" in table.column_names else None
+        written = ShardCaptions(captions, features, records)
         if written.sha256.encode() != (table.schema.metadata or {}).get(_HASH_KEY):
             raise ValueError("the rows do not fit their sha256")
     except (pa.ArrowException, *_FOREIGN) as exc:
@@ -194,6 +206,8 @@ def _encode(first: int, captions: ShardCaptions) -> bytes:
         "index": pa.array(np.arange(first, first + len(captions), dtype=np.int64)),
         "caption": pa.array(captions.captions, pa.string()),
     }
+    if captions.records is not None:
+        columns["record"] = pa.array(captions.records, pa.string())
     if captions.features is not None:
         values = np.concatenate(captions.features)
         lengths = [len(features_TD) for features_TD in captions.features]
@@ -207,7 +221,7 @@ def _encode(first: int, captions: ShardCaptions) -> bytes:
         table,
         sink,
         compression="zstd",
-        use_dictionary=["caption"],
+        use_dictionary=["caption", *["record"] * (captions.records is not None)],
         # Of bfloat16 features half of the bytes are zero; apart from the others they cost nothing.
         use_byte_stream_split=["features.list.element.list.element"],
         write_page_checksum=True,

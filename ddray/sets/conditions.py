@@ -77,7 +77,7 @@ def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
         StorageError: if the file cannot be read.
     """
     if model.conditioning == "class":
-        for name in ("captions", "text_encoder"):
+        for name in ("captions", "caption_column", "text_encoder"):
             if getattr(config, name) is not None:
                 raise ConfigError(
                     f"{name}={getattr(config, name)!r}, but {model.name} is conditioned on classes"
@@ -86,10 +86,16 @@ def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
     if config.captions is None:
         raise ConfigError(
             f"{model.name} is conditioned on captions; give --captions FILE, Parquet or JSON "
-            "lines with index, caption and perhaps features"
+            "lines with index, caption and perhaps features, or a file of prompts"
         )
     sizes = model.model.config
-    return CaptionFile(config.captions, length=sizes.cls_token_num, width=sizes.caption_dim)
+    return CaptionFile(
+        config.captions,
+        length=sizes.cls_token_num,
+        width=sizes.caption_dim,
+        column=config.caption_column,
+        each=config.images_per_prompt if isinstance(config, GenerateConfig) else 1,
+    )
 
 
 def encoder_name(config: TakesCaptions, captions: CaptionFile | None) -> str:

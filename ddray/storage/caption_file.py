@@ -1,7 +1,8 @@
-"""A file of captions, read as a stream: Parquet or JSON lines, by its ending.
+"""A file of captions, read as a stream: Parquet or JSON lines, or what benchmarks have.
 
 Its columns are `index`, `caption` and perhaps `features`; rows ascend by index from 0 without gaps,
-so whatever is wrong with their order shows while a few of them are in memory.
+so whatever is wrong with their order shows while a few of them are in memory. Files of prompts have
+no index (ddray.storage.prompt_file).
 
 Shapes: T caption positions (each row its own), D feature width.
 """
@@ -14,7 +15,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -28,6 +29,7 @@ from ddray.errors import ConfigError, StorageError, one_line
 from ddray.file_kind import explained, json_value
 from ddray.storage import open_storage
 from ddray.storage.arrow import arrow_filesystem
+from ddray.storage.prompt_file import TEXT_ENDINGS, column_of, json_prompts, text_prompts
 
 # A row of 120 positions of flan-t5-xl is a megabyte.
 _ROWS_AT_ONCE = 64
@@ -68,20 +70,24 @@ class CaptionRow:
         index: sample index.
         caption: its text.
         features_TD: float32 [T, D]; None where the file has none, or they were not asked for.
+        record: all that a file of prompts says of it, as a JSON object; None in other files.
     """
 
     index: int
     caption: str
     features_TD: npt.NDArray[np.float32] | None
+    record: str | None = None
 
 
 class CaptionFile:
     """A file of captions, checked and read as a stream.
 
     Args:
-        uri: path or s3:// URI that ends in .parquet or .jsonl.
+        uri: path or s3:// URI that ends in .parquet or .jsonl; or in .txt, .tsv or .csv.
         length: T at most, the caption positions of the teacher.
         width: D, the teacher's caption_dim.
+        column: of the captions, in a file of prompts; None = where they usually are.
+        each: rows that each row of the file stands for, one after the other.
 
     Attributes:
         uri: the same, absolute.
@@ -92,18 +98,31 @@ class CaptionFile:
         StorageError: if the file cannot be read.
     """
 
-    def __init__(self, uri: str, *, length: int, width: int) -> None:
+    def __init__(
+        self, uri: str, *, length: int, width: int, column: str | None = None, each: int = 1
+    ) -> None:
         self.uri = open_storage(uri).uri
-        self._length, self._width = length, width
-        if not self.uri.endswith((".parquet", ".jsonl")):
-            raise ConfigError(f"captions={uri!r} must end in .parquet or .jsonl")
+        self._length, self._width, self._column, self._each = length, width, column, each
+        if not self.uri.endswith((".parquet", ".jsonl", *TEXT_ENDINGS)):
+            raise ConfigError(f"captions={uri!r} must end in .parquet, .jsonl, .txt, .tsv or .csv")
         self._is_parquet = self.uri.endswith(".parquet")
+        if self._is_parquet and column is not None:
+            raise ConfigError(
+                f"caption_column={column!r} is of files of prompts; Parquet has index and caption"
+            )
+        names: list[str] = []
+        self._is_prompts = self.uri.endswith(TEXT_ENDINGS)
         with _errors(self.uri), _open(self.uri) as file:
             if self._is_parquet:
                 names = _checked_schema(_parquet(file).schema_arrow)
+            elif self._is_prompts:
+                next(text_prompts(file, self.uri[-4:], column), None)
             else:
                 names = list(next(_json_lines(file), {}))
-        self.has_features = "features" in names
+                self._is_prompts = bool(names) and (column is not None or "index" not in names)
+                if self._is_prompts:
+                    column_of(names, column)
+        self.has_features = "features" in names and not self._is_prompts
 
     def rows(self, count: int, *, features: bool = True) -> Iterator[CaptionRow]:
         """The first `count` rows; whatever comes behind them is not looked at.
@@ -117,15 +136,18 @@ class CaptionFile:
                 empty or no text, features of another shape, or too few rows.
             StorageError: if the file cannot be read to the end.
         """
-        number = -1
-        read = self._read(count, features and self.has_features)
-        for number, row in enumerate(islice(read, count)):
+        number, needed = -1, -(-count // self._each)
+        read = self._read(needed, features and self.has_features)
+        for number, row in enumerate(islice(read, needed)):
             problem = _misplaced(row.index, number) or self._unfit(row)
             if problem:
                 raise ConfigError(f"captions {self.uri}: {problem}")
-            yield row
-        if number + 1 < count:
-            raise ConfigError(f"captions {self.uri}: {number + 1} rows, but count={count}")
+            first = number * self._each
+            for index in range(first, min(first + self._each, count)):
+                yield replace(row, index=index)
+        if number + 1 < needed:
+            each = f" of {self._each} images each" if self._each > 1 else ""
+            raise ConfigError(f"captions {self.uri}: {number + 1} rows{each}, but count={count}")
 
     def check(self, count: int) -> None:
         """Read the first `count` rows without their features, to refuse them before work starts.
@@ -142,7 +164,16 @@ class CaptionFile:
             if self._is_parquet:
                 yield from _parquet_rows(_parquet(file), count, features)
                 return
-            for row in _json_lines(file):
+            if self._is_prompts:
+                prompts = (
+                    json_prompts(_json_lines(file), self._column)
+                    if self.uri.endswith(".jsonl")
+                    else text_prompts(file, self.uri[-4:], self._column)
+                )
+                for number, prompt in enumerate(prompts):
+                    yield CaptionRow(number, prompt.text, None, prompt.record)
+                return
+            for row in _json_lines(file, "index", "caption"):
                 if ("features" in row) != self.has_features:
                     raise ConfigError(
                         f"features must be in every line or in none; see index {row['index']}"
@@ -292,8 +323,8 @@ def matrices(rows: Any) -> list[npt.NDArray[np.float32]]:
     return np.split(matrix.reshape(int(ends[-1]), width), ends[:-1])
 
 
-def _json_lines(file: Any) -> Iterator[dict[str, Any]]:
-    """The objects of all lines that are not blank."""
+def _json_lines(file: Any, *needed: str) -> Iterator[dict[str, Any]]:
+    """The objects of all lines that are not blank, with the keys that they need."""
     is_first = True
     for number, line in enumerate(io.BufferedReader(file, _BUFFER_BYTES), start=1):
         if number == 1:
@@ -307,8 +338,9 @@ def _json_lines(file: Any) -> Iterator[dict[str, Any]]:
             if is_first:
                 raise ConfigError(explained(refusal, line, exc, "JSON")) from exc
             raise ConfigError(f"{refusal} ({one_line(exc)})") from exc
-        if not isinstance(row, dict) or not row.keys() >= {"index", "caption"}:
-            raise ConfigError(f"line {number} is no object with index and caption")
+        if not isinstance(row, dict) or not row.keys() >= {*needed}:
+            keys = " with index and caption" if needed else ""
+            raise ConfigError(f"line {number} is no object{keys}")
         is_first = False
         yield row
 

@@ -15,9 +15,9 @@ from ddray.runtime.pools.device import SHARDS_AT_ONCE
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
+from ddray.sets.images.finishing import finish
 from ddray.sets.images.image_set import SAMPLES, ImageSet
 from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
-from ddray.sets.images.samples import write_samples
 from ddray.sets.makers import MakersOfSet, makers_of
 from ddray.sets.making import create_set
 from ddray.storage import open_storage
@@ -109,8 +109,7 @@ def _fill(images: ImageSet, config: GenerateConfig) -> Filled:
         with connect(), _crew(images, config) as crew:
             makers = MakersOfSet(images.storage, len(missing) < images.plan.num_shards)
             filled = fill("images", images, crew, config, images.begin, makers.note)
-    if images.lacking():
-        write_samples(images)
+    finish(images, images.lacking())
     return filled
 
 

@@ -13,12 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ddray.errors import ShardError
-from ddray.sets.images.plan import ImagePlan
-from ddray.sets.images.shard import FORMATS, ImageRows, ShardFormat, stray_images
+from ddray.sets.images.plan import IN_FILES, ImagePlan
+from ddray.sets.images.shard import (
+    FORMATS,
+    ImageRows,
+    ShardFormat,
+    metadata_name,
+    stray_images,
+)
 from ddray.sets.sharded_set import Listing, ShardedSet
 
-# All pixels of a set of encoding npz, written once its shards are there.
-SAMPLES = "samples.npz"
+# What is made of all shards of an encoding, once they are there: all pixels, or all captions.
+SAMPLES, CAPTIONS, RESULT = "samples.npz", "captions.txt", "result.jsonl"
+_MADE_OF_ALL = {"npz": (SAMPLES,), "coco": (CAPTIONS, RESULT)}
 _STATISTICS = "statistics/"
 
 
@@ -91,26 +98,30 @@ class ImageSet(ShardedSet[ImagePlan, ImageRows]):
         return FORMATS[self.plan.encoding](self.plan, self.storage)
 
     def lacking(self) -> list[str]:
-        """Return `samples.npz` where a set has it and it is not there; see `ShardedSet`.
+        """Return what is made of all shards and is not there; see `ShardedSet`.
 
         Raises:
             StorageError: If the storage cannot be looked at.
         """
-        lacks = self.plan.encoding == "npz" and not self.storage.exists(SAMPLES)
-        return [SAMPLES] if lacks else []
+        plan = self.plan
+        if plan.encoding == "geneval":
+            there = self.storage.list("images/")
+            prompts = range(plan.count // plan.samples_per_prompt)
+            return [name for name in map(metadata_name, prompts) if name not in there]
+        names = _MADE_OF_ALL.get(plan.encoding, ())
+        return [name for name in names if not self.storage.exists(name)]
 
     def begin(self) -> None:
-        """Make ready for shards to be written: `samples.npz` of fewer rows goes.
+        """Make ready for shards to be written: what was made of fewer rows goes.
 
         Raises:
             StorageError: If it cannot be deleted.
         """
-        if self.plan.encoding == "npz":
-            self.storage.delete(SAMPLES)
+        for name in _MADE_OF_ALL.get(self.plan.encoding, ()):
+            self.storage.delete(name)
 
     def _strays(self) -> list[str]:
-        in_files = self.plan.encoding in ("images", "flat")
-        return stray_images(self.plan, self.storage) if in_files else []
+        return stray_images(self.plan, self.storage) if self.plan.encoding in IN_FILES else []
 
     def _num_rows(self, k: int, data: bytes) -> int | None:
         return self._format.num_rows(data)

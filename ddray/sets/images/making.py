@@ -52,6 +52,7 @@ def make_plan(
         dtype=config.student_dtype,
         decode_dtype=config.pixel_dtype,
         labels=_labels(config, student),
+        samples_per_prompt=config.images_per_prompt,
         **planned_fields(config, student, captions),
     )
 

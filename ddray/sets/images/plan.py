@@ -12,10 +12,14 @@ from ddray.errors import ConfigError
 from ddray.sets.labels import check_rule
 from ddray.sets.plan import SetPlan
 
-Encoding = Literal["parquet", "webdataset", "images", "flat", "npz"]
+Encoding = Literal["parquet", "webdataset", "images", "flat", "npz", "coco", "geneval"]
 Content = Literal["images", "tokens"]
 ImageFormat = Literal["png", "webp"]
 Compression = Literal["small", "fast"]
+
+IN_FILES = frozenset({"images", "flat", "coco", "geneval"})
+"""Encodings whose images are files, listed by their shards."""
+OF_CAPTIONS = frozenset({"coco", "geneval"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +31,8 @@ class ImagePlan(SetPlan):
         student_fingerprint: sha256 of the student's weights.
         schedule: As given to `Student.generate`.
         encoding: What a shard is: a Parquet file, a tar, or a list of files in folders by class
-            (images) or in one (flat). Of npz: Parquet, and all pixels in one array beside them.
+            (images), in one (flat, coco) or by prompt (geneval). Of npz: Parquet, and all pixels in
+            one array beside them.
         content: Images, or their tokens.
         image_format: Of the images.
         quality: Of lossy WebP, 1 to 100; None is lossless.
@@ -36,6 +41,7 @@ class ImagePlan(SetPlan):
         compression: Of the files: small, or fast, which takes a fraction of the time for the same
             pixels in other bytes.
         decode_dtype: Of its decoder; of sets that were begun before it was a setting, float32.
+        samples_per_prompt: Images of each prompt, of geneval.
         labels: How classes follow from the index: `balanced`, `random` or `in-order:M`; see
             `ddray.sets.labels`.
     """
@@ -63,9 +69,10 @@ class ImagePlan(SetPlan):
     )
     NOT_HASHED: ClassVar[frozenset[str]] = frozenset({"student", "count", "earlier_counts"})
     JOINED_LATER: ClassVar[frozenset[str]] = frozenset(
-        {"class_names", "compression", "dtype", "decode_dtype", "labels"}
+        {"class_names", "compression", "dtype", "decode_dtype", "labels", "samples_per_prompt"}
     )
     FORMATS: ClassVar[tuple[int, ...]] = (1, 2)
+    LEAST: ClassVar[dict[str, int]] = {**SetPlan.LEAST, "samples_per_prompt": 1}
 
     student: str
     student_fingerprint: str
@@ -79,6 +86,7 @@ class ImagePlan(SetPlan):
     dtype: str = "float32"
     decode_dtype: str = "float32"
     labels: str = "balanced"
+    samples_per_prompt: int = 1
     format: int = 2
 
     @property
@@ -96,7 +104,11 @@ class ImagePlan(SetPlan):
     @property
     def data_files(self) -> str:
         """Pattern of the files that hold the rows; see `SetPlan`."""
-        patterns = {"webdataset": "shards/*.tar", "images": "images/**", "flat": "images/**"}
+        patterns = {
+            "webdataset": "shards/*.tar",
+            "geneval": f"images/**/*.{self.image_format}",
+            **dict.fromkeys(IN_FILES - {"geneval"}, "images/**"),
+        }
         return patterns.get(self.encoding, super().data_files)
 
     @property
@@ -124,6 +136,7 @@ class ImagePlan(SetPlan):
                     f"{', '.join(get_args(choice))}"
                 )
         self._check_class_names()
+        self._check_prompts()
         check_rule(self.labels)
         if self.labels != "balanced" and self.conditioning == "text":
             raise ConfigError(
@@ -141,6 +154,23 @@ class ImagePlan(SetPlan):
             raise ConfigError(f"plan: quality={self.quality!r} is of lossy WebP images alone")
         if isinstance(self.quality, bool) or self.quality not in range(1, 101):
             raise ConfigError(f"plan: quality={self.quality!r} must be an integer from 1 to 100")
+
+    def _check_prompts(self) -> None:
+        if self.encoding in OF_CAPTIONS and self.conditioning == "class":
+            raise ConfigError(
+                f"plan: encoding={self.encoding!r} is of captions, but the student takes classes"
+            )
+        if self.encoding in OF_CAPTIONS and self.image_format != "png":
+            raise ConfigError(f"plan: encoding={self.encoding!r} takes image_format='png'")
+        if self.samples_per_prompt != 1 and self.encoding != "geneval":
+            raise ConfigError(
+                f"plan: samples_per_prompt={self.samples_per_prompt} is of encoding='geneval' alone"
+            )
+        if self.count % self.samples_per_prompt:
+            raise ConfigError(
+                f"plan: count={self.count} must be a multiple of {self.samples_per_prompt}, the "
+                "samples_per_prompt"
+            )
 
     def _check_class_names(self) -> None:
         names = self.class_names

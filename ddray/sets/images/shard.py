@@ -257,7 +257,7 @@ class TarShards(ShardFormat):
 
 
 class ListShards(ShardFormat):
-    """Image files in folders by class, or in one; the list of a shard's files makes it whole."""
+    """Image files in folders; the list of a shard's files makes it whole."""
 
     SUFFIX = "json"
 
@@ -311,21 +311,31 @@ FORMATS: dict[str, type[ShardFormat]] = {
     "images": ListShards,
     "flat": ListShards,
     "npz": ParquetShards,
+    "coco": ListShards,
+    "geneval": ListShards,
 }
 
 
 def image_name(plan: ImagePlan, index: int, label: Any) -> str:
     """Name of an image file: in a folder for its class, or for captions of its shard's number.
 
-    Of encoding flat all lie in one folder.
+    Of encodings flat and coco all lie in one folder, of geneval in one for each prompt.
     """
-    if plan.encoding == "flat":
+    if plan.encoding == "geneval":
+        prompt, sample = divmod(index, plan.samples_per_prompt)
+        return f"{_FOLDER}{prompt:05d}/samples/{sample:04d}.{plan.image_format}"
+    if plan.encoding in ("flat", "coco"):
         return f"{_FOLDER}{index:06d}.{plan.image_format}"
     if plan.conditioning == "class":
         folder = f"{label:0{len(str(plan.num_classes - 1))}d}"
     else:
         folder = f"{index // plan.shard_rows:05d}"
     return f"{_FOLDER}{folder}/{index:09d}.{plan.image_format}"
+
+
+def metadata_name(prompt: int) -> str:
+    """Name of the file that tells GenEval of a prompt, beside its images."""
+    return f"{_FOLDER}{prompt:05d}/metadata.jsonl"
 
 
 def stray_images(plan: ImagePlan, storage: Storage) -> list[str]:
@@ -337,6 +347,8 @@ def stray_images(plan: ImagePlan, storage: Storage) -> list[str]:
     index = np.arange(plan.count)
     label = plan.label(index) if plan.conditioning == "class" else index
     names = {image_name(plan, i, la) for i, la in zip(index.tolist(), label.tolist(), strict=True)}
+    if plan.encoding == "geneval":
+        names |= {metadata_name(i) for i in range(plan.count // plan.samples_per_prompt)}
     return [name for name in storage.list(_FOLDER) if name not in names]
 
 

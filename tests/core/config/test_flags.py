@@ -70,7 +70,7 @@ def test_every_choice_stands_in_the_help(verb, monkeypatch):
 
 def test_the_choices_of_a_key_are_those_that_it_takes():
     formats = choices_of(GenerateConfig.model_fields["format"])
-    assert formats == ["parquet", "webdataset", "images", "flat", "npz"]
+    assert formats == ["parquet", "webdataset", "images", "flat", "npz", "coco", "geneval"]
     distance = dict(fields_of(DistillConfig))["perceptual.distance"]
     assert choices_of(distance) == ["off", "tokenizer", "lpips"]
     assert choices_of(GenerateConfig.model_fields["count"]) == []

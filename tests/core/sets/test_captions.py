@@ -275,8 +275,8 @@ def test_a_file_in_another_encoding_is_refused(encoding: str, tmp_path: Path) ->
 
 
 def test_what_is_no_file_of_captions_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"captions='a.csv' must end in .parquet or .jsonl"):
-        opened("a.csv")
+    with pytest.raises(ConfigError, match=r"captions='a.doc' must end in .parquet, .jsonl, .txt"):
+        opened("a.doc")
     with pytest.raises(StorageError, match=r"cannot read captions .*a.parquet: no such file"):
         opened(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet").write_text("index,caption")

@@ -324,6 +324,33 @@ def test_captions_by_an_encoder(
     )
 
 
+@pytest.mark.parametrize("layout", ["coco", "geneval"])
+def test_layouts_of_benchmarks_from_their_own_prompts(
+    ray_local: None, text_student: str, tmp_path: Path, layout: str
+) -> None:
+    prompts = [{"tag": "two", "prompt": f"a cat, {i}"} for i in range(12)]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    settings: dict[str, Any] = {"captions": str(path), "format": layout, "count": 12}
+    settings["text_encoder"] = write_text_encoder(tmp_path / "encoder", WIDTH)
+    folder = tmp_path / "set"
+    generate(generating(text_student, folder, **settings))
+    before = contents(folder, "images", "shards")
+    last = folder / ("captions.txt" if layout == "coco" else "images/00002/metadata.jsonl")
+    written = last.read_bytes()
+    assert written == (
+        "".join(f"a cat, {i}\n" for i in range(12)).encode()
+        if layout == "coco"
+        else json.dumps(prompts[2]).encode()
+    )
+    last.unlink()
+    (folder / "shards/shard-00001.json").unlink()
+    lines = repair(str(folder), PoolConfig(workers=(1, 1)))
+    assert lines[-1] == f"wrote {last.relative_to(folder)}"
+    assert contents(folder, "images", "shards") == before and last.read_bytes() == written
+    assert verify(str(folder)) == []
+
+
 def test_captions_by_features(ray_local: None, text_student: str, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     features = [random.normal(size=(1 + i % LENGTH, WIDTH)).tolist() for i in range(25)]

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ddray.errors import ConfigError, ShardError, StorageError
 from ddray.report.image_file import decode_image, encode_png, encode_webp
+from ddray.sets.images.finishing import finish
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.plan import ImagePlan
-from ddray.sets.images.samples import write_samples
 from ddray.sets.inspection import describe, open_set, quarantine, verified, verify
 from ddray.sets.trajectories.plan import TrajectoryPlan
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
@@ -93,8 +93,7 @@ def fill(images: ImageSet, pixels: np.ndarray) -> list[int]:
         encode = encode_png if plan.image_format == "png" else encode_webp
         files = [encode(pixels[i % len(pixels)]) for i in index]
         images.write_shard(k, plan.label(index), files)
-    if images.lacking():
-        write_samples(images)
+    finish(images, images.lacking())
     return missing
 
 
