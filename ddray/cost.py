@@ -302,14 +302,14 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         teacher = _described(config.teacher or student.teacher or config.student)
     except DDRayError as error:
         return {"cost": f"unknown without the student: {one_line(error)}"}
-    stages, sweep = len(teacher.stages), math.prod(map(len, config.sweep.values()))
+    stages, sweep = len(teacher.stages), math.prod(map(len, config.sampling_sweep.values()))
     wanted = config.rows or ROWS
     passes = {
         "teacher": stages * sweep,
         "transport": 0 if config.data else stages,  # a set holds them already
         "skip": sum(stages - skip + 1 for skip in config.skip) * sweep,
     }
-    steps = [num_steps(parse_schedule(schedule, stages)) for schedule in config.schedules]
+    steps = [num_steps(parse_schedule(schedule, stages)) for schedule in config.student_schedules]
     jumps = (steps or range(1, student.jumps + 1)) if "student" in wanted else [0]
     return {
         "images_of_every_generator": config.num_images,

@@ -31,6 +31,7 @@ SWEPT: Mapping[str, Callable[[Any], Any]] = {
     "top_k": int,
     "top_p": float,
     "temperature": float,
+    "schedule": str,
 }
 _IMAGES = 5000
 
@@ -54,7 +55,8 @@ def _parse_sweep(value: Any) -> Any:
         key, equals, values = part.partition("=")
         if not equals or not values:
             raise ValueError(f'{part!r} must be KEY=VALUE,VALUE, as in "cfg=1.0,1.5 top_k=0,900"')
-        found[key] = values.split(",")
+        # Schedules hold commas themselves.
+        found[key] = values.split("/" if key == "schedule" else ",")
     return found
 
 
@@ -128,7 +130,7 @@ class EvaluateConfig(PoolConfig):
         (1, 2, 4, 8), description="of the masked model"
     )
     sweep: Annotated[Mapping[str, tuple[Any, ...]], BeforeValidator(_parse_sweep)] = Field(
-        {}, description='rows for each value, as in "cfg=1.0,1.5 top_k=0,900 temperature=1"'
+        {}, description='rows for each value, as in "cfg=1.0,1.5 top_k=0,900 schedule=0/0,80"'
     )
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="of the teacher; 0 = off")
@@ -143,6 +145,7 @@ class EvaluateConfig(PoolConfig):
     labels: Labels = "balanced"
     classes: Classes = Field((), description="that images are asked for by; absent = all")
     captions: Location | None = Field(None, description="captions of a text model's images")
+    caption_column: str | None = Field(None, description="of the captions; absent = caption")
     text_encoder: EncoderName | None = Field(
         None, description="T5 for captions without features; absent = google/flan-t5-xl"
     )
@@ -184,6 +187,16 @@ class EvaluateConfig(PoolConfig):
     def num_images(self) -> int:
         """Of every row of a model."""
         return self.count or _IMAGES
+
+    @property
+    def student_schedules(self) -> tuple[str, ...]:
+        """All that were given for the student."""
+        return (*self.schedules, *self.sweep.get("schedule", ()))
+
+    @property
+    def sampling_sweep(self) -> Mapping[str, tuple[Any, ...]]:
+        """What is swept of the teacher's sampling."""
+        return {key: values for key, values in self.sweep.items() if key != "schedule"}
 
     @property
     def network_dtype(self) -> str:

@@ -69,7 +69,7 @@ def _given(name: str, value: Any) -> str:
         return " ".join(f"{key}={_given(key, inner)}" for key, inner in value.items())
     if isinstance(value, tuple):
         # Schedules hold commas themselves.
-        return ("/" if name == "schedules" else ",").join(map(str, value))
+        return ("/" if name in ("schedule", "schedules") else ",").join(map(str, value))
     return str(value)
 
 

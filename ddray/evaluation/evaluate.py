@@ -123,10 +123,9 @@ def conclude(
         device=device,
     )
     look = Look(config, generators)
+    published = _published(generators)
     models = plan.models and generators.model_of(plan.generators[-1])
-    names: list[str | None] = (
-        [str(n) for n in models.config.get("class_names", ())] if models else []
-    )
+    names = class_names(models.config, published) if models else []
     speed = look.speed()
     quality, leading = judgement.quality, leading_of(judges)
     _add_ratio(quality, leading)
@@ -140,13 +139,23 @@ def conclude(
         "speed": speed,
         "transport": transport,
         "worst_classes": judgement.worst_classes(names),
-        "published": _published(plan.models),
+        "published": published,
         "protocol": protocol_of(config, features, judges, transport, settings),
         "settings": settings,
         "seconds": round(time.monotonic() - began, 1),
     }
     shown = [(name, images.numpy()) for name, images in pictures]
     return Evaluation(summary, shown, look.columns(names) if models else ())
+
+
+def class_names(config: Mapping[str, Any], published: Sequence[object]) -> list[str]:
+    """Names of a model's classes: its own, or for a model of the catalog those of ImageNet."""
+    names = config.get("class_names", ())
+    if not names and published:
+        from torchvision.models import ResNet18_Weights
+
+        names = ResNet18_Weights.DEFAULT.meta["categories"]
+    return [str(name) for name in names]
 
 
 def leading_of(judges: Sequence[Judge]) -> str:
@@ -172,12 +181,10 @@ def _add_seconds(quality: list[dict[str, Any]], speed: Sequence[Mapping[str, Any
         row["seconds_per_image"] = 1 / rates[f"batch_{max(sizes)}"] if sizes else None
 
 
-def _published(models: Mapping[str, str]) -> list[dict[str, Any]]:
-    for role in ("teacher", "student"):
-        rows = published_rows(models[role]) if role in models else []
-        if rows:
-            return rows
-    return []
+def _published(generators: Generators) -> list[dict[str, Any]]:
+    roles = [role for role in ("teacher", "student") if role in generators.plan.models]
+    found = (published_rows(getattr(generators, role).config) for role in roles)
+    return next((rows for rows in found if rows), [])
 
 
 def settings_of(

@@ -99,7 +99,7 @@ class Preparation:
                 )
 
     def _schedules_have_teacher(self) -> bool:
-        return any("teacher" in schedule for schedule in self.config.schedules)
+        return any("teacher" in schedule for schedule in self.config.student_schedules)
 
     def _teacher_name(self) -> str | None:
         config = self.config

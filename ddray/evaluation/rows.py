@@ -80,9 +80,9 @@ class Rows:
         settings |= {"top_p": config.top_p, "temperature": config.temperature}
         if config.cfg is None:
             settings["cfg"] = teacher.default_cfg
-        keys = list(config.sweep)
+        keys = list(config.sampling_sweep)
         found = []
-        for values in itertools.product(*config.sweep.values()):
+        for values in itertools.product(*config.sampling_sweep.values()):
             swept = dict(zip(keys, values, strict=True))
             suffix = "".join(f", {key} {value:g}" for key, value in swept.items())
             found.append((suffix, settings | swept))
@@ -111,7 +111,7 @@ class Rows:
         if student is None:
             return []
         found, trained = [], trained_schedules(student.config)
-        for schedule in dict.fromkeys(config.schedules or trained):
+        for schedule in dict.fromkeys(config.student_schedules or trained):
             parsed = parse_schedule(schedule, len(student.stages))
             name, steps = student_name(schedule, len(student.stages), trained), num_steps(parsed)
             if "teacher" not in schedule:

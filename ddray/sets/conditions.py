@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddray.config.generation import GenerateConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.method.model import Model
 from ddray.method.teacher import AskedFor
@@ -55,6 +56,10 @@ class TakesCaptions(Protocol):
     @property
     def captions(self) -> str | None:
         """URI of the file."""
+
+    @property
+    def caption_column(self) -> str | None:
+        """Where they stand in it."""
 
     @property
     def text_encoder(self) -> str | None:

@@ -39,8 +39,8 @@ NO_LOCATIONS = {
     "EvaluateConfig.metrics": "words",
     "EvaluateConfig.rows": "words",
     "EvaluateConfig.labels": "words",
-    "EvaluateConfig.column": "name of a column",
-    "ReferenceConfig.column": "name of a column",
+    "column": "its name",
+    "caption_column": "its name",
     "node_pool": "a label of nodes, in every config",
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import ddray
+from ddray.cli import _parsed, _resolve
 from ddray.config.evaluation import EvaluateConfig
+from ddray.config.flags import command_of
 from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError, DDRayError
 from ddray.evaluation.evaluate import evaluate
@@ -170,6 +173,43 @@ def test_a_sweep_is_a_row_for_each_value(tmp_path):
         "teacher, autoregressive, cfg 2, top_k 0",
         "teacher, autoregressive, cfg 2, top_k 8",
     ]
+
+
+def test_schedules_may_be_swept_too(tmp_path):
+    config = EvaluateConfig(**SHORT, count=4, sweep="schedule=0/0,2 cfg=1", out=tmp_path)
+    names = [row.name for row in Preparation(config).plan.generators if row.kind != "reference"]
+    assert names[1:5] == [
+        "teacher, autoregressive, cfg 1",
+        "teacher, by transport, cfg 1",
+        "student, 1 step",
+        "student, 2 steps (0,2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "told"),
+    [
+        ("cfg=1,x", "cfg=1,x are no numbers"),
+        ("cgf=1", "'cgf' cannot be swept; cfg, top_k, top_p, temperature, schedule can"),
+        ("cfg", "'cfg' must be KEY=VALUE,VALUE"),
+    ],
+)
+def test_a_sweep_of_something_else_is_refused(sweep, told):
+    with pytest.raises(ValueError, match=told):
+        EvaluateConfig(sweep=sweep)
+
+
+def test_the_command_of_a_config_is_one_that_gives_it(tmp_path):
+    config = EvaluateConfig(
+        **{**SHORT, "speed_batches": "off"},
+        sweep="cfg=1.0,2.0 schedule=0/0,2",
+        schedules="0,teacher:3-5/0",
+        keep_features=False,
+        workers="1:2",
+        out=str(tmp_path / "a b"),
+    )
+    _, verb, *words = shlex.split(command_of("evaluate", config))
+    assert _resolve(verb, _parsed(verb, words)) == config
 
 
 def test_the_teacher_may_write_the_first_stages_or_the_last(tmp_path):
