@@ -14,8 +14,8 @@ import torch
 from ddray.errors import ConfigError
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
-from ddray.evaluation.plan import SOURCES, Extractor, Generator
-from ddray.evaluation.planning import Judge
+from ddray.evaluation.judges import Judge
+from ddray.evaluation.plan import SOURCES, Extractor, Generator, Kind
 from ddray.evaluation.rows import AUTOREGRESSIVE
 from ddray.metrics.frechet import FeatureSums
 from ddray.metrics.measurement import METRICS, Measurement, ShardFeatures
@@ -229,3 +229,17 @@ class Judgement:
                 for k in worst
             ]
         return {row: worst for row, worst in found.items() if worst}
+
+
+def add_ratio(quality: Sequence[dict[str, Any]], leading: str, base: Kind = "teacher") -> None:
+    """Give each row the ratio of its leading metric, if that is a distance, to the teacher's.
+
+    Args:
+        quality: rows of a `Judgement`.
+        leading: key of the metric.
+        base: kind of the teacher's row.
+    """
+    theirs = next((row[leading] for row in quality if row["kind"] == base), None)
+    is_distance = any(m.key == leading and m.kind == "frechet" for m in METRICS.values())
+    for row in quality:
+        row["ratio"] = row[leading] / theirs if theirs and is_distance else None
