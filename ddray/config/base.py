@@ -65,14 +65,19 @@ def check_ordered(workers: tuple[int, int]) -> None:
 
 
 def check_gpus(num_gpus: float) -> None:
-    """Refuse a number of GPUs that Ray does not give to one process."""
+    """Refuse a number of GPUs that Ray does not give to a worker."""
     if num_gpus > 1:
         raise ValueError(
             f"num_gpus={num_gpus:g} is more than one: a worker computes on one GPU, and the others "
             "would be idle; give 1, or a part of one, and more workers"
         )
+    check_part_of_gpu("num_gpus", num_gpus)
+
+
+def check_part_of_gpu(key: str, num_gpus: float) -> None:
+    """Refuse a part of a GPU that is too small for Ray."""
     if 0 < num_gpus < _LEAST_GPU:
-        raise ValueError(f"num_gpus={num_gpus:g} is less than Ray counts, {_LEAST_GPU:g}")
+        raise ValueError(f"{key}={num_gpus:g} is less than Ray counts, {_LEAST_GPU:g}")
 
 
 def reserved_device(num_gpus: float) -> str:

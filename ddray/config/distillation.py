@@ -10,15 +10,19 @@ from ddray.config.base import (
     Job,
     LocalFile,
     Location,
+    Locations,
     ModelName,
     NodePool,
     SeedT,
+    Texts,
     WaitS,
     Workers,
     check_ordered,
+    check_part_of_gpu,
     parse_list,
     parse_off,
 )
+from ddray.config.metrics import MetricsConfig
 
 JumpStages = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(parse_list)
@@ -93,6 +97,21 @@ class MaskedConfig(Job):
     )
     cond_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of rows without their condition, for guidance"
+    )
+
+
+class CheckConfig(MetricsConfig):
+    """By what a student in training is judged."""
+
+    reference: Locations = Field(
+        (),
+        description="real images, as `ddray reference` leaves them in an .npz; absent = the "
+        "held-out digits, or the teacher's trajectories",
+    )
+    metrics: Texts = Field(
+        (),
+        description="as of `ddray evaluate`; absent = fd_digits,class_accuracy of digits, else "
+        "fid,is with a reference, and fd_codes without",
     )
 
 
@@ -202,6 +221,10 @@ class DistillConfig(Job):
         0, description="steps; a multiple of checkpoint_every; 0 = never"
     )
     evaluate_count: Annotated[int, Field(ge=10)] = Field(2000, description="images of each")
+    evaluate_gpus: Annotated[float, Field(ge=0, le=1)] = Field(
+        0, description="reserved for evaluations: 1, or a part of one; 0 = on a CPU"
+    )
+    evaluate: CheckConfig = CheckConfig()
     patience: Annotated[int, Field(ge=0)] = Field(
         0, description="stop after so many evaluations without a better one; 0 = never"
     )
@@ -217,6 +240,7 @@ class DistillConfig(Job):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_ordered(self.workers)
+        check_part_of_gpu("evaluate_gpus", self.evaluate_gpus)
         for workers in range(self.workers[0], self.workers[1] + 1):
             if self.batch_size % (workers * self.accumulation):
                 raise ValueError(

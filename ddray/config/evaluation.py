@@ -1,7 +1,7 @@
 """What `ddray evaluate` can be told."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -12,9 +12,7 @@ from ddray.config.base import (
     EncoderName,
     GpuGigabytes,
     Labels,
-    LocalFile,
     Location,
-    Locations,
     ModelName,
     NetworkDtype,
     PoolConfig,
@@ -24,6 +22,7 @@ from ddray.config.base import (
     decoder_dtype,
     parse_list,
 )
+from ddray.config.metrics import MetricsConfig
 
 ROWS = ("reconstruction", "teacher", "transport", "student", "skip", "independent", "masked")
 SWEPT: Mapping[str, Callable[[Any], Any]] = {
@@ -60,7 +59,7 @@ def _parse_sweep(value: Any) -> Any:
     return found
 
 
-class EvaluateConfig(PoolConfig):
+class EvaluateConfig(MetricsConfig, PoolConfig):
     """`ddray evaluate`: how good images are, of a student beside its teacher or of anyone."""
 
     EXAMPLE: ClassVar[str] = "ddray evaluate --student digits-var-dd --count 1000"
@@ -88,30 +87,6 @@ class EvaluateConfig(PoolConfig):
         ".npz with arr_0, or a set of ddray's",
     )
     out: Location = Field("runs/evaluate", description="URI of the report")
-
-    reference: Locations = Field(
-        (),
-        description="real images: an .npz of `ddray reference`, ADM's, pytorch-fid's, a .pth of "
-        "the authors of Distilled Decoding, or images, as samples; absent = the held-out digits",
-    )
-    metrics: Texts = Field(
-        (),
-        description="such as fid,sfid,is,kid,precision,recall,fd_dinov2,fd_efficientnet; absent = "
-        "fd_digits,class_accuracy of digits, else fid,is",
-    )
-    inception: LocalFile | None = Field(
-        None, description="weights of FID's network; absent = where PyTorch keeps downloads"
-    )
-    any_inception: bool = Field(False, description="take other weights, whose distance is no FID")
-    resize: Literal["pytorch-fid", "tensorflow"] = Field(
-        "pytorch-fid",
-        description="to Inception's 299 pixels: as pytorch-fid, or as ADM's evaluator and "
-        "torch-fidelity",
-    )
-    splits: Literal["adm", "torch-fidelity"] = Field("adm", description="of the Inception Score")
-    efficientnet: LocalFile | None = Field(None, description="weights; absent = of the package")
-    dinov2: LocalFile | None = Field(None, description="folder of DINOv2, as transformers has it")
-    clip: LocalFile | None = Field(None, description="folder of CLIP, likewise")
 
     rows: Texts = Field(
         (),

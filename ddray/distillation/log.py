@@ -4,6 +4,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,26 @@ def draw(out: str, line: dict[str, Any], picture: npt.NDArray[np.uint8]) -> None
 
     Args:
         out: URI of the run.
-        line: the figures, and the step.
+        line: of `evaluations.jsonl`.
         picture: uint8 [H, W, C].
     """
     from tensorboardX import SummaryWriter
 
     with tempfile.TemporaryDirectory(prefix="ddray-") as folder:
         with SummaryWriter(folder, filename_suffix=f".step-{line['step']}") as board:
-            _add_scalars(board, line)
+            _add_scalars(board, {"step": line["step"], **_figures(line["quality"])})
             board.add_image("same_noise", picture, line["step"], dataformats="HWC")
         _copy(folder, out)
+
+
+def _figures(quality: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Curves of all rows: a student's end in its steps, such as fid_1."""
+    found: dict[str, float] = {}
+    for row in quality:
+        whose = row["steps"] if row["generator"].startswith("student") else "teacher"
+        figures = {k: v for k, v in row.items() if k not in ("generator", "steps", "images")}
+        found |= {f"{key}_{whose}": v for key, v in figures.items() if v is not None}
+    return found
 
 
 def _add_scalars(board: Any, line: dict[str, Any]) -> None:

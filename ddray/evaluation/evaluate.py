@@ -21,16 +21,16 @@ from ddray.config.base import reserved_device
 from ddray.config.evaluation import EvaluateConfig
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
-from ddray.evaluation.judging import Judgement
+from ddray.evaluation.judges import Judge, leading_of
+from ddray.evaluation.judging import Judgement, add_ratio
 from ddray.evaluation.look import Look
 from ddray.evaluation.making import FeatureMaker
 from ddray.evaluation.plan import Generator
-from ddray.evaluation.planning import Judge, Preparation
+from ddray.evaluation.planning import Preparation
 from ddray.evaluation.published_tables import published_rows
 from ddray.evaluation.rows import NAIVE, RECONSTRUCTION
 from ddray.metrics.fd_digits import DigitsNetwork
 from ddray.metrics.frechet import FeatureStatistics
-from ddray.metrics.measurement import METRICS
 from ddray.models.zoo import METRIC_FOLDER
 from ddray.progress import Progress
 from ddray.storage import open_storage
@@ -128,7 +128,7 @@ def conclude(
     names = class_names(models.config, published) if models else []
     speed = look.speed()
     quality, leading = judgement.quality, leading_of(judges)
-    _add_ratio(quality, leading)
+    add_ratio(quality, leading)
     _add_seconds(quality, speed)
     transport = look.transport() if models else None
     pictures = look.pictures() if models else []
@@ -156,20 +156,6 @@ def class_names(config: Mapping[str, Any], published: Sequence[object]) -> list[
 
         names = ResNet18_Weights.DEFAULT.meta["categories"]
     return [str(name) for name in names]
-
-
-def leading_of(judges: Sequence[Judge]) -> str:
-    """Key of the metric that rows are compared by: the first Frechet distance, or the first."""
-    metrics = [METRICS[name] for judge in judges for name in judge.metrics]
-    return next((m.key for m in metrics if m.kind == "frechet"), metrics[0].key)
-
-
-def _add_ratio(quality: list[dict[str, Any]], leading: str) -> None:
-    """To the best of the teacher's rows, of distances alone."""
-    base = min((row[leading] for row in quality if row["kind"] == "teacher"), default=0)
-    is_distance = any(m.key == leading and m.kind == "frechet" for m in METRICS.values())
-    for row in quality:
-        row["ratio"] = row[leading] / base if base and is_distance else None
 
 
 def _add_seconds(quality: list[dict[str, Any]], speed: Sequence[Mapping[str, Any]]) -> None:

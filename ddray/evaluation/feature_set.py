@@ -136,6 +136,30 @@ class FeatureSet:
         return [task for task in self.plan.tasks if task.generator == generator]
 
 
+class HeldFeatures(FeatureSet):
+    """Features that nobody comes back to: they are held in memory, and nothing is written."""
+
+    def __init__(self, storage: Storage, plan: EvaluationPlan):
+        super().__init__(storage, plan)
+        self._held: dict[str, ShardFeatures] = {}
+
+    def write(
+        self,
+        task: Task,
+        features: dict[str, ShardFeatures],
+        tokens: npt.NDArray[np.unsignedinteger] | None = None,
+    ) -> None:
+        """Hold the features of a task by every extractor."""
+        for extractor, name in zip(self.plan.extractors, self.plan.names(task), strict=True):
+            self._held[name] = features[extractor.name]
+
+    def shards(self, generator: Generator, extractor: Extractor) -> Iterator[ShardFeatures]:
+        """Features of all images of a generator, in order."""
+        place = self.plan.extractors.index(extractor)
+        for task in self._tasks(generator):
+            yield self._held[self.plan.names(task)[place]]
+
+
 def _npy(tokens: npt.NDArray[np.unsignedinteger]) -> bytes:
     stream = io.BytesIO()
     np.save(stream, tokens, allow_pickle=False)

@@ -14,8 +14,8 @@ import torch
 from ddray.errors import ConfigError
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
-from ddray.evaluation.plan import SOURCES, Extractor, Generator
-from ddray.evaluation.planning import Judge
+from ddray.evaluation.judges import Judge
+from ddray.evaluation.plan import SOURCES, Extractor, Generator, Kind
 from ddray.metrics.frechet import FeatureStatistics, FeatureSums
 from ddray.metrics.measurement import METRICS, Measurement, ShardFeatures
 from ddray.metrics.network import POOL, SPATIAL
@@ -237,3 +237,17 @@ class Judgement:
                 for k in worst
             ]
         return {row: worst for row, worst in found.items() if worst}
+
+
+def add_ratio(quality: Sequence[dict[str, Any]], leading: str, base: Kind = "teacher") -> None:
+    """Give each row the ratio of its leading metric, if that is a distance, to the best teacher's.
+
+    Args:
+        quality: rows of a `Judgement`.
+        leading: key of the metric.
+        base: kind of the teacher's row.
+    """
+    theirs = min((row[leading] for row in quality if row["kind"] == base), default=0)
+    is_distance = any(m.key == leading and m.kind == "frechet" for m in METRICS.values())
+    for row in quality:
+        row["ratio"] = row[leading] / theirs if theirs and is_distance else None

@@ -3,7 +3,6 @@
 All that can be known without work is known here, on the driver, before a GPU is held.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +13,12 @@ from ddray.config.evaluation import EvaluateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError
 from ddray.evaluation.feature_set import FeatureSet
+from ddray.evaluation.judges import Judges
 from ddray.evaluation.making import source_settings
-from ddray.evaluation.plan import EvaluationPlan, Extractor, Generator
+from ddray.evaluation.plan import EvaluationPlan, Generator
 from ddray.evaluation.rows import SAMPLES, Rows
 from ddray.method.model import Model
-from ddray.metrics.fd_digits import DigitsNetwork, makes_digits
-from ddray.metrics.loading import load_network
-from ddray.metrics.measurement import METRICS, check_metrics
-from ddray.metrics.network import FeatureNetwork
-from ddray.metrics.reference import Reference
-from ddray.models.zoo import METRIC_FOLDER, load_masked, load_student, load_teacher
+from ddray.models.zoo import load_masked, load_student, load_teacher
 from ddray.sets.batch_size import batch_size
 from ddray.sets.captions import Cut, cut_captions
 from ddray.sets.conditions import check_encoder, encoder_name, open_captions
@@ -32,26 +27,6 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.sources import ImageSource, open_source
 from ddray.storage import open_storage
 from ddray.storage.caption_file import CaptionFile
-
-_REFERENCE_FILES = (".npz", ".pth", ".pt")
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A feature network, its metrics, and the real images that they compare with.
-
-    Attributes:
-        extractor: the network, as workers load it.
-        metrics: names of METRICS.
-        reference: as far as a file tells; None where no metric takes one, or it is images alone.
-        measured: the generator whose images are the reference, or the sample of them that some
-            metrics compare with; None where the file has all that is needed.
-    """
-
-    extractor: Extractor
-    metrics: tuple[str, ...]
-    reference: Reference | None = None
-    measured: Generator | None = None
 
 
 class Preparation:
@@ -75,7 +50,10 @@ class Preparation:
             self.source = self._open(config.samples)
         else:
             self._load()
-        self.judges = self._judges()
+        model = None if self.source is not None else self.model
+        count = config.num_images if self.source is None else self._sample_count()
+        judges = Judges(config, count, model, self._real)
+        self.judges, self._is_digits = judges.all(), judges.is_digits
         self.plan = self._plan()
 
     def _load(self) -> None:
@@ -176,7 +154,7 @@ class Preparation:
         if self.source is not None:
             return (self._of_source(SAMPLES, "samples", self.source, self._sample_count()),)
         rows = Rows(self.config, self.models, self.classes)
-        return rows.all(self.trajectories, self.is_digits)
+        return rows.all(self.trajectories, self._is_digits)
 
     def _sample_count(self) -> int:
         assert self.source is not None
@@ -189,102 +167,14 @@ class Preparation:
         config = self.config
         return open_source(uri, column=config.column, size=config.size, convert=config.convert)
 
+    def _real(self, uri: str) -> Generator:
+        images = self._open(uri)
+        return self._of_source(f"reference {images.uri}", "reference", images, images.count)
+
     def _of_source(self, name: str, kind: Any, source: ImageSource, count: int) -> Generator:
         config = self.config
         options = {"column": config.column, "size": config.size, "convert": config.convert}
         return Generator(name, kind, count, None, source_settings(source, **options))
-
-    @cached_property
-    def is_digits(self) -> bool:
-        """Whether images are the grey digits that the bundled classifier judges."""
-        return bool(self.models) and makes_digits(self.model)
-
-    @cached_property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        if self.config.metrics:
-            return self.config.metrics
-        if self.is_digits and not self.config.reference:
-            return ("fd_digits", "class_accuracy")
-        return ("fid", "is")
-
-    def _network(self, name: str) -> tuple[str, str | None]:
-        """Name of a metric's network as `load_network` has it, and where its weights lie."""
-        config = self.config
-        if name == "inception":
-            full = "inception" if config.resize == "pytorch-fid" else "inception-tensorflow"
-            return full, config.inception
-        if name == "digits":
-            return name, str(METRIC_FOLDER)
-        return name, getattr(config, name)
-
-    def _judges(self) -> list[Judge]:
-        for name in self.metrics:
-            if name not in METRICS:
-                raise ConfigError(f"metric {name!r} is not one of {', '.join(METRICS)}")
-        found = []
-        for network in dict.fromkeys(METRICS[name].network for name in self.metrics):
-            metrics = tuple(name for name in self.metrics if METRICS[name].network == network)
-            full, source = self._network(network)
-            if network == "digits" and not self.is_digits and self.source is None:
-                raise ConfigError(
-                    f"{self.model.name} does not make grey 28x28 digits of ten classes; "
-                    f"{metrics[0]} is defined on those"
-                )
-            if "class_accuracy" in metrics and self.source is not None:
-                raise ConfigError("class_accuracy is of models, which are asked for classes")
-            loaded = load_network(full, source, any_weights=self.config.any_inception)
-            found.append(self._judge(loaded, source, metrics))
-        return found
-
-    def _judge(
-        self, network: FeatureNetwork, source: str | None, metrics: tuple[str, ...]
-    ) -> Judge:
-        """What the metrics of a network need, refused where it is not there."""
-        kinds = {METRICS[name].kind for name in metrics}
-        extractor = Extractor(
-            *(network.name, source, self.config.any_inception, network.fingerprint),
-            tuple(sorted({METRICS[name].layer for name in metrics})),
-        )
-        reference, images = None, None
-        if kinds & {"frechet", "kernel", "manifold"}:
-            reference, images = self._reference_of(network)
-        count = self.config.num_images if self.source is None else self._sample_count()
-        check_metrics(metrics, network.name, count, reference)
-        if reference is None or images is None:
-            return Judge(extractor, metrics, reference)
-        if reference.statistics and not kinds & {"kernel", "manifold"}:
-            return Judge(extractor, metrics, reference)
-        return Judge(extractor, metrics, reference, self._measured(images))
-
-    def _measured(self, images: ImageSource) -> Generator:
-        return self._of_source(f"reference {images.uri}", "reference", images, images.count)
-
-    def _reference_of(self, network: FeatureNetwork) -> tuple[Reference | None, ImageSource | None]:
-        """The reference that fits a network, and its images where they are to be measured."""
-        if isinstance(network, DigitsNetwork):  # its metrics are distances to the held-out digits
-            return network.reference, None
-        refusal: ConfigError | None = None
-        for uri in self.config.reference:
-            if not uri.endswith(_REFERENCE_FILES):
-                return self._only_images(uri)
-            reference = Reference.load(uri)
-            if not reference.statistics:
-                return self._only_images(uri)
-            try:
-                reference.check(network)
-            except ConfigError as error:
-                refusal = error
-                continue
-            has_images = reference.features is None and reference.num_images
-            return reference, self._open(uri) if has_images else None
-        if refusal is not None:
-            raise refusal
-        return None, None
-
-    def _only_images(self, uri: str) -> tuple[Reference, ImageSource]:
-        images = self._open(uri)
-        return Reference(images.uri, {}, num_images=images.count), images
 
     def _plan(self) -> EvaluationPlan:
         config = self.config

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ddray.config.evaluation import EvaluateConfig
@@ -31,6 +32,14 @@ def trained_schedules(config: Mapping[str, Any]) -> list[str]:
     """Those that a student was trained for: its first jump, its first two, and so on."""
     trained = tuple(config.get("schedule", (0,)))
     return [",".join(map(str, trained[:n])) for n in range(1, len(trained) + 1)]
+
+
+def student_row(student: Model, schedule: str, count: int) -> Generator:
+    """The row of a student alone along a schedule."""
+    stages = len(student.stages)
+    name = student_name(schedule, stages, trained_schedules(student.config))
+    steps = num_steps(parse_schedule(schedule, stages))
+    return Generator(name, "student", count, steps, {"schedule": schedule})
 
 
 def _plural(steps: int) -> str:
@@ -110,22 +119,16 @@ class Rows:
         student, config = self.models.get("student"), self.config
         if student is None:
             return []
-        found, trained = [], trained_schedules(student.config)
-        for schedule in dict.fromkeys(config.student_schedules or trained):
-            parsed = parse_schedule(schedule, len(student.stages))
-            name, steps = student_name(schedule, len(student.stages), trained), num_steps(parsed)
-            if "teacher" not in schedule:
-                settings = {"schedule": schedule}
-                found.append(Generator(name, "student", config.num_images, steps, settings))
+        found = []
+        for schedule in dict.fromkeys(
+            config.student_schedules or trained_schedules(student.config)
+        ):
+            row = student_row(student, schedule, config.num_images)
+            if not row.uses_teacher:
+                found.append(row)
                 continue
             found += [
-                Generator(
-                    name + suffix,
-                    "student",
-                    config.num_images,
-                    steps,
-                    {"schedule": schedule, **sampling},
-                )
+                replace(row, name=row.name + suffix, settings={**row.settings, **sampling})
                 for suffix, sampling in self._sampling()
             ]
         return found

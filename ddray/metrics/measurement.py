@@ -49,6 +49,11 @@ class Metric(NamedTuple):
     key: str
     images: int = 2
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Of scores and shares; the others are distances."""
+        return self.kind in ("manifold", "score", "accuracy")
+
 
 _MANIFOLD = ("precision", "recall", "density", "coverage")
 

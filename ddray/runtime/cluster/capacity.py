@@ -1,6 +1,7 @@
 """Whether the nodes of a cluster hold what a job asks for, and waiting for those it can get."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ddray.errors import ClusterError
@@ -27,6 +28,7 @@ def require(
     num_gpus: float,
     wait_s: float | None = None,
     node_pool: str | None = None,
+    beside: tuple[float, float] | None = None,
 ) -> None:
     """Refuse a job that the cluster cannot run, at once or after a wait for nodes.
 
@@ -39,32 +41,37 @@ def require(
         num_gpus: of a worker.
         wait_s: for nodes; None = half an hour where the cluster grows by itself, else not at all.
         node_pool: label of the nodes that count; None = all.
+        beside: CPUs and GPUs of one more process, which must fit at the same time.
 
     Raises:
         ClusterError: with what is asked for and what there is.
     """
     labels = node_labels(node_pool)
-    if _room(num_cpus, num_gpus, labels) >= workers:
+    if _room(num_cpus, num_gpus, labels, beside) >= workers:
         return
     if wait_s is None:
         wait_s = _GROWING_WAIT_S if _autoscaler_state() is not None else 0.0
     on = f" on nodes with the label {NODE_POOL_LABEL}={node_pool}" if node_pool else ""
-    asked = f"{what} asks for {workers} workers of {num_cpus:g} CPUs and {num_gpus:g} GPUs{on}"
+    asked = f"{what} asks for {workers} workers of {num_cpus:g} CPUs and {num_gpus:g} GPUs"
+    if beside:
+        asked += f" beside one of {beside[0]:g} CPUs and {beside[1]:g} GPUs"
+    asked += on
 
     def refusal(how: str) -> ClusterError:
         return ClusterError(
-            f"{asked}, {how} {_there(num_cpus, num_gpus, labels)}; "
+            f"{asked}, {how} {_there(num_cpus, num_gpus, labels, beside)}; "
             "ask for fewer or smaller workers, or a larger cluster"
         )
 
     if not wait_s:
         raise refusal("but")
-    bundle = {name: number for name, number in (("CPU", num_cpus), ("GPU", num_gpus)) if number}
+    sizes = [(num_cpus, num_gpus)] * workers + ([beside] if beside else [])
+    kind = "GPU" if any(gpus for _, gpus in sizes) else "CPU"
     deadline = time.monotonic() + wait_s
-    demand = _Demand(workers, bundle, labels)
+    demand = _Demand(sizes, labels)
     try:
-        while _room(num_cpus, num_gpus, labels) < workers:
-            if demand.is_beyond_reach() and not _busy(labels, "GPU" if num_gpus else "CPU"):
+        while _room(num_cpus, num_gpus, labels, beside) < workers:
+            if demand.is_beyond_reach() and not _busy(labels, kind):
                 raise refusal("more than this cluster can grow to; now")
             if time.monotonic() >= deadline:
                 raise refusal(f"but after {wait_s:g} s")
@@ -81,11 +88,13 @@ class _Demand:
     that nobody uses; and two jobs would overwrite each other's.
     """
 
-    def __init__(self, workers: int, bundle: dict[str, float], labels: dict[str, str]):
+    def __init__(self, sizes: Sequence[tuple[float, float]], labels: dict[str, str]):
         from ray.util.placement_group import placement_group
 
-        selectors = [labels] * workers if labels else None
-        self._group = placement_group([bundle] * workers, bundle_label_selector=selectors)  # type: ignore[arg-type]
+        names = ("CPU", "GPU")
+        bundles = [{n: part for n, part in zip(names, size, strict=True) if part} for size in sizes]
+        selectors = [labels] * len(bundles) if labels else None
+        self._group = placement_group(bundles, bundle_label_selector=selectors)  # type: ignore[arg-type]
 
     def is_beyond_reach(self) -> bool:
         """Whether the autoscaler says that no nodes which it may still start would do."""
@@ -131,12 +140,17 @@ def nodes_with(labels: dict[str, str]) -> list[dict[str, Any]]:
     return [node for node in alive if labels.items() <= node["Labels"].items()]
 
 
-def _there(num_cpus: float, num_gpus: float, labels: dict[str, str]) -> str:
+def _there(
+    num_cpus: float,
+    num_gpus: float,
+    labels: dict[str, str],
+    beside: tuple[float, float] | None = None,
+) -> str:
     """What there is, for people."""
     nodes = nodes_with(labels)
     cpus, gpus = (sum(n["Resources"].get(what, 0) for n in nodes) for what in ("CPU", "GPU"))
     return (
-        f"the cluster has room for {_room(num_cpus, num_gpus, labels)}: {cpus:g} CPUs and "
+        f"the cluster has room for {_room(num_cpus, num_gpus, labels, beside)}: {cpus:g} CPUs and "
         f"{gpus:g} GPUs on {len(nodes)} such nodes"
     )
 
@@ -157,9 +171,31 @@ def most_of(
     return needed * has.get("CPU", 0), needed * has.get("GPU", 0)
 
 
-def _room(num_cpus: float, num_gpus: float, labels: dict[str, str]) -> int:
-    """How many workers fit at the same time."""
-    return sum(_fits(node, num_cpus, num_gpus) for node in nodes_with(labels))
+def _room(
+    num_cpus: float,
+    num_gpus: float,
+    labels: dict[str, str],
+    beside: tuple[float, float] | None = None,
+) -> int:
+    """How many workers fit at the same time, and one process of another size."""
+    nodes = nodes_with(labels)
+    fits = [_fits(node, num_cpus, num_gpus) for node in nodes]
+    if beside is None:
+        return sum(fits)
+    # It is to stand where it costs the fewest workers.
+    costs = [
+        fit - _fits(_without(node, *beside), num_cpus, num_gpus)
+        for node, fit in zip(nodes, fits, strict=True)
+        if _fits(node, *beside)
+    ]
+    return sum(fits) - min(costs) if costs else 0
+
+
+def _without(node: dict[str, Any], num_cpus: float, num_gpus: float) -> dict[str, Any]:
+    """A node with that much taken."""
+    has = node["Resources"]
+    left = {"CPU": has.get("CPU", 0) - num_cpus, "GPU": has.get("GPU", 0) - num_gpus}
+    return {**node, "Resources": left}
 
 
 def _fits(node: dict[str, Any], num_cpus: float, num_gpus: float) -> int:

@@ -60,6 +60,8 @@ _FREE_TO_CHANGE = {
     "log_every",
     "evaluate_every",
     "evaluate_count",
+    "evaluate_gpus",
+    "evaluate",
     "patience",
     "max_failures",
     "max_bad_steps",

@@ -15,7 +15,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.distillation.order import default_lanes
 from ddray.distillation.perceptual import check_lpips
 from ddray.errors import ConfigError, StoppedError, TrainingError
-from ddray.evaluation.student_check import check_student, require_classes
+from ddray.evaluation.student_check import check_evaluations, check_student
 from ddray.method.schedule import default_schedule
 from ddray.method.teacher import Teacher
 from ddray.models.zoo import continue_student, load_teacher
@@ -52,6 +52,7 @@ from ddray.storage.run_folder import (
 
 # A group of processes has at least so long to come up and meet in its first collective.
 _MEETING_S = 600
+_CHECK_CPUS = 1
 
 
 def _load_matching_teacher(config: DistillConfig, trajectories: TrajectorySet) -> Teacher:
@@ -128,7 +129,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     sound = trainable_shards(trajectories, allow_partial=config.allow_partial, follow=config.follow)
     shards = None if config.follow or len(sound) == trajectories.plan.num_shards else sound
     if config.evaluate_every:
-        require_classes(trajectories.plan)
+        check_evaluations(config, trajectories, teacher)
     lanes = _lanes(config, trajectories.plan.num_shards)
     identity = run_identity(config, lanes, shards, trajectories.plan.hash)
     check_claim(config, identity)
@@ -172,8 +173,14 @@ def _train(
     storage = open_storage(config.out)
     with connect(), probing([config.out]) as probes:
         gpus = int(config.use_gpu)
+        fewest, most = config.workers
+        beside: tuple[float, float] | None = (_CHECK_CPUS, config.evaluate_gpus)
+        if not (config.evaluate_every and config.evaluate_gpus):
+            beside, most = None, fewest
+        # Workers that come later must not take the GPU that evaluations wait for.
         require(
-            "distillation", config.workers[0], config.threads, gpus, config.wait_s, config.node_pool
+            *("distillation", most, config.threads, gpus, config.wait_s, config.node_pool),
+            beside=beside,
         )
         probes = [Probe(config.data, MANIFEST, writable=False), *probes]
         preflight(config.threads, gpus, config.node_pool, [teacher], probes)
@@ -183,7 +190,7 @@ def _train(
         job = {"config": config.model_dump(mode="json"), "lanes": lanes, "shards": shards}
         job["earlier"] = without_a_cut_list(storage, name)
         with EventLog(storage, workers=config.workers, steps=config.steps) as events:
-            step = _fit(config, name, job, teacher, events, lease)
+            step = _fit(config, name, job, events, lease)
         drop_replaced(storage)
     return step
 
@@ -193,25 +200,24 @@ def read_history(out: str) -> list[dict[str, float]]:
     return read_lines(open_storage(out), METRICS_FILE)
 
 
-def _validation(config: DistillConfig, teacher: str, board: Any) -> Any:
+def _validation(config: DistillConfig, board: Any) -> Any:
     """What Train runs beside the training, in a task of its own, on checkpoints."""
     from ray.train import ValidationConfig
 
     def validate(checkpoint: Any) -> dict[str, Any]:
         torch.set_num_threads(1)
         with checkpoint.as_directory() as folder:
-            line = check_student(
-                f"{folder}/{STUDENT_FOLDER}",
-                config.data,
-                config.out,
-                config.evaluate_count,
-                teacher,
-            )
+            line = check_student(f"{folder}/{STUDENT_FOLDER}", config)
         if config.patience and line["worse_in_a_row"] >= config.patience:
             board.stop.remote()
         return line
 
-    beside = {"num_cpus": 1, "max_retries": 1, "label_selector": node_labels(config.node_pool)}
+    beside = {
+        "num_cpus": _CHECK_CPUS,
+        "num_gpus": config.evaluate_gpus,
+        "max_retries": 1,
+        "label_selector": node_labels(config.node_pool),
+    }
     return ValidationConfig(validate, ray_remote_kwargs=beside)
 
 
@@ -219,7 +225,6 @@ def _fit(
     config: DistillConfig,
     name: str,
     job: dict[str, Any],
-    teacher: str,
     events: EventLog,
     lease: Lease,
 ) -> int:
@@ -246,7 +251,7 @@ def _fit(
     filesystem, path = arrow_filesystem(config.out)
     trainer = TorchTrainer(
         work,
-        validation_config=_validation(config, teacher, board) if config.evaluate_every else None,
+        validation_config=_validation(config, board) if config.evaluate_every else None,
         train_loop_config={**job, "board": board},
         # A hung collective is the watchdog's to notice; this is for a group that never meets.
         torch_config=process_group(int(max(config.step_timeout_s, _MEETING_S))),

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import reduce
 
 import pytest
 from pydantic.fields import FieldInfo
@@ -81,10 +82,11 @@ def test_every_switch_can_be_turned_on_and_off(verb, capsys):
     for path, field in fields_of(_config_class(verb)):
         if not (isinstance(field.default, bool) or field.annotation == bool | None):
             continue
-        flag = path.replace("_", "-")
+        flag, keys = path.replace("_", "-"), path.split(".")
         for name, value in ((f"--{flag}", True), (f"--no-{flag}", False)):
             arguments = _job_parser(verb).parse_args([name])
-            assert given_values(arguments) == {path: value}
+            nested = reduce(lambda inner, key: {key: inner}, reversed(keys), value)
+            assert given_values(arguments) == nested
         assert f"--{flag}, --no-{flag}" in _job_parser(verb).format_help()
     capsys.readouterr()
 
