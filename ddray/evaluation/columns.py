@@ -60,7 +60,8 @@ def quality_columns(rows: Sequence[Mapping[str, Any]], leading: str | None = Non
         leading: key of the metric that comes first, with its ratio.
     """
     settings = [row.get("settings") or {} for row in rows]
-    differing = [key for key in SWEPT if len({str(s[key]) for s in settings if key in s}) > 1]
+    swept = [key for key in SWEPT if key != "schedule"]  # which the names of rows tell
+    differing = [key for key in swept if len({str(s[key]) for s in settings if key in s}) > 1]
     metrics = metrics_of(rows)
     if leading in metrics:
         metrics = [leading, *(key for key in metrics if key != leading)]

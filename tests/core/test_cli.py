@@ -108,7 +108,7 @@ def test_the_help_of_a_job_shows_every_key_with_its_default(
         start = next(
             i for i, x in enumerate(lines) if x.strip().startswith(f"--{name}".replace("_", "-"))
         )
-        text = " ".join(lines[start : start + 2])
+        text = " ".join(lines[start : start + 3])
         if default is not None and not isinstance(default, bool | tuple):
             assert f"(default: {default})" in text
     for flag in ("--config FILE", "--set KEY.PATH=VALUE", "--dry-run", "--preset"):
@@ -134,7 +134,7 @@ def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
     for words, completed in (
         (["ge"], "generate"),
         (["generate", "--for"], "--format"),
-        (["generate", "--format", ""], "parquet webdataset images flat npz"),
+        (["generate", "--format", ""], "parquet webdataset images flat npz coco geneval"),
         (["serve", "--no-"], "--no-teacher --no-access-log"),
         (["distill", "--perceptual.dist"], "--perceptual.distance"),
         (["quickstart", "--preset", "t"], "tiny"),

@@ -36,7 +36,7 @@ NO_LOCATIONS = {
     "GenerateConfig.labels": "words",
     "EvaluateConfig.schedules": "numbers of stages",
     "EvaluateConfig.sweep": "numbers",
-    "EvaluateConfig.metrics": "words",
+    "metrics": "words",
     "EvaluateConfig.rows": "words",
     "EvaluateConfig.labels": "words",
     "column": "its name",

@@ -275,8 +275,11 @@ REFUSED = {
     "no weights": ({"metrics": "fid", "inception": "none.pth"}, "none.pth does not exist"),
     "few": ({"metrics": "kd_digits"}, "kd_digits takes at least 1000 images, and there are 20"),
     "no reference": ({"metrics": "fd_efficientnet"}, "give their reference"),
-    "images": ({"metrics": "fd_digits", "reference": "real"}, "would be taken anew at every"),
-    "other network": ({"metrics": "fd_digits", "reference": "other.npz"}, "was made by others"),
+    "images": ({"metrics": "fd_efficientnet", "reference": "real"}, "would be taken anew at every"),
+    "other network": (
+        {"metrics": "fd_efficientnet", "reference": "other.npz"},
+        "was made by others",
+    ),
     "only statistics": (
         {"metrics": "recall_digits", "reference": "thin.npz"},
         "cannot serve recall_digits: it holds no images",
