@@ -137,7 +137,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     [
         (SampleConfig, ["cuont=3"], "unknown key 'cuont'; did you mean 'count'?"),
         (QuickstartConfig, ["sample.cuont=3"], "unknown key 'sample.cuont'; did you mean 'count'?"),
-        (SampleConfig, ["qqq=3"], "unknown key 'qqq'; known are batch_size, captions, cfg"),
+        (
+            SampleConfig,
+            ["qqq=3"],
+            "unknown key 'qqq'; known are batch_size, caption_column, captions, cfg",
+        ),
         (SampleConfig, ["count=0"], "count=0: input should be greater than 0"),
         (SampleConfig, ["count=1.5"], "count=1.5: input should be a valid integer"),
         (SampleConfig, ["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
