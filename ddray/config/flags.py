@@ -135,7 +135,13 @@ def _add_flag(group: Any, path: str, field: FieldInfo) -> None:
         switch = argparse.BooleanOptionalAction
         group.add_argument(_flag(path), action=switch, dest=_DEST + path, help=text)
         return
-    group.add_argument(_flag(path), metavar=_values(field), dest=_DEST + path, help=text)
+    options: dict[str, Any] = {"metavar": _values(field), "dest": _DEST + path}
+    if {"off", "auto"} <= {*choices_of(field)}:
+        # A switch that may say more: the flag alone is auto.
+        options |= {"nargs": "?", "const": "auto"}
+        off = {"action": "store_const", "const": "off", "dest": _DEST + path}
+        group.add_argument(f"--no-{_flag(path)[2:]}", help=argparse.SUPPRESS, **off)
+    group.add_argument(_flag(path), help=text, **options)
 
 
 def _values(field: FieldInfo) -> str:

@@ -1,9 +1,9 @@
 """What `ddray generate` can be told."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config.base import (
     AutoCount,
@@ -11,11 +11,32 @@ from ddray.config.base import (
     Dtype,
     GpuGigabytes,
     Labels,
+    LocalFile,
     Location,
     ModelName,
     SetConfig,
     decoder_dtype,
 )
+
+
+def _parse_statistics(value: Any) -> Any:
+    """A network's name, or a switch as it was when there was one extractor alone."""
+    return {True: "auto", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Statistics = Annotated[
+    Literal[
+        "off",
+        "auto",
+        "digits",
+        "inception",
+        "inception-tensorflow",
+        "efficientnet",
+        "dinov2",
+        "clip",
+    ],
+    BeforeValidator(_parse_statistics),
+]
 
 
 class GenerateConfig(SetConfig):
@@ -57,10 +78,18 @@ class GenerateConfig(SetConfig):
         description="of PNG and WebP; part of the plan; fast: the same pixels (of WebP with loss "
         "nearly) in a fraction of the time",
     )
-    statistics: bool = Field(
-        False,
-        description="mean and covariance of the bundled digit classifier's features: fd_digits, "
-        "no FID",
+    statistics: Statistics = Field(
+        "off",
+        description="mean and covariance of features, a reference file: of a named network, or by "
+        "the flag alone (auto) of the bundled classifier for models of digits",
+    )
+    statistics_weights: LocalFile | None = Field(
+        None,
+        description="of its network: file of Inception or EfficientNet, folder of DINOv2 or CLIP; "
+        "absent = where they lie by themselves",
+    )
+    any_inception: bool = Field(
+        False, description="take a file of other weights than FID's; its distances are no FID"
     )
     dtype: Dtype = Field(
         "auto",
@@ -108,15 +137,33 @@ class GenerateConfig(SetConfig):
         return decoder_dtype(self.student_dtype) if chosen == "auto" else chosen
 
     @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        network = None if self.statistics in ("off", "auto", "digits") else self.statistics
+        if self.statistics_weights is not None and network is None:
+            raise ValueError(
+                f"statistics_weights={self.statistics_weights!r} is of a feature network: name it "
+                "by statistics"
+            )
+        if self.any_inception and not (network or "").startswith("inception"):
+            raise ValueError("any_inception is of statistics=inception and inception-tensorflow")
+        if network is not None and self.engine == "serve":
+            raise ValueError(
+                f"statistics={network} is made beside the student: take engine=data (replicas give "
+                "pixels alone)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _writable(self) -> Self:
+        measured = self.statistics != "off"
         if self.content == "tokens":
             if self.format != "parquet":
                 raise ValueError(f"content=tokens is written as parquet, not as {self.format}")
-            if self.image_format != "png" or self.compression != "small" or self.statistics:
+            if self.image_format != "png" or self.compression != "small" or measured:
                 raise ValueError(
                     "content=tokens has no images: no image_format, no compression, no statistics"
                 )
-        if self.statistics and self.count < 2:
+        if measured and self.count < 2:
             raise ValueError(f"statistics needs at least 2 images, not count={self.count}")
         if self.format == "npz" and (self.image_format != "png" or self.quality is not None):
             raise ValueError("format=npz holds pixels, not files: no image_format, no quality")

@@ -44,7 +44,7 @@ def undisturbed(student: str, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """The shards that every disturbed run of `ddray generate` must end with."""
     out = tmp_path_factory.mktemp("sets") / "undisturbed"
     plan = make_plan(generating(student, out, **SLOW), ddray.load_student(student, device="cpu"))
-    worker = StudentWorker(ImageSet.create(str(out), plan).uri, "cpu", 1, statistics=False)
+    worker = StudentWorker(ImageSet.create(str(out), plan).uri, "cpu", 1)
     for k in range(plan.num_shards):
         worker.do(k)
     return contents(out, "shards")

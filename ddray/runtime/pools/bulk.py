@@ -1,14 +1,18 @@
 """Images in bulk: a plan, a pool that has students or asks replicas for batches, shards."""
 
+import io
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from ddray import __version__
 from ddray.config.base import PoolConfig, reserved_device
 from ddray.config.generation import GenerateConfig
 from ddray.errors import ConfigError
 from ddray.metrics.fd_digits import DigitsMetric
+from ddray.metrics.network import POOL, FeatureNetwork
 from ddray.models.zoo import load_student
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.pools.device import SHARDS_AT_ONCE
@@ -17,7 +21,8 @@ from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
 from ddray.sets.conditions import open_captions
 from ddray.sets.images.finishing import finish
 from ddray.sets.images.image_set import SAMPLES, ImageSet
-from ddray.sets.images.making import extractor, make_plan, merge_statistics, planned_student
+from ddray.sets.images.making import make_plan, planned_student
+from ddray.sets.images.statistics import extractor_of, merge, network_order, statistics_name
 from ddray.sets.makers import MakersOfSet, makers_of
 from ddray.sets.making import create_set
 from ddray.storage import open_storage
@@ -51,9 +56,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             "take engine=data"
         )
     plan = make_plan(config, student, captions)
-    metric = extractor(student) if config.statistics else None
+    statistics = statistics_name(config, student)
+    extractor = extractor_of(config, statistics)
     images = create_set(ImageSet, config, plan, student, captions)
-    images.with_statistics = config.statistics
+    images.statistics = statistics
     plan = images.plan
     filled = _fill(images, config)
     summary = {
@@ -68,7 +74,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "engine": config.engine,
         "made_by": [asdict(maker) for maker in makers_of(storage)],
         **({"samples": images.storage.join(SAMPLES)} if plan.encoding == "npz" else {}),
-        **(_statistics(images, metric) if metric else {}),
+        **(_statistics(images, extractor) if extractor else {}),
         **filled.summary(),
     }
     write_json(storage, SUMMARY_FILE, summary)
@@ -125,7 +131,8 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
         {
             "device": reserved_device(config.num_gpus),
             "encoders": config.encoder_threads,
-            "statistics": config.statistics,
+            "statistics": images.statistics,
+            "network": network_order(config),
         },
         config.threads,
         config.num_gpus,
@@ -136,11 +143,17 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
     return nullcontext(crew)
 
 
-def _statistics(images: ImageSet, metric: DigitsMetric) -> dict[str, Any]:
-    """Merge what lies beside the shards into one file, and judge it."""
-    statistics = merge_statistics(images, metric)
-    images.storage.write(STATISTICS_FILE, statistics.to_bytes(extractor=metric.fingerprint))
-    return {
+def _statistics(images: ImageSet, extractor: DigitsMetric | FeatureNetwork) -> dict[str, Any]:
+    """Merge what lies beside the shards into one file, and judge digits."""
+    found = merge(images, extractor)
+    file = io.BytesIO()
+    np.savez(file, **found.arrays())
+    images.storage.write(STATISTICS_FILE, file.getvalue())
+    told: dict[str, Any] = {
         "statistics": images.storage.join(STATISTICS_FILE),
-        "fd_digits": round(metric.reference.distance(statistics), 4),
+        "statistics_network": found.network,
+        "statistics_extractor": found.extractor,
     }
+    if isinstance(extractor, DigitsMetric):
+        told["fd_digits"] = round(extractor.reference.distance(found.statistics[POOL]), 4)
+    return told

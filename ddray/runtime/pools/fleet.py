@@ -64,7 +64,7 @@ def asking_crew(images: ImageSet, config: GenerateConfig, shards_at_once: int) -
                 "model": model or _MODEL,
                 "retries": config.max_retries,
                 "encoders": config.encoder_threads,
-                "statistics": config.statistics,
+                "statistics": images.statistics,
             },
             _ASKING_CPUS,
             node_pool=config.node_pool,

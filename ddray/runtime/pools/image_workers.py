@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ddray.serving.rendering import Renderer
+    from ddray.sets.images.statistics import NetworkOrder
 
 # A replica that dies is replaced, and requests find another one as soon as Serve knows.
 _RETRY_S = 1.0
@@ -29,20 +30,48 @@ class StudentWorker:
         uri: of the image set.
         device: "cpu" or "cuda".
         encoders: threads that compress.
-        statistics: whether to make statistics of the images as well.
+        statistics: whose features' statistics to make as well; see `ImageSet`.
+        network: which network these are of; None for digits, or none.
     """
 
-    def __init__(self, uri: str, device: str, encoders: int, statistics: bool):
-        images = ImageSet.open(uri)
+    def __init__(
+        self,
+        uri: str,
+        device: str,
+        encoders: int,
+        statistics: str = "",
+        network: "NetworkOrder | None" = None,
+    ):
+        images = self._images = ImageSet.open(uri)
+        images.statistics = statistics
         self._device = Device(images.plan.threads)
         self._renderer = self._device.load(lambda: _load(images, device))
-        self._shards = ShardMaker(images, encoders, statistics)
+        self._network = self._device.load(lambda: network.load(device) if network else None)
+        self._shards = ShardMaker(images, encoders, statistics == "digits")
         self.maker = maker_on(self._renderer.student.device)
 
     def do(self, shard: int) -> int:
         """Generate and write one shard."""
+        if self._network is None:
+            return self._shards.make(
+                shard, lambda orders: self._device.batches(self._renderer.rows, orders)
+            )
+        from ddray.sets.images.statistics import features_of, joined
+
+        network, features = self._network, []
+
+        # On the device's own thread, where nothing else changes what float32 means meanwhile.
+        def rows(order: RowsOrder) -> "npt.NDArray[Any]":
+            pixels = self._renderer.rows(order)
+            features.append(features_of(network, pixels))
+            return pixels
+
         return self._shards.make(
-            shard, lambda orders: self._device.batches(self._renderer.rows, orders)
+            shard,
+            lambda orders: self._device.batches(rows, orders),
+            statistics=lambda: joined(
+                self._images.plan.shard_range(shard)[0], features, network.fingerprint
+            ),
         )
 
 
@@ -56,7 +85,7 @@ class HandleWorker:
         model: what they call the student.
         retries: of a batch whose replica died.
         encoders: threads that compress.
-        statistics: whether to make statistics of the images as well.
+        statistics: "digits" to make statistics of these as well, else "".
     """
 
     def __init__(
@@ -67,12 +96,14 @@ class HandleWorker:
         model: str,
         retries: int,
         encoders: int,
-        statistics: bool,
+        statistics: str,
     ):
         from ray import serve
 
         self._model, self._retries = model, retries
-        self._shards = ShardMaker(ImageSet.open(uri), encoders, statistics)
+        images = ImageSet.open(uri)
+        images.statistics = statistics
+        self._shards = ShardMaker(images, encoders, statistics == "digits")
         self._rows = serve.get_deployment_handle(deployment, application).rows
 
     def do(self, shard: int) -> int:

@@ -36,14 +36,14 @@ class ShardMaker:
     Args:
         images: the set.
         encoders: threads that compress.
-        statistics: whether to make statistics of the images as well.
+        digits: whether to make sums of the bundled digit classifier's features as well.
     """
 
-    def __init__(self, images: ImageSet, encoders: int, statistics: bool):
+    def __init__(self, images: ImageSet, encoders: int, digits: bool = False):
         self._images, self._encoders = images, encoders
         self._metric: DigitsMetric | None = None
         initializer = None
-        if statistics:
+        if digits:
             import torch
 
             from ddray.metrics import fd_digits
@@ -57,7 +57,13 @@ class ShardMaker:
 
         self._pool = ThreadPoolExecutor(encoders, "encode", initializer)
 
-    def make(self, k: int, ask: Callable[[Iterator[RowsOrder]], Batches], model: str = "") -> int:
+    def make(
+        self,
+        k: int,
+        ask: Callable[[Iterator[RowsOrder]], Batches],
+        model: str = "",
+        statistics: Callable[[], bytes] | None = None,
+    ) -> int:
         """Make shard `k`, and say how many rows it has.
 
         Args:
@@ -65,6 +71,8 @@ class ShardMaker:
             ask: has batches made in their order: pixels uint8 [B, H, W] or [B, H, W, 3], or tokens
                 [B, L].
             model: name of the student where it is asked.
+            statistics: what lies beside the shard, once its batches are made; None where it is
+                nothing, or sums of digits.
         """
         labels = []
         asked_for = orders_of(self._images, k, model)
@@ -85,10 +93,10 @@ class ShardMaker:
                 for files, measured in in_order(self._begin, batches, self._encoders + 1):
                     content += files
                     sums += measured
-        statistics = None
+        beside = statistics() if statistics is not None else None
         if self._metric is not None:
-            statistics = reduce(add, sums).to_bytes(self._metric.fingerprint)
-        self._images.write_shard(k, np.concatenate(labels), content, statistics)
+            beside = reduce(add, sums).to_bytes(self._metric.fingerprint)
+        self._images.write_shard(k, np.concatenate(labels), content, beside)
         return len(content)
 
     def _begin(self, pixels: npt.NDArray[np.uint8]) -> Future[Encoded]:

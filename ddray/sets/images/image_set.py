@@ -33,12 +33,12 @@ class ImageSet(ShardedSet[ImagePlan, ImageRows]):
     """A set of images, or of their tokens.
 
     Attributes:
-        with_statistics: whether a shard counts as missing that has no statistics of its images
-            beside it.
+        statistics: whose features' statistics a shard must have beside it, or it counts as missing:
+            "digits", or the name of a feature network; "" for none.
     """
 
     PLAN = ImagePlan
-    with_statistics = False
+    statistics = ""
 
     @property
     def suffix(self) -> str:
@@ -52,7 +52,7 @@ class ImageSet(ShardedSet[ImagePlan, ImageRows]):
             StorageError: If the storage cannot be listed.
         """
         found = super().listing()
-        if not self.with_statistics:
+        if not self.statistics:
             return found
         there = self.storage.list(_STATISTICS)
         lacking = {k for k in found.sizes if self.statistics_name(k) not in there}
@@ -61,7 +61,10 @@ class ImageSet(ShardedSet[ImagePlan, ImageRows]):
 
     def statistics_name(self, k: int) -> str:
         """Return the name of the statistics of shard `k`, of as many images as it has now."""
-        return f"{_STATISTICS}shard-{k:05d}-{len(self.plan.shard_range(k))}.safetensors"
+        # The digits' came first, and have no name.
+        network = "" if self.statistics == "digits" else f"-{self.statistics}"
+        rows = len(self.plan.shard_range(k))
+        return f"{_STATISTICS}shard-{k:05d}-{rows}{network}.safetensors"
 
     def write_shard(
         self,

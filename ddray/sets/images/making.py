@@ -1,21 +1,15 @@
 """What bulk generation asks of a student: a plan for a job, the student of a plan, statistics."""
 
-from collections.abc import Iterator
-
 import torch
 
 from ddray.config.generation import GenerateConfig
-from ddray.errors import ConfigError, ShardError
+from ddray.errors import ConfigError
 from ddray.method.schedule import TeacherStages, parse_schedule
 from ddray.method.student import Student
-from ddray.metrics.fd_digits import DigitsMetric, makes_digits
-from ddray.metrics.frechet import FeatureStatistics, FeatureSums
-from ddray.models.zoo import METRIC_FOLDER, load_student
-from ddray.sets.images.image_set import ImageSet
+from ddray.models.zoo import load_student
 from ddray.sets.images.plan import ImagePlan
 from ddray.sets.labels import with_block
 from ddray.sets.making import planned_fields, require_planned
-from ddray.storage.base import read_ahead
 from ddray.storage.caption_file import CaptionFile
 
 
@@ -84,42 +78,3 @@ def planned_student(plan: ImagePlan, device: str | torch.device) -> Student:
     )
     require_planned(student, plan.student, plan.student_fingerprint, plan)
     return student
-
-
-def extractor(student: Student) -> DigitsMetric:
-    """What statistics of a student's images are made with.
-
-    Raises:
-        ConfigError: if there is none for such images.
-    """
-    if not makes_digits(student):
-        raise ConfigError(
-            f"statistics: no feature extractor is bundled for images of {student.name}; the one "
-            "there is takes grey 28x28 digits of ten classes"
-        )
-    return DigitsMetric(METRIC_FOLDER)
-
-
-def merge_statistics(images: ImageSet, metric: DigitsMetric) -> FeatureStatistics:
-    """Statistics of all images of a set, from those that lie beside its shards.
-
-    The order is that of the shards, so the bytes are the same whoever made them and when.
-
-    Raises:
-        ShardError: if some are missing or damaged.
-        StorageError: if they cannot be read.
-    """
-    names = [images.statistics_name(k) for k in range(images.plan.num_shards)]
-
-    def sums() -> Iterator[FeatureSums]:
-        for name, data in zip(names, read_ahead(images.storage, names), strict=True):
-            try:
-                if data is None:
-                    raise ConfigError("missing")
-                yield FeatureSums.from_bytes(data, metric.fingerprint)
-            except ConfigError as error:
-                raise ShardError(
-                    f"{images.storage.join(name)}: {error}; delete it and rerun `ddray generate`"
-                ) from error
-
-    return FeatureStatistics.merged(sums())

