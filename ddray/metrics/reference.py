@@ -209,6 +209,12 @@ class Reference:
             found[_FEATURES] = self.features
         return found
 
+    def to_bytes(self) -> bytes:
+        """The .npz of `arrays`."""
+        stream, arrays = io.BytesIO(), dict[str, Any](self.arrays())
+        np.savez(stream, **arrays)
+        return stream.getvalue()
+
     @contextmanager
     def _open(self) -> Iterator[IO[bytes]]:
         if self._data is not None:

@@ -1,11 +1,8 @@
 """Images in bulk: a plan, a pool that has students or asks replicas for batches, shards."""
 
-import io
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
-
-import numpy as np
 
 from ddray import __version__
 from ddray.config.base import PoolConfig, reserved_device
@@ -146,9 +143,7 @@ def _crew(images: ImageSet, config: GenerateConfig) -> AbstractContextManager[Cr
 def _statistics(images: ImageSet, extractor: DigitsMetric | FeatureNetwork) -> dict[str, Any]:
     """Merge what lies beside the shards into one file, and judge digits."""
     found = merge(images, extractor)
-    file = io.BytesIO()
-    np.savez(file, **found.arrays())
-    images.storage.write(STATISTICS_FILE, file.getvalue())
+    images.storage.write(STATISTICS_FILE, found.to_bytes())
     told: dict[str, Any] = {
         "statistics": images.storage.join(STATISTICS_FILE),
         "statistics_network": found.network,

@@ -115,7 +115,7 @@ def asked(**values: Any) -> GenerateConfig:
 
 def test_networks_are_those_that_there_are() -> None:
     choices = choices_of(GenerateConfig.model_fields["statistics"])
-    assert choices == ["off", "auto", "digits", *NETWORKS]
+    assert sorted(choices) == sorted(["off", "auto", *NETWORKS])
 
 
 @pytest.mark.parametrize(
