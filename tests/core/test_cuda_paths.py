@@ -30,7 +30,13 @@ from ddray.distillation.perceptual import Perceptual
 from ddray.distillation.step import Agreement, TrainingStep
 from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
-from ddray.evaluation import evaluate
+from ddray.evaluation.feature_set import FeatureSet, HeldFeatures
+from ddray.evaluation.generators import Generators
+from ddray.evaluation.look import Look
+from ddray.evaluation.plan import EvaluationPlan, Generator
+from ddray.evaluation.planning import Preparation
+from ddray.evaluation.rows import student_row
+from ddray.evaluation.student_check import _Beside, _FirstRows, code_features
 from ddray.method.flow import full_float32
 from ddray.method.masked_decoding import Masked
 from ddray.method.model import Model, Tokenizer
@@ -39,9 +45,11 @@ from ddray.method.teacher import Teacher
 from ddray.models import zoo
 from ddray.models.zoo import load_student, load_teacher
 from ddray.serving.rendering import ImageJob, Renderer
+from ddray.sets.conditions import Conditions
 from ddray.sets.images.making import make_plan, planned_student
 from ddray.sets.images.orders import RowsOrder
 from ddray.sets.makers import Maker, maker_on
+from ddray.storage import open_storage
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 from tests.core.tiny import tiny_masked, tiny_student, tiny_teacher, tiny_var
 
@@ -248,19 +256,35 @@ def test_losses_and_images_in_bfloat16(pair: Pair) -> None:
         assert pair.gpu.holds(*perceptual.loss(said)[1].values())
 
 
-def test_an_evaluation_meets_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair("llamagen")
-    config = EvaluateConfig(student="digits-var-dd", count=3, batch_size=3, transport_count=1)
-    solve = pair.teacher.transport("ab4", None)
-    monkeypatch.setattr(evaluate, "_load", lambda _: (pair.student, pair.teacher, None))
-    monkeypatch.setattr(evaluate, "Transport", lambda *_: solve)
-    monkeypatch.setattr(evaluate, "independent_tokens", lambda known, labels, *_: known[1])
-    monkeypatch.setattr(evaluate.Evaluator, "_transport_cost", lambda _: 1.0)
+def test_an_evaluation_meets_on_one_device(pair: Pair, tmp_path: Path) -> None:
+    rows = (
+        Generator("teacher", "teacher", 3, settings={"cfg": 1.5}),
+        Generator("transport", "transport", 3, settings={"cfg": 1.5}),
+        student_row(pair.student, pair.schedule, 3),
+        Generator("skip", "skip", 3, settings={"cfg": 1.5, "skip": 1}),
+    )
+    plan = EvaluationPlan(generators=rows, extractors=(), conditioning="class", classes=(0,))
+    features = FeatureSet(open_storage(str(tmp_path)), plan)
+    models = {"teacher": pair.teacher, "student": pair.student}
+    look = Look(EvaluateConfig(count=3, transport_count=1), Generators(features, "cuda", **models))
     with pair.gpu.here():
-        evaluator = evaluate.Evaluator(config)
-        assert evaluator.transport()["tokens"] == pair.teacher.num_tokens
-        pictures = [images for _, images in evaluator.pictures()]
-        assert not any(map(pair.gpu.holds, [evaluator.known[1], *pictures]))
+        for row in rows:
+            assert pair.gpu.holds(look._generators.pixels(row, range(3))[0])
+        assert not any(pair.gpu.holds(images) for _, images in look.pictures())
+
+
+def test_a_student_in_training_is_looked_at_on_its_device(pair: Pair, tmp_path: Path) -> None:
+    student = pair.student
+    rows = (Generator("teacher", "transport", 3), student_row(student, pair.schedule, 3))
+    plan = EvaluationPlan(generators=rows, extractors=(), conditioning="class")
+    features = HeldFeatures(open_storage(str(tmp_path)), plan)
+    with pair.gpu.here():
+        tokens = torch.zeros(3, student.num_tokens, dtype=torch.long)
+        first = _FirstRows(1, torch.arange(3), tokens, Conditions(np.zeros(3, np.int32)))
+        beside = _Beside(features, student, first)
+        for row in rows:
+            assert pair.gpu.holds(code_features(beside.codes(row, range(3))))
+            assert pair.gpu.holds(beside.pixels(row, range(3))[0])
 
 
 TOUCHES_THE_CODEBOOK: dict[str, Callable[[Teacher, Student], object]] = {
@@ -354,7 +378,7 @@ DECODERS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 def test_who_serves_decodes_in_the_dtype_of_the_networks(dtype: str) -> None:
     config = GenerateConfig(student="digits-var-dd", dtype=dtype)
     plan = make_plan(config, load_student(config.student, device="cpu", dtype=dtype))
-    evaluated = evaluate._load(EvaluateConfig(student=config.student, dtype=dtype))[:2]
+    evaluated = Preparation(EvaluateConfig(student=config.student, dtype=dtype)).models.values()
     models = [
         Renderer.load(config.student, dtype=dtype).student,
         planned_student(plan, "cpu"),
