@@ -130,8 +130,10 @@ def _worse_in_a_row(lines: Sequence[dict[str, Any]]) -> int:
 
 def _judges(config: DistillConfig, model: Model, count: int) -> list[Judge]:
     """Who judges; nobody where there is no more than the trajectories to compare codes with."""
-    judges = Judges(config.evaluate, count, model)
-    if not (config.evaluate.metrics or config.evaluate.reference or judges.is_digits):
+    asked, judges = config.evaluate, Judges(config.evaluate, count, model)
+    if not (asked.metrics or asked.reference or judges.is_digits):
+        return []
+    if asked.metrics == (CODES_METRIC,):
         return []
     try:
         return judges.all()

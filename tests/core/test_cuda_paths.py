@@ -31,10 +31,12 @@ from ddray.distillation.step import Agreement, TrainingStep
 from ddray.distillation.stream import Batch
 from ddray.errors import ConfigError
 from ddray.evaluation import look
-from ddray.evaluation.feature_set import FeatureSet
+from ddray.evaluation.feature_set import FeatureSet, HeldFeatures
 from ddray.evaluation.generators import Generators
 from ddray.evaluation.plan import EvaluationPlan, Generator
 from ddray.evaluation.planning import Preparation
+from ddray.evaluation.rows import student_row
+from ddray.evaluation.student_check import _Beside, _FirstRows, code_features
 from ddray.method.flow import full_float32
 from ddray.method.masked_decoding import Masked
 from ddray.method.model import Model, Tokenizer
@@ -43,6 +45,7 @@ from ddray.method.teacher import Teacher
 from ddray.models import zoo
 from ddray.models.zoo import load_student, load_teacher
 from ddray.serving.rendering import ImageJob, Renderer
+from ddray.sets.conditions import Conditions
 from ddray.sets.images.making import make_plan, planned_student
 from ddray.sets.images.orders import RowsOrder
 from ddray.sets.makers import Maker, maker_on
@@ -288,6 +291,20 @@ def test_an_evaluation_meets_on_one_device(
         transport = seen.transport()
         assert transport is not None and transport["tokens"] == pair.teacher.num_tokens
         assert not any(pair.gpu.holds(images) for _, images in seen.pictures())
+
+
+def test_a_student_in_training_is_looked_at_on_its_device(pair: Pair, tmp_path: Path) -> None:
+    student = pair.student
+    rows = (Generator("teacher", "transport", 3), student_row(student, pair.schedule, 3))
+    plan = EvaluationPlan(generators=rows, extractors=(), conditioning="class")
+    features = HeldFeatures(open_storage(str(tmp_path)), plan)
+    with pair.gpu.here():
+        tokens = torch.zeros(3, student.num_tokens, dtype=torch.long)
+        first = _FirstRows(1, torch.arange(3), tokens, Conditions(np.zeros(3, np.int32)))
+        beside = _Beside(features, student, first)
+        for row in rows:
+            assert pair.gpu.holds(code_features(beside.codes(row, range(3))))
+            assert pair.gpu.holds(beside.pixels(row, range(3))[0])
 
 
 TOUCHES_THE_CODEBOOK: dict[str, Callable[[Teacher, Student], object]] = {

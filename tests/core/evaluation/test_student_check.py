@@ -26,6 +26,7 @@ from ddray.evaluation.student_check import (
     code_features,
 )
 from ddray.method.seeding import next_seed
+from ddray.method.teacher import Teacher
 from ddray.metrics.fd_digits import DigitsNetwork
 from ddray.metrics.frechet import FeatureStatistics
 from ddray.metrics.network import POOL
@@ -73,6 +74,11 @@ def data(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A set by the bundled teacher."""
     return _write_set("digits-var", tmp_path_factory.mktemp("digits")).uri
+
+
+@pytest.fixture(scope="module")
+def digits_teacher() -> Teacher:
+    return ddray.load_teacher("digits-var", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +276,7 @@ def test_a_student_of_captions_is_asked_for_the_captions_of_its_set(tmp_path: Pa
         check_evaluations(wanted, trajectories, student)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "metric": ({"metrics": "fidd"}, "evaluate: metric 'fidd' is not one of fid, "),
     "no weights": ({"metrics": "fid", "inception": "none.pth"}, "none.pth does not exist"),
     "few": ({"metrics": "kd_digits"}, "kd_digits takes at least 1000 images, and there are 20"),
@@ -289,16 +295,20 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_evaluations_that_cannot_come_out_are_refused_at_the_start(
-    case: str, digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    digits: str,
+    digits_teacher: Teacher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, told = REFUSED[case]
     monkeypatch.chdir(tmp_path)
-    _reference(tmp_path / "other.npz", network="others")
-    _reference(tmp_path / "thin.npz", features=None)
+    if str(asked.get("reference")).endswith(".npz"):
+        notes = {"other.npz": {"network": "others"}, "thin.npz": {"features": None}}
+        _reference(tmp_path / asked["reference"], **notes[asked["reference"]])
     config = _config(digits, tmp_path / "run", evaluate=asked)
     with pytest.raises(ConfigError, match=told):
-        teacher = ddray.load_teacher("digits-var", device="cpu")
-        check_evaluations(config, TrajectorySet.open(digits), teacher)
+        check_evaluations(config, TrajectorySet.open(digits), digits_teacher)
 
 
 def test_a_set_of_one_row_is_refused(teacher: str, tmp_path: Path) -> None:

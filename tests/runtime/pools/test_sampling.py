@@ -378,6 +378,15 @@ def test_a_worker_has_to_fit_on_one_node(ray_local: None) -> None:
         require("this", 3, 2, 0)
 
 
+def test_a_process_of_another_size_has_to_fit_beside_the_workers(ray_local: None) -> None:
+    require("this", 3, 1, 0, beside=(1, 0))
+    require("this", 1, 3, 0, beside=(1, 0))
+    with pytest.raises(ClusterError, match="beside one of 1 CPUs and 0 GPUs, .* has room for 1"):
+        require("this", 2, 2, 0, beside=(1, 0))
+    with pytest.raises(ClusterError, match="beside one of 1 CPUs and 0.5 GPUs, .* room for 0"):
+        require("this", 1, 1, 0, beside=(1, 0.5))
+
+
 @pytest.mark.parametrize(
     ("raised", "kind"),
     [

@@ -23,13 +23,14 @@ from ddray.distillation.stream import TrajectoryStream
 from ddray.errors import ConfigError, DDRayError, ShardError, StorageError, TrainingError
 from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.zoo import load_masked, new_student
-from ddray.runtime.training.driver import distill, read_history
+from ddray.runtime.training.driver import _validation, distill, read_history
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import load_folder, save_folder
 from ddray.storage.lease import Lease
+from ddray.storage.run_folder import EVALUATIONS_FILE, read_lines
 from tests.core.tiny import VAR_SIZES, random_state
 from tests.runtime.tiny import contents, distilling, sampling, write_teacher
 
@@ -233,6 +234,55 @@ def test_other_settings_at_the_folder_are_refused_with_what_differs(
         distill(other)
     # Where and how often it is written down is no other run.
     distill(single.model_copy(update={"log_every": 3, "max_failures": 0}))
+
+
+def test_students_are_evaluated_beside_the_training(
+    ray_local: None, data: Path, tmp_path: Path
+) -> None:
+    told = {"evaluate_every": 6, "evaluate_count": 20, "patience": 5}
+    config = distilling(data, tmp_path / "run", **told)
+    assert distill(config)["steps"] == 12
+    lines = read_lines(open_storage(config.out), EVALUATIONS_FILE)
+    assert [line["step"] for line in lines] == [6, 12]
+    for line in lines:
+        assert line["leading"] == "fd_codes"
+        shown = [(row["generator"], row["images"]) for row in line["quality"]]
+        assert shown == [("student, 1 step", 20), ("student, 2 steps", 20)]
+    best = lines[-1 - lines[-1]["worse_in_a_row"]]["step"]
+    assert ddray.load_student(f"{config.out}/student-best").config["step"] == best
+    # How it is evaluated may differ from run to run.
+    changed = {**told, "evaluate_every": 12, "evaluate": {"metrics": "fd_codes"}, "patience": 0}
+    assert distill(distilling(data, tmp_path / "run", **changed))["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("told", "refusal"),
+    [
+        (
+            {"evaluate": {"metrics": "fid", "inception": "/nowhere.pth"}},
+            "evaluate: inception=/nowhere.pth",
+        ),
+        (
+            {"evaluate_gpus": 0.5},
+            "asks for 1 workers of 1 CPUs and 0 GPUs beside one of 1 CPUs and 0.5 GPUs, but the "
+            "cluster has room for 0",
+        ),
+        ({"evaluate_gpus": 0.5, "workers": (1, 2)}, "asks for 2 workers of .* beside one of"),
+    ],
+)
+def test_evaluations_that_there_cannot_be_are_refused_at_the_start(
+    ray_local: None, data: Path, tmp_path: Path, told: dict[str, Any], refusal: str
+) -> None:
+    config = distilling(data, tmp_path / "run", evaluate_every=6, evaluate_count=20, **told)
+    with pytest.raises(DDRayError, match=refusal):
+        distill(config)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_gpu_is_reserved_for_evaluations_where_one_is_asked_for(data: Path) -> None:
+    for gpus in (0, 0.5):
+        config = distilling(data, Path("run"), evaluate_every=6, evaluate_gpus=gpus)
+        assert _validation(config, None).ray_remote_kwargs["num_gpus"] == gpus
 
 
 @pytest.fixture(scope="module")
