@@ -132,7 +132,7 @@ def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
     for words, completed in (
         (["ge"], "generate"),
         (["generate", "--for"], "--format"),
-        (["generate", "--format", ""], "parquet webdataset images flat npz"),
+        (["generate", "--format", ""], "parquet webdataset images flat npz coco geneval"),
         (["serve", "--no-"], "--no-teacher --no-access-log"),
         (["distill", "--perceptual.dist"], "--perceptual.distance"),
         (["quickstart", "--preset", "t"], "tiny"),

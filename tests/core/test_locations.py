@@ -33,6 +33,8 @@ NO_LOCATIONS = {
     "ServeConfig.host": "an address to listen at",
     "ServeConfig.cors_origins": "origins of web pages",
     "GenerateConfig.schedule": "numbers of stages",
+    "GenerateConfig.labels": "a rule",
+    "caption_column": "a name in a file, in every config of a set",
     "node_pool": "a label of nodes, in every config",
 }
 
