@@ -61,9 +61,8 @@ class GenerateConfig(SetConfig):
     schedule: str | None = Field(None, description='such as "0" or "0,16"; absent = one jump')
     format: Literal["parquet", "webdataset", "images", "flat", "npz", "coco", "geneval"] = Field(
         "parquet",
-        description="of the set: parquet, webdataset (tar), images (folders by class), flat (one "
-        "folder, for FID tools), npz (samples.npz for ADM's evaluator, beside Parquet), coco "
-        "(images, captions.txt, result.jsonl) or geneval (a folder a prompt)",
+        description="parquet, webdataset (tar), images (folders by class), flat (one folder), npz "
+        "(samples.npz for ADM's evaluator), coco, geneval (folders by prompt)",
     )
     samples_per_prompt: CountT | None = Field(
         None, description="images of each prompt, of format=geneval alone; absent = 4"
@@ -80,8 +79,8 @@ class GenerateConfig(SetConfig):
     )
     statistics: Statistics = Field(
         "off",
-        description="mean and covariance of features, a reference file: of a named network, or by "
-        "the flag alone (auto) of the bundled classifier for models of digits",
+        description="a reference file of features: of a network, or (auto, the flag alone) of the "
+        "bundled classifier of digits",
     )
     statistics_weights: LocalFile | None = Field(
         None,

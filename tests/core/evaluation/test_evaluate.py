@@ -27,6 +27,7 @@ from ddray.models.zoo import BUNDLED, METRIC_FOLDER, load_student, load_teacher
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.core.tiny import chi_square_p_value
+from tests.runtime.tiny import write_student, write_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -317,3 +318,35 @@ def test_other_weights_than_where_it_began_are_refused(tmp_path):
     features = FeatureSet.create(str(Path(tmp_path)), changed)
     with pytest.raises(DDRayError, match="digits-var-dd has other weights here"):
         Generators(features, "cpu").content(changed.generators[-1], range(2))
+
+
+def test_a_student_of_captions_beside_its_teacher(tmp_path):
+    length, width = 4, 6
+    teacher = write_teacher(tmp_path / "teacher", cls_token_num=length, caption_dim=width)
+    student = write_student(tmp_path / "student", teacher)
+    random = np.random.default_rng(0)
+    rows = [
+        {"index": i, "caption": f"a cat, {i}", "features": random.normal(size=(2, width)).tolist()}
+        for i in range(6)
+    ]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.savez(tmp_path / "real.npz", arr_0=random.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
+    found = evaluate(
+        EvaluateConfig(
+            **{**SHORT, "student": student, "speed_batches": "1"},
+            captions=captions,
+            count=6,
+            shard_rows=3,
+            metrics="fd_efficientnet",
+            reference=str(tmp_path / "real.npz"),
+            out=tmp_path / "out",
+        )
+    )
+    assert [row["kind"] for row in found.quality] == [
+        *("teacher", "transport", "student", "independent")
+    ]
+    assert all(row["fd_efficientnet"] > 0 for row in found.quality)
+    assert found.columns == tuple(f"a cat, {i}" for i in range(3))
+    assert found.summary["worst_classes"] == {}
+    assert "captions in their order" in found.summary["protocol"][0]
