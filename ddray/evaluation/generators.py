@@ -5,6 +5,7 @@ Shapes: N images, B batch, L tokens, V codebook size, E code width.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -215,23 +216,28 @@ class Generators:
         """
         if self.plan.conditioning == "class":
             return torch.from_numpy(self._classes(rows))
-        captions, first = self._captions(rows.start)
-        return captions.of([(row - first) % len(captions.label) for row in rows])
+        captions, places = self._captions(rows)
+        return captions.of(places)
 
     def told(self, rows: range) -> list[int | str]:
         """The same as people would say it: classes, or captions."""
         if self.plan.conditioning == "class":
             return [int(label) for label in self._classes(rows)]
-        captions, first = self._captions(rows.start)
-        return [str(captions.label[(row - first) % len(captions.label)]) for row in rows]
+        captions, places = self._captions(rows)
+        return [str(captions.label[place]) for place in places]
 
-    def _captions(self, row: int) -> tuple[Conditions, int]:
-        """Captions of the shard that an image lies in, and the first image of that shard."""
-        k = row // self.plan.shard_rows
-        captions = read_captions(self._features.storage, k)
-        texts = np.array(captions.captions, dtype=object)
-        encode = None if captions.features is not None else self._encode
-        return Conditions(texts, captions.features, encode), k * self.plan.shard_rows
+    def _captions(self, rows: range) -> tuple[Conditions, list[int]]:
+        """Captions of the shards that images lie in, and which of them are theirs."""
+        size = self.plan.shard_rows
+        count = max(g.count for g in self.plan.generators if g.kind not in SOURCES)
+        wanted = [row % count for row in rows]
+        shards = sorted({row // size for row in wanted})
+        parts = [read_captions(self._features.storage, k) for k in shards]
+        texts = np.array([text for part in parts for text in part.captions], dtype=object)
+        features = [matrix for part in parts for matrix in part.features or ()]
+        starts = dict(zip(shards, accumulate(map(len, parts), initial=0), strict=False))
+        places = [starts[row // size] + row % size for row in wanted]
+        return Conditions(texts, features or None, None if features else self._encode), places
 
     @cached_property
     def _encode(self) -> TextEncoder | None:

@@ -334,7 +334,7 @@ def test_a_student_of_captions_beside_its_teacher(tmp_path):
     np.savez(tmp_path / "real.npz", arr_0=random.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8))
     found = evaluate(
         EvaluateConfig(
-            **{**SHORT, "student": student, "speed_batches": "1"},
+            **{**SHORT, "student": student, "teacher": teacher, "speed_batches": "1"},
             captions=captions,
             count=6,
             shard_rows=3,
@@ -344,9 +344,9 @@ def test_a_student_of_captions_beside_its_teacher(tmp_path):
         )
     )
     assert [row["kind"] for row in found.quality] == [
-        *("teacher", "transport", "student", "independent")
+        *("teacher", "transport", "student", "student", "independent")
     ]
     assert all(row["fd_efficientnet"] > 0 for row in found.quality)
-    assert found.columns == tuple(f"a cat, {i}" for i in range(3))
+    assert found.columns == tuple(f"a cat, {i}" for i in range(6))
     assert found.summary["worst_classes"] == {}
     assert "captions in their order" in found.summary["protocol"][0]
