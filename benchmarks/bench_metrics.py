@@ -2,13 +2,15 @@
 
     python benchmarks/bench_metrics.py [--images 2000] [--device cuda] [--json FILE]
 
-Weights are random ones in the layout of the published file, unless --inception names it: what is
-compared are programs, and they must agree whatever the weights. Images are two sets of coloured
-clouds in 8-bit PNG. Needs the extra `evaluation`. The square root of pytorch-fid takes minutes on
-few cores; it fails with SciPy 1.18, where its row is left out.
+Ours is the command `ddray evaluate --samples`, once by the resize of each of the others. Weights
+are random ones in the layout of the published file, unless --inception names it: what is compared
+are programs, and they must agree whatever the weights. Images are two sets of coloured clouds in
+8-bit PNG; KID takes 1000 of each. Needs the extra `evaluation`. pytorch-fid fails with SciPy 1.18,
+where its row is left out.
 """
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -18,20 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import frame
-import numpy as np
 import torch
 import torch_fidelity
 from frame import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from ddray.metrics.inception import WEIGHTS_FILE, Inception, empty_inception
-from ddray.metrics.kid import kernel_distance
-from ddray.metrics.measurement import Measurement, ShardFeatures
-from ddray.metrics.network import LOGITS, POOL, SPATIAL
-from ddray.metrics.reference import Reference
+from ddray.metrics.inception import WEIGHTS_FILE, empty_inception
+from ddray.metrics.kid import SUBSET_SIZE
 
-METRICS = ("fid", "sfid", "is", "precision", "recall")
+METRICS = {
+    "fid": "fid",
+    "sfid": "sfid",
+    "is": "inception_score",
+    "kid": "kid",
+    "precision": "precision",
+    "recall": "recall",
+}
+"""By name, their keys."""
 THEIRS = {
     "fid": "frechet_inception_distance",
     "inception_score": "inception_score_mean",
@@ -39,7 +45,8 @@ THEIRS = {
     "precision": "precision",
     "recall": "recall",
 }
-SHARD, SIDE = 500, 64
+RESIZES = ("pytorch-fid", "tensorflow")
+SIDE = 64
 
 
 def random_weights(file: Path) -> None:
@@ -74,38 +81,23 @@ def write_folder(folder: Path, images: Tensor) -> str:
     return str(folder)
 
 
-def shards(network: Inception, images: Tensor) -> list[ShardFeatures]:
-    """Features of all layers, shard by shard."""
-    return [
-        ShardFeatures.of(network, part, k * SHARD, (POOL, SPATIAL, LOGITS))
-        for k, part in enumerate(images.split(SHARD))
-    ]
-
-
-def ours(
-    network: Inception, samples: Tensor, real: Tensor, subset: int
-) -> tuple[dict[str, float], float]:
-    """Our figures, and the seconds that the features took."""
-    made: list[ShardFeatures] = []
-    seconds = frame.seconds_of(lambda: made.extend(shards(network, samples)))
-    reference = measured_reference(network, real)
-    assert reference.features is not None
-    measurement = Measurement(
-        METRICS, len(samples), reference, reference.features, splits="torch-fidelity"
-    )
-    for shard in made:
-        measurement.add(shard)
-    rows = torch.cat([torch.from_numpy(shard.layers[POOL]) for shard in made]).half().numpy()
-    kid = kernel_distance(rows, reference.features, subset_size=subset)
-    return measurement.results() | {"kid": kid}, seconds
-
-
-def measured_reference(network: Inception, real: Tensor) -> Reference:
-    """The second set as a reference."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "real.npz"
-        np.savez(file, arr_0=real.numpy())
-        return Reference.load(str(file)).completed(network)
+def ours(place: Path, weights: Path, folders: list[str], args: Any, resize: str) -> dict[str, Any]:
+    """What `ddray evaluate` measures."""
+    metrics = [name for name in METRICS if name != "kid" or args.images >= SUBSET_SIZE]
+    flags = {
+        "samples": folders[0],
+        "reference": folders[1],
+        "inception": weights,
+        "metrics": ",".join(metrics),
+        "splits": "torch-fidelity",
+        "resize": resize,
+        "num-gpus": int(args.device == "cuda"),
+        "out": place / resize,
+    }
+    told = ["--any-inception", *(f"--{name}={value}" for name, value in flags.items())]
+    subprocess.run([sys.executable, "-m", "ddray.cli", "evaluate", *told], check=True, stdout=2)
+    found: dict[str, Any] = json.loads((place / resize / "summary.json").read_text())["quality"][0]
+    return {METRICS[name]: found[METRICS[name]] for name in metrics}
 
 
 def pytorch_fid(place: Path, weights: Path, folders: list[str], device: str) -> float | None:
@@ -130,37 +122,34 @@ def relative(found: float, theirs: float) -> float:
     return abs(found - theirs) / abs(theirs) if theirs else abs(found)
 
 
-def compare(args: Any, place: Path) -> tuple[list[Figure], dict[str, float]]:
-    """All rows, and our figures with TensorFlow's resize."""
+def compare(args: Any, place: Path) -> tuple[list[Figure], dict[str, Any]]:
+    """How far apart the programs are, and our figures by each resize."""
     weights = args.inception or place / "weights.pth"
     if args.inception is None:
         random_weights(weights)
-    samples, real = clouds(args.images, 0), clouds(args.images, 1)
-    folders = [write_folder(place / name, s) for name, s in (("a", samples), ("b", real))]
-    subset = min(1000, args.images // 2)
-    given = {"any_weights": True, "device": args.device}
+    sets = clouds(args.images, 0), clouds(args.images, 1)
+    folders = [write_folder(place / name, s) for name, s in zip("ab", sets, strict=True)]
+    mine = {resize: ours(place, weights, folders, args, resize) for resize in RESIZES}
     figures = []
-    network = Inception(weights, **given)
-    mine, seconds = ours(network, samples, real, subset)
-    figures.append(Figure("features (images/s)", args.images / seconds))
     if (theirs := pytorch_fid(place, weights, folders, args.device)) is not None:
-        figures.append(Figure("fid, from pytorch-fid's", relative(mine["fid"], theirs), most=1e-4))
-    mine, _ = ours(Inception(weights, resize="tensorflow", **given), samples, real, subset)
+        apart = relative(mine["pytorch-fid"]["fid"], theirs)
+        figures.append(Figure("fid, from pytorch-fid's", apart, most=1e-4))
     with contextlib.redirect_stdout(sys.stderr):
         others = torch_fidelity.calculate_metrics(
             input1=folders[0],
             input2=folders[1],
-            **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
+            **dict.fromkeys(("isc", "fid", "prc"), True),
+            kid="kid" in mine["tensorflow"],
             feature_extractor="inception-v3-compat",
             feature_extractor_weights_path=str(weights),
-            kid_subset_size=subset,
             cuda=args.device == "cuda",
             cache=False,
             verbose=False,
         )
     for key, name in THEIRS.items():
-        apart = relative(mine[key], others[name])
-        figures.append(Figure(f"{key}, from torch-fidelity's", apart, most=1e-3))
+        if key in mine["tensorflow"]:
+            apart = relative(mine["tensorflow"][key], others[name])
+            figures.append(Figure(f"{key}, from torch-fidelity's", apart, most=1e-3))
     return figures, mine
 
 

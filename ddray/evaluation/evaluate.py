@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 
 from ddray import __version__
 from ddray.config.base import reserved_device
@@ -116,12 +117,14 @@ def conclude(
     began = time.monotonic() if started is None else started
     device, plan = reserved_device(config.num_gpus), features.plan
     generators = generators or Generators(features, device)
-    judgement = Judgement(
-        *(features, judges, generators),
-        splits=config.splits,
-        skip_broken=config.skip_broken,
-        device=device,
-    )
+    # NumPy takes as many threads as its process is given, whatever PyTorch is told.
+    with threadpool_limits(plan.threads, user_api="blas"):
+        judgement = Judgement(
+            *(features, judges, generators),
+            splits=config.splits,
+            skip_broken=config.skip_broken,
+            device=device,
+        )
     look = Look(config, generators)
     published = _published(generators)
     models = plan.models and generators.model_of(plan.generators[-1])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 
 from ddray.config.reference import ReferenceConfig
 from ddray.errors import ConfigError, DDRayError, StorageError, one_line
@@ -146,7 +147,8 @@ def finish(config: ReferenceConfig, features: FeatureSet) -> dict[str, Any]:
     """
     plan = features.plan
     (generator,), (extractor,) = plan.generators, plan.extractors
-    added = _Added(features, config.images)
+    with threadpool_limits(plan.threads, user_api="blas"):
+        added = _Added(features, config.images)
     if added.broken:
         refuse_broken(features, config.skip_broken)
     if added.count < 2:
