@@ -1,9 +1,8 @@
-"""Compare a student with its teacher, and write the report.
+"""How good a student is beside its teacher, or anyone's images, with a report.
 
     ray job submit --working-dir jobs -- python evaluate.py --config configs/digits-evaluate.yaml
 
-The flags are those of `ddray evaluate`. It writes at its end, so a job that is
-stopped begins anew.
+The flags are those of `ddray evaluate`. A job that is stopped goes on where it was.
 """
 
 import sys

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ddray.config.base import Job, LocalFile, Locations, Texts
+from ddray.config.base import Job, LocalFile, Location, Locations, Texts
 
 
 class MetricsConfig(Job):
@@ -20,7 +20,7 @@ class MetricsConfig(Job):
         description="such as fid,sfid,is,kid,precision,recall,fd_dinov2,fd_efficientnet; absent = "
         "fd_digits,class_accuracy of digits, else fid,is",
     )
-    inception: LocalFile | None = Field(
+    inception: Location | None = Field(
         None, description="weights of FID's network; absent = where PyTorch keeps downloads"
     )
     any_inception: bool = Field(False, description="take other weights, whose distance is no FID")
@@ -30,6 +30,6 @@ class MetricsConfig(Job):
         "torch-fidelity",
     )
     splits: Literal["adm", "torch-fidelity"] = Field("adm", description="of the Inception Score")
-    efficientnet: LocalFile | None = Field(None, description="weights; absent = of the package")
+    efficientnet: Location | None = Field(None, description="weights; absent = of the package")
     dinov2: LocalFile | None = Field(None, description="folder of DINOv2, as transformers has it")
     clip: LocalFile | None = Field(None, description="folder of CLIP, likewise")

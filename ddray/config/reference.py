@@ -35,7 +35,7 @@ class ReferenceConfig(PoolConfig):
         description="whose features; inception resizes as pytorch-fid, inception-tensorflow as "
         "ADM's evaluator and torch-fidelity",
     )
-    inception: LocalFile | None = Field(
+    inception: Location | None = Field(
         None, description="weights of FID's network; absent = where PyTorch keeps downloads"
     )
     any_inception: bool = Field(False, description="take other weights, whose distance is no FID")

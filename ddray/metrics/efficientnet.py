@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError
-from ddray.locations import local_file
-from ddray.metrics.network import LOGITS, POOL, FeatureNetwork, file_sha256
+from ddray.metrics.network import LOGITS, POOL, FeatureNetwork, file_sha256, weights_path
 from ddray.metrics.pixels import RESIZES
 from ddray.storage.checkpoint import load_into, read_weights
 
@@ -126,7 +125,7 @@ class EfficientNet(FeatureNetwork):
     layers = {POOL: _FEATURES, LOGITS: 1000}
 
     def __init__(self, file: str | Path | None = None, *, device: str | torch.device = "cpu"):
-        path = _packaged() if file is None else Path(local_file(file))
+        path = _packaged() if file is None else weights_path(file)
         if not path.is_file():
             raise ConfigError(f"efficientnet={path} does not exist or is no file")
         with torch.device("meta"):

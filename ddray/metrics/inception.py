@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torchvision.models import Inception3
 
 from ddray.errors import ConfigError
-from ddray.locations import local_file
-from ddray.metrics.network import LOGITS, POOL, SPATIAL, FeatureNetwork, file_sha256
+from ddray.metrics.network import LOGITS, POOL, SPATIAL, FeatureNetwork, file_sha256, weights_path
 from ddray.metrics.pixels import RESIZES
 from ddray.storage.checkpoint import load_into, read_weights
 
@@ -122,7 +121,7 @@ def empty_inception() -> nn.Module:
 
 def _weights_file(file: str | Path | None) -> Path:
     if file is not None:
-        path = Path(local_file(file))
+        path = weights_path(file)
         if not path.is_file():
             raise ConfigError(f"inception={path} does not exist or is no file")
         return path

@@ -6,15 +6,19 @@ Shapes: N images, D features of a layer.
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ddray.errors import CheckpointError, ConfigError
+from ddray.locations import S3, absolute
 from ddray.method.flow import full_float32
 from ddray.metrics.pixels import as_pixels
+from ddray.storage import open_beside
 
 POOL, SPATIAL, LOGITS = "pool", "spatial", "logits"
 
@@ -72,6 +76,30 @@ class FeatureNetwork(ABC):
     @abstractmethod
     def _features(self, pixels: Tensor) -> dict[str, Tensor]:
         """Features of one batch float32 [N, C, H, W] in [0, 255]."""
+
+
+@cache
+def _fetched() -> TemporaryDirectory[str]:
+    """A folder for what is fetched, as long as the process lives."""
+    return TemporaryDirectory(prefix="ddray-weights-")
+
+
+def weights_path(file: str | Path) -> Path:
+    """A file of weights on the disk: one on S3 is fetched, once for a process.
+
+    Raises:
+        StorageError: if it cannot be fetched.
+    """
+    place = absolute(file)
+    if not place.startswith(S3):
+        return Path(place)
+    digest = hashlib.sha256(place.encode()).hexdigest()[:16]
+    # Whoever reads weights goes by the ending.
+    path = Path(_fetched().name) / f"{digest}-{place.rpartition('/')[2]}"
+    if not path.is_file():
+        storage, name = open_beside(place)
+        path.write_bytes(storage.read(name))
+    return path
 
 
 def file_sha256(path: str | Path) -> str:

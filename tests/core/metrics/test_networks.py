@@ -1,6 +1,7 @@
 """Facts about the feature networks: they are those of the field, whatever their weights."""
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,18 @@ from safetensors.torch import save_file
 
 from ddray.errors import CheckpointError, ConfigError, DDRayError
 from ddray.metrics import inception as inception_module
-from ddray.metrics.efficientnet import EfficientNet, EfficientNetLite0
+from ddray.metrics.efficientnet import (
+    PACKAGE,
+    WEIGHTS_FILE,
+    EfficientNet,
+    EfficientNetLite0,
+)
 from ddray.metrics.inception import Inception, empty_inception
 from ddray.metrics.loading import NETWORKS, load_network
 from ddray.metrics.network import LOGITS, POOL, SPATIAL
+from ddray.storage import open_storage
 from tests.core.metrics.stub_network import StubNetwork, some_images
+from tests.s3_server import BUCKET
 
 
 def random_weights(module, seed=0):
@@ -183,3 +191,15 @@ def test_without_the_package_efficientnet_says_what_to_install(monkeypatch):
     monkeypatch.setattr("ddray.metrics.efficientnet.PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match=r"not installed; install ddray\[evaluation\]"):
         EfficientNet()
+
+
+@pytest.mark.slow
+def test_weights_may_lie_on_s3(s3_endpoint):
+    packaged = EfficientNet()
+    place = Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0]) / WEIGHTS_FILE
+    storage = open_storage(f"s3://{BUCKET}/weights")
+    storage.write(WEIGHTS_FILE, place.read_bytes())
+    fetched = load_network("efficientnet", f"s3://{BUCKET}/weights/{WEIGHTS_FILE}")
+    assert fetched.fingerprint == packaged.fingerprint
+    with pytest.raises(DDRayError, match=r"none\.pth"):
+        load_network("inception", f"s3://{BUCKET}/weights/none.pth")
