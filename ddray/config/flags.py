@@ -67,6 +67,8 @@ def _given(name: str, value: Any) -> str:
         return ":".join(map(str, value))
     if isinstance(value, Mapping):
         return " ".join(f"{key}={_given(key, inner)}" for key, inner in value.items())
+    if value == ():
+        return "off"
     if isinstance(value, tuple):
         # Schedules hold commas themselves.
         return ("/" if name in ("schedule", "schedules") else ",").join(map(str, value))

@@ -131,8 +131,13 @@ class Judges:
         self, network: FeatureNetwork, takes_images: bool
     ) -> tuple[Reference | None, Generator | None]:
         """The reference that fits a network, and its images where they are to be measured."""
-        if isinstance(network, DigitsNetwork):  # its metrics are distances to the held-out digits
-            return network.reference, None
+        if isinstance(network, DigitsNetwork):
+            # To the held-out digits, unless a file says that it is of this network.
+            files = [uri for uri in self.config.reference if uri.endswith(_REFERENCE_FILES)]
+            known = [found for found in map(Reference.load, files) if found.network == network.name]
+            reference = next(iter(known), network.reference)
+            reference.check(network)
+            return reference, None
         refusal: ConfigError | None = None
         for uri in self.config.reference:
             reference = Reference.load(uri) if uri.endswith(_REFERENCE_FILES) else None
