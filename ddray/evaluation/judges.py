@@ -135,9 +135,9 @@ class Judges:
             # To the held-out digits, unless a file says that it is of this network.
             files = [uri for uri in self.config.reference if uri.endswith(_REFERENCE_FILES)]
             known = [found for found in map(Reference.load, files) if found.network == network.name]
-            reference = next(iter(known), network.reference)
-            reference.check(network)
-            return reference, None
+            chosen = next(iter(known), network.reference)
+            chosen.check(network)
+            return chosen, None
         refusal: ConfigError | None = None
         for uri in self.config.reference:
             reference = Reference.load(uri) if uri.endswith(_REFERENCE_FILES) else None

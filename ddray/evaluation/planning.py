@@ -62,9 +62,9 @@ class Preparation:
         wanted = {*config.rows} or {"student", "teacher"}
         if wanted & {"student"}:
             self.models["student"] = load_student(config.student, device=self._device, **dtypes)
-        teacher_name = self._teacher_name()
-        if teacher_name and (wanted - {"student", "masked"} or self._schedules_have_teacher()):
-            self.models["teacher"] = load_teacher(teacher_name, device=self._device, **dtypes)
+        if wanted - {"student", "masked"} or self._schedules_have_teacher():
+            name = self._teacher_name()
+            self.models["teacher"] = load_teacher(name, device=self._device, **dtypes)
         if config.masked is not None:
             self.models["masked"] = load_masked(config.masked, device=self._device, **dtypes)
         first = next(iter(self.models.values()))
@@ -79,7 +79,7 @@ class Preparation:
     def _schedules_have_teacher(self) -> bool:
         return any("teacher" in schedule for schedule in self.config.student_schedules)
 
-    def _teacher_name(self) -> str | None:
+    def _teacher_name(self) -> str:
         config = self.config
         if config.teacher is not None:
             return config.teacher

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,6 +311,17 @@ def test_a_look_shows_captions_or_classes_above_its_pictures(tmp_path):
     look = Look(prepared.config, Generators(features, "cpu", **prepared.models))
     assert look.columns(["zero", "one"]) == ("zero", "one", "2")
     assert [images.shape for _, images in look.pictures()] == [(3, 1, 28, 28)] * 2
+
+
+def test_a_student_alone_need_not_name_its_teacher(tmp_path):
+    student = shutil.copytree(BUNDLED / "digits-var-dd", tmp_path / "student")
+    card = json.loads((student / "config.json").read_text())
+    card.pop("teacher")
+    (student / "config.json").write_text(json.dumps(card))
+    config = {**SHORT, "student": student, "count": 4, "out": tmp_path / "out"}
+    assert {*Preparation(EvaluateConfig(**config, rows="student")).models} == {"student"}
+    with pytest.raises(ConfigError, match="does not name its teacher; give teacher="):
+        Preparation(EvaluateConfig(**config, rows="student", schedules="0,teacher:3-5"))
 
 
 def test_other_weights_than_where_it_began_are_refused(tmp_path):

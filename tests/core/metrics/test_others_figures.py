@@ -18,6 +18,7 @@ from ddray.metrics.network import LOGITS, POOL
 from ddray.metrics.precision_recall import compare_manifolds
 from ddray.metrics.reference import Reference
 from tests.core.metrics.test_networks import inception_file, photographs  # noqa: F401
+from tests.core.sets.images.test_image_set import write
 from tests.patience import PATIENCE_S
 
 
@@ -81,7 +82,8 @@ def write_folder(folder, images):
 @pytest.mark.chaos  # half a minute of Inception
 def test_statistics_are_those_of_the_command_of_pytorch_fid(tmp_path, inception_file):  # noqa: F811
     images = photographs(6, (32, 32))
-    folder = write_folder(tmp_path / "images", images)
+    write(tmp_path / "set", images.numpy(), encoding="flat", count=len(images))
+    folder = str(tmp_path / "set" / "images")
     place = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     place.parent.mkdir(parents=True)
     place.symlink_to(inception_file)
