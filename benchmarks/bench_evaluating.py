@@ -1,6 +1,6 @@
 """What evaluating costs beside the work itself: a pool's rate, and memory that must not grow.
 
-    python benchmarks/bench_evaluating.py [--json benchmarks/results/evaluating-cpu.json]
+    python benchmarks/bench_evaluating.py [--json FILE.json]
 
 A pool of one worker makes features of a student's images, writing them included, against a bare
 loop of `generate`, `decode` and the feature network over the same images in the same batches, which
