@@ -19,7 +19,7 @@ DIGITS: dict[str, Any] = {
     "student": "digits-var-dd",
     # Without data, the teacher's tokens by transport are made first, and counted.
     "rows": "transport,student,independent",
-    "count": 12,
+    "count": 8,
     "shard_rows": 4,
     "batch_size": 4,
     "speed_batches": "off",
