@@ -98,8 +98,8 @@ class EvaluateConfig(MetricsConfig, PoolConfig):
         description='of the student, apart by "/", as in 0/0,80/0,teacher:60-80,80; absent = '
         "those it was trained for",
     )
-    skip: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = Field(
-        (), description="last steps that the teacher makes in one, such as 1,2"
+    skip: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(parse_list)] = Field(
+        (), description="last steps that the teacher makes in one, such as 2,3"
     )
     masked_steps: Annotated[tuple[CountT, ...], BeforeValidator(parse_list)] = Field(
         (1, 2, 4, 8), description="of the masked model"

@@ -55,7 +55,7 @@ def test_a_pool_judges_the_images_of_anyone_and_refuses_as_one_process(
     asked = {**folders, "metrics": "fd_efficientnet,precision_efficientnet", "shard_rows": 4}
     Path(folders["samples"], "000003.png").write_bytes(b"<html>")
     config = EvaluateConfig(**asked, workers=2, out=tmp_path / "pool")
-    with pytest.raises(ConfigError, match=r"1 of 11 images .* 000003.png .is no image but an HTML"):
+    with pytest.raises(ConfigError, match=r"1 of 11 images .* 000003.png is no image but an HTML"):
         evaluate_on_cluster(config)
     pool = evaluate_on_cluster(config.model_copy(update={"skip_broken": True}))
     assert pool.quality[0]["images"] == IMAGES - 1
