@@ -40,6 +40,7 @@ def folders(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / name) for name in ("samples", "reference")}
 
 
+@pytest.mark.chaos
 def test_two_workers_measure_the_bits_that_one_process_measures(tmp_path: Path) -> None:
     one = evaluate(EvaluateConfig(**DIGITS, out=tmp_path / "one"))
     two = evaluate_on_cluster(EvaluateConfig(**DIGITS, out=tmp_path / "two", workers=2))

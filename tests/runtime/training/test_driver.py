@@ -208,6 +208,7 @@ def test_masked_decoding_leaves_a_model_that_loads_and_generates(
     assert {"cross_entropy", "token_accuracy"} <= {*read_history(masked.out)[0]}
 
 
+@pytest.mark.chaos
 def test_masks_are_the_same_for_any_number_of_workers(
     masked: DistillConfig, data: Path, tmp_path: Path
 ) -> None:
