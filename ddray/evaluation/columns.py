@@ -11,7 +11,6 @@ from ddray.report.table import Column
 LOWER, HIGHER = "lower is better", "higher is better"
 ARROWS = {LOWER: "↓", HIGHER: "↑"}
 _WIDE = 4  # metrics, above which a table has arrows for words
-_BETTER = {"frechet": LOWER, "kernel": LOWER, "manifold": HIGHER, "score": HIGHER}
 _FORMATS = {"frechet": ".2f", "kernel": ".5f", "manifold": ".3f", "score": ".1f"}
 _NETWORKS = {"efficientnet": "EfficientNet", "dinov2": "DINOv2", "clip": "CLIP", "digits": "digits"}
 _KEPT = ("fd_digits", "class_accuracy")
@@ -31,7 +30,10 @@ METRIC_COLUMNS: dict[str, Column] = {
     "fd_digits": Column("fd_digits", "fd_digits", LOWER, ".2f"),
     **{
         metric.key: Column(
-            metric.key, _label(metric.key), _BETTER[metric.kind], _FORMATS[metric.kind]
+            metric.key,
+            _label(metric.key),
+            HIGHER if metric.higher_is_better else LOWER,
+            _FORMATS[metric.kind],
         )
         for metric in METRICS.values()
         if metric.key not in _KEPT

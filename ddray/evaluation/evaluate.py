@@ -25,7 +25,7 @@ from ddray.evaluation.generators import Generators
 from ddray.evaluation.judges import Judge, leading_of
 from ddray.evaluation.judging import Judgement, add_ratio
 from ddray.evaluation.look import Look
-from ddray.evaluation.making import FeatureMaker
+from ddray.evaluation.making import FeatureMaker, fill_here
 from ddray.evaluation.plan import Generator
 from ddray.evaluation.planning import Preparation
 from ddray.evaluation.published_tables import published_rows
@@ -33,7 +33,6 @@ from ddray.evaluation.rows import NAIVE, RECONSTRUCTION
 from ddray.metrics.fd_digits import DigitsNetwork
 from ddray.metrics.frechet import FeatureStatistics
 from ddray.models.zoo import METRIC_FOLDER
-from ddray.progress import Progress
 from ddray.storage import open_storage
 
 
@@ -80,18 +79,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     torch.set_num_threads(prepared.plan.threads)
     features = prepared.begin()
     generators = Generators(features, device, **prepared.models)
-    maker = FeatureMaker(features, device, generators)
-    with Progress("evaluation", features.plan.count, "images") as bar:
-        bar.advance_to(features.plan.count - images_of(features, features.missing()))
-        bar.begin()
-        for k in features.missing():
-            bar.advance_to(bar.done + maker.do(k))
+    fill_here("evaluation", features, FeatureMaker(features, device, generators))
     return conclude(config, features, prepared.judges, started, generators)
-
-
-def images_of(features: FeatureSet, tasks: Sequence[int]) -> int:
-    """Images of some tasks."""
-    return sum(len(features.plan.shard_range(k)) for k in tasks)
 
 
 def conclude(
@@ -143,7 +132,7 @@ def conclude(
         "transport": transport,
         "worst_classes": judgement.worst_classes(names),
         "published": published,
-        "protocol": protocol_of(config, features, judges, transport, settings),
+        "protocol": protocol_of(config, features, judges, judgement, transport, settings),
         "settings": settings,
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -195,14 +184,13 @@ def settings_of(
     else:
         found |= {"samples": config.samples, "size": config.size, "convert": config.convert}
     first = judges[0]
-    real = next(iter(judgement.references.values()), None)
     found |= {
         "network": ", ".join(judge.extractor.name for judge in judges),
         "extractor": ", ".join(judge.extractor.fingerprint[:16] for judge in judges),
         "reference": ", ".join(
             judge.reference.uri for judge in judges if judge.reference is not None
         ),
-        "reference_images": (real.count or None) if real is not None else None,
+        "reference_images": next(iter(judgement.reference_images.values()), 0) or None,
         "reference_sha256": ", ".join(map(_digest, judgement.references.values())) or None,
         "resize": config.resize if "inception" in first.extractor.name else None,
         "splits": config.splits if "is" in first.metrics else None,
@@ -222,19 +210,11 @@ def _digest(statistics: FeatureStatistics) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _reference_images(judge: Judge) -> int | None:
-    if judge.measured is not None and not (judge.reference and judge.reference.statistics):
-        return judge.measured.count
-    if judge.reference is None:
-        return None
-    counts = [statistics.count for statistics in judge.reference.statistics.values()]
-    return next((count for count in counts if count), None)
-
-
 def protocol_of(
     config: EvaluateConfig,
     features: FeatureSet,
     judges: Sequence[Judge],
+    judgement: Judgement,
     transport: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
 ) -> list[str]:
@@ -242,7 +222,7 @@ def protocol_of(
     plan = features.plan
     kinds = {row.kind for row in plan.generators}
     said = [_of_images(config, features)]
-    said += [_of_judge(judge, config) for judge in judges]
+    said += [_of_judge(judge, config, judgement) for judge in judges]
     if any("class_accuracy" in judge.metrics for judge in judges):
         said.append(
             "class_accuracy: share of images that the classifier takes for the class asked for."
@@ -315,7 +295,7 @@ def _turn(config: EvaluateConfig, classes: Sequence[int], row: Generator) -> str
     return f"{told} {order.get(config.labels, 'one after the other')}"
 
 
-def _of_judge(judge: Judge, config: EvaluateConfig) -> str:
+def _of_judge(judge: Judge, config: EvaluateConfig, judgement: Judgement) -> str:
     """What a network's distances are between."""
     extractor, reference = judge.extractor, judge.reference
     if extractor.name == "digits":
@@ -334,8 +314,8 @@ def _of_judge(judge: Judge, config: EvaluateConfig) -> str:
     if extractor.any_weights and "inception" in extractor.name:
         told += ", which may not be those of FID"
     if reference is not None:
-        count = _reference_images(judge)
-        told += f"; reference {reference.uri}" + (f" ({count} images)" if count else "")
+        images = judgement.reference_images[extractor.name]
+        told += f"; reference {reference.uri}" + (f" ({images} images)" if images else "")
     if "is" in judge.metrics:
         splits = {"adm": "of 5000 in order", "torch-fidelity": "ten, shuffled"}[config.splits]
         told += f"; splits of the score: {splits}"

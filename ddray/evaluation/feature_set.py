@@ -97,8 +97,7 @@ class FeatureSet:
             ShardError: if some are missing or damaged.
             StorageError: if they cannot be read.
         """
-        place = self.plan.extractors.index(extractor)
-        names = [self.plan.names(task)[place] for task in self._tasks(generator)]
+        names = self._names(generator, extractor)
         for name, data in zip(names, read_ahead(self.storage, names), strict=True):
             try:
                 if data is None:
@@ -132,6 +131,11 @@ class FeatureSet:
         """
         self.storage.delete_folder(FEATURES)
 
+    def _names(self, generator: Generator, extractor: Extractor) -> list[str]:
+        """Files of a generator's features by an extractor, in order."""
+        place = self.plan.extractors.index(extractor)
+        return [self.plan.names(task)[place] for task in self._tasks(generator)]
+
     def _tasks(self, generator: Generator) -> list[Task]:
         return [task for task in self.plan.tasks if task.generator == generator]
 
@@ -155,9 +159,8 @@ class HeldFeatures(FeatureSet):
 
     def shards(self, generator: Generator, extractor: Extractor) -> Iterator[ShardFeatures]:
         """Features of all images of a generator, in order."""
-        place = self.plan.extractors.index(extractor)
-        for task in self._tasks(generator):
-            yield self._held[self.plan.names(task)[place]]
+        for name in self._names(generator, extractor):
+            yield self._held[name]
 
 
 def _npy(tokens: npt.NDArray[np.unsignedinteger]) -> bytes:

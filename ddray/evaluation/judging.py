@@ -16,7 +16,7 @@ from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
 from ddray.evaluation.judges import Judge
 from ddray.evaluation.plan import SOURCES, Extractor, Generator, Kind
-from ddray.metrics.frechet import FeatureStatistics, FeatureSums
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums, add_layers
 from ddray.metrics.measurement import METRICS, Measurement, ShardFeatures
 from ddray.metrics.network import POOL, SPATIAL
 from ddray.metrics.reference import Reference
@@ -78,9 +78,10 @@ def measured_reference(
             rows.append(shard.layers[POOL].astype(np.float16))
         if reference.statistics or "frechet" not in kinds:
             continue
-        for layer in {POOL, SPATIAL} & shard.layers.keys():
-            own = FeatureSums.of(torch.from_numpy(shard.layers[layer]))
-            sums[layer] = sums[layer] + own if layer in sums else own
+        layers = {POOL, SPATIAL} & shard.layers.keys()
+        add_layers(
+            sums, {layer: FeatureSums.of(torch.from_numpy(shard.layers[layer])) for layer in layers}
+        )
     if sums:
         statistics = {layer: found.statistics() for layer, found in sums.items()}
         reference = replace(reference, statistics=statistics)
@@ -151,6 +152,7 @@ class Judgement:
         quality: a row of figures each, as `summary.json` has them.
         broken: images that are left out, by generator.
         references: pooled statistics of the real images, by extractor.
+        reference_images: how many those are, by extractor; 0 where no file says.
 
     Raises:
         ConfigError: for broken images, or metrics that cannot come out.
@@ -175,10 +177,15 @@ class Judgement:
         rows = [g for g in features.plan.generators if g.kind != "reference"]
         by_row: dict[str, dict[str, Any]] = {row.name: self._begun(row) for row in rows}
         self.references: dict[str, FeatureStatistics] = {}
+        self.reference_images: dict[str, int] = {}
         for number, judge in enumerate(judges):
             reference, real = measured_reference(features, judge)
-            if reference is not None and POOL in reference.statistics:
-                self.references[judge.extractor.name] = reference.statistics[POOL]
+            if reference is not None:
+                if POOL in reference.statistics:
+                    self.references[judge.extractor.name] = reference.statistics[POOL]
+                counts = [found.count for found in reference.statistics.values()]
+                held = len(real) if real is not None else 0
+                self.reference_images[judge.extractor.name] = max([*counts, 0]) or held
             for row in rows:
                 measurement = Measurement(
                     *(judge.metrics, by_row[row.name]["images"], reference, real),

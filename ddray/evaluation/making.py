@@ -20,6 +20,7 @@ from ddray.evaluation.plan import SOURCES, Extractor, Task
 from ddray.metrics.loading import load_network
 from ddray.metrics.measurement import ShardFeatures
 from ddray.metrics.network import FeatureNetwork
+from ddray.progress import Progress
 from ddray.sources import BrokenImage, ImageSource, open_source
 
 T = TypeVar("T")
@@ -161,6 +162,22 @@ class FeatureMaker:
             )
             for extractor in self._plan.extractors
         }
+
+
+def fill_here(label: str, features: FeatureSet, maker: FeatureMaker) -> None:
+    """Do what is missing of an evaluation in this process, with progress.
+
+    Args:
+        label: what is made, for people.
+        features: the evaluation.
+        maker: does it.
+    """
+    plan, missing = features.plan, features.missing()
+    with Progress(label, plan.count, "images") as bar:
+        bar.advance_to(plan.count - sum(len(plan.shard_range(k)) for k in missing))
+        bar.begin()
+        for k in missing:
+            bar.advance_to(bar.done + maker.do(k))
 
 
 def source_settings(source: ImageSource, **options: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.judging import refuse_broken
 from ddray.evaluation.making import open_planned, source_settings
 from ddray.evaluation.plan import EvaluationPlan, Extractor, Generator
-from ddray.metrics.frechet import FeatureStatistics, FeatureSums
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums, add_layers
 from ddray.metrics.loading import load_network
 from ddray.metrics.network import POOL
 from ddray.metrics.reference import MOMENTS, Reference
@@ -246,9 +246,8 @@ class _Added:
             wanted = np.isin(rows, spread)
             self.sample += rows[wanted].tolist()
             kept.append(shard.layers[POOL][wanted].astype(np.float16))
-            for layer, found in shard.layers.items():
-                own = FeatureSums.of(torch.from_numpy(found))
-                self._sums[layer] = self._sums[layer] + own if layer in self._sums else own
+            own = {k: FeatureSums.of(torch.from_numpy(found)) for k, found in shard.layers.items()}
+            add_layers(self._sums, own)
         self.features = np.concatenate(kept) if kept else np.empty((0, 0), np.float16)
 
     def statistics(self) -> dict[str, FeatureStatistics]:

@@ -5,7 +5,7 @@ Shapes: N images, D features.
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -177,6 +177,12 @@ class FeatureSums:
         if found != extractor:
             raise ConfigError(f"made by another extractor ({found[:12]}, not {extractor[:12]})")
         return sums
+
+
+def add_layers(sums: dict[str, FeatureSums], own: Mapping[str, FeatureSums]) -> None:
+    """Add sums of some layers to those that are there, in place."""
+    for layer, more in own.items():
+        sums[layer] = sums[layer] + more if layer in sums else more
 
 
 def arrays_and_notes(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:

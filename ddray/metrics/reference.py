@@ -24,7 +24,7 @@ from torch import Tensor
 from ddray.errors import ConfigError, StorageError, one_line
 from ddray.file_kind import explained
 from ddray.locations import S3, absolute, local_file
-from ddray.metrics.frechet import FeatureStatistics, FeatureSums, check_moments
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums, add_layers, check_moments
 from ddray.metrics.network import POOL, SPATIAL, FeatureNetwork
 from ddray.storage import open_beside
 from ddray.storage.image_array import IMAGES, image_shape
@@ -122,9 +122,8 @@ class Reference:
         for block in self.images():
             found = network(torch.from_numpy(block.copy()))
             rows.append(found[POOL].half().cpu().numpy())
-            for layer in MOMENTS.keys() & found.keys():
-                own = FeatureSums.of(found[layer])
-                sums[layer] = sums[layer] + own if layer in sums else own
+            layers = MOMENTS.keys() & found.keys()
+            add_layers(sums, {layer: FeatureSums.of(found[layer]) for layer in layers})
         return replace(
             self,
             statistics={layer: sums[layer].statistics() for layer in MOMENTS if layer in sums},

@@ -9,9 +9,8 @@ import torch
 from ddray.config.base import reserved_device
 from ddray.config.reference import ReferenceConfig
 from ddray.evaluation.feature_set import FeatureSet
-from ddray.evaluation.making import FeatureMaker
+from ddray.evaluation.making import FeatureMaker, fill_here
 from ddray.evaluation.reference_making import begun, finish, made, prepare
-from ddray.progress import Progress
 
 
 def reference(config: ReferenceConfig) -> dict[str, Any]:
@@ -37,14 +36,8 @@ def reference(config: ReferenceConfig) -> dict[str, Any]:
 
 
 def _here(config: ReferenceConfig, features: FeatureSet) -> None:
-    plan, missing = features.plan, features.missing()
-    torch.set_num_threads(plan.threads)
-    maker = FeatureMaker(features, reserved_device(config.num_gpus))
-    with Progress("reference", plan.count, "images") as bar:
-        bar.advance_to(plan.count - sum(len(plan.shard_range(k)) for k in missing))
-        bar.begin()
-        for k in missing:
-            bar.advance_to(bar.done + maker.do(k))
+    torch.set_num_threads(features.plan.threads)
+    fill_here("reference", features, FeatureMaker(features, reserved_device(config.num_gpus)))
 
 
 def _on_cluster(config: ReferenceConfig, features: FeatureSet) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ddray.config.generation import GenerateConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.method.student import Student
 from ddray.metrics.fd_digits import DigitsMetric, makes_digits
-from ddray.metrics.frechet import FeatureStatistics, FeatureSums
+from ddray.metrics.frechet import FeatureStatistics, FeatureSums, add_layers
 from ddray.metrics.loading import NETWORKS, load_network
 from ddray.metrics.measurement import ShardFeatures
 from ddray.metrics.network import POOL, SPATIAL, FeatureNetwork
@@ -123,8 +123,7 @@ def merge(images: ImageSet, extractor: DigitsMetric | FeatureNetwork) -> Referen
     """
     sums: dict[str, FeatureSums] = {}
     for part in _parts(images, extractor):
-        for layer, own in part.items():
-            sums[layer] = sums[layer] + own if layer in sums else own
+        add_layers(sums, part)
     # In one order: safetensors gives the layers of a file in any.
     statistics: dict[str, FeatureStatistics] = {
         layer: sums[layer].statistics() for layer in _LAYERS if layer in sums
