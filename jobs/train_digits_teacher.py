@@ -7,8 +7,6 @@ rerun; `--only STAGE` trains one anew.
 """
 
 import argparse
-import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +15,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from teacher_training import (
+    DEVICE,
+    Quantised,
+    descend,
+    half,
+    mutual_distance,
+    optimise,
+    quantise_llamagen,
+    report,
+    restart_dead_codes,
+)
+from torch import Tensor
 
 from ddray.metrics.digits import Digits, augment, load_digits, reference_digits
 from ddray.metrics.digits_classifier import DigitsClassifier
@@ -31,38 +40,6 @@ from ddray.storage.checkpoint import load_into, read_weights, save_folder
 
 DIGITS_TOKENIZER = {"z_channels": 64, "ch": 32, "num_res_blocks": 1, "in_channels": 1}
 SCALES = (1, 2, 3, 5, 7)
-
-
-class Quantised(NamedTuple):
-    """One pass through a tokenizer in training.
-
-    Attributes:
-        images: reconstructions; gradients pass the codes straight through.
-        tokens: int64 [B, L].
-        loss: pulls codes to what they stand for, and (a quarter as strongly) the other way.
-        targets: what codes were searched for, [N, E]: where dead codes restart.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    loss: Tensor
-    targets: Tensor
-
-
-def mutual_distance(codes: Tensor, latents: Tensor) -> Tensor:
-    """Squared error that moves the codes, and a quarter of it that moves the latents."""
-    return F.mse_loss(codes, latents.detach()) + 0.25 * F.mse_loss(latents, codes.detach())
-
-
-def quantise_llamagen(vq: LlamaGenVQ, images: Tensor) -> Quantised:
-    """Every latent by its nearest code."""
-    latents = vq.latents(images)
-    tokens = vq.nearest(latents.detach())
-    codes = vq.codebook[tokens]
-    decoded = vq.decode(latents + (codes - latents).detach())
-    # Latents lie on the unit sphere, so their elements are small.
-    loss = latents.shape[-1] * mutual_distance(codes, latents)
-    return Quantised(decoded, tokens, loss, latents.detach().flatten(0, 1))
 
 
 def quantise_var(vq: VARVQ, images: Tensor) -> Quantised:
@@ -123,7 +100,6 @@ def var() -> Recipe:
 
 RECIPES = {"llamagen": llamagen, "var": var}
 DEFAULT_CFG = {"llamagen": 2.0, "var": 1.0}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batches(data: Digits, size: int, steps: int, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -136,28 +112,6 @@ def batches(data: Digits, size: int, steps: int, seed: int) -> Iterator[tuple[in
         rows, order = order[:size], order[size:]
         images = augment(data.images[rows], generator)
         yield step, images.to(DEVICE), data.labels[rows].to(DEVICE)
-
-
-def optimise(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, object]:
-    """AdamW with warm-up over 5 % of the steps and cosine decay to zero."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
-
-    def factor(step: int) -> float:
-        warm = max(1, steps // 20)
-        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def descend(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, schedule) -> None:
-    """One optimizer step with clipped gradients."""
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
 
 
 def halves_distance(model: DigitsClassifier, held_out: Digits) -> float:
@@ -203,13 +157,6 @@ def train_classifier(train: Digits, held_out: Digits, out: Path, steps: int) -> 
     state = {**model.state_dict(), **statistics.tensors()}
     save_folder(out / "digits-classifier", {"family": "digits-classifier", **quality}, model=state)
     print(quality)
-
-
-def restart_dead_codes(codes_VE: Tensor, used_V: Tensor, targets: Tensor) -> None:
-    """Move codes that nothing chose onto targets that exist."""
-    dead = (used_V == 0).nonzero().squeeze(1)
-    pick = torch.randint(len(targets), (len(dead),), device=targets.device)
-    codes_VE.data[dead] = targets[pick]
 
 
 def train_tokenizer(recipe: Recipe, train: Digits, steps: int) -> None:
@@ -266,23 +213,6 @@ def train_teacher(recipe: Recipe, train: Digits, held_out: Digits, steps: int) -
             print(f"teacher  held-out nll {held:.3f}")
         report("teacher", step, steps, nll=loss)
     model.eval()
-
-
-def report(stage: str, step: int, steps: int, **values: Tensor) -> None:
-    """A line now and then."""
-    if step % 50 == 0 or step == steps - 1:
-        shown = "  ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
-        print(f"{stage}  {step + 1}/{steps}  {time.process_time():.0f} CPU-s  {shown}", flush=True)
-
-
-def half(module: nn.Module, statistics: frozenset[str] = frozenset()) -> dict[str, Tensor]:
-    """Weights as float16, which is how they travel; what follows from the sizes left out."""
-    constants = getattr(module, "constants", dict)()
-    return {
-        name: tensor.half()
-        for name, tensor in module.state_dict().items()
-        if name not in statistics | constants.keys()
-    }
 
 
 def main() -> None:

@@ -215,6 +215,6 @@ class SetConfig(PoolConfig):
         None, description="of a file of prompts; absent = caption, Caption, prompt or Prompt"
     )
     text_encoder: EncoderName | None = Field(
-        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+        None, description="of captions without features; absent = the model's own"
     )
     seed: SeedT = Field(0, description="of the noise")

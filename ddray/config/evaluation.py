@@ -122,7 +122,7 @@ class EvaluateConfig(MetricsConfig, PoolConfig):
     captions: Location | None = Field(None, description="captions of a text model's images")
     caption_column: str | None = Field(None, description="of the captions; absent = caption")
     text_encoder: EncoderName | None = Field(
-        None, description="T5 for captions without features; absent = google/flan-t5-xl"
+        None, description="of captions without features; absent = the model's own"
     )
 
     column: str | None = Field(None, description="of images in Parquet; absent = the only one")

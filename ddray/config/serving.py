@@ -49,7 +49,7 @@ class ServeConfig(Job):
         None, description="load the teachers too, to compare; absent = of bundled students"
     )
     text_encoder: EncoderName | None = Field(
-        None, description="T5 for students that take captions; absent = google/flan-t5-xl"
+        None, description="for students that take captions; absent = the student's own"
     )
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 = all")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="of HTTP")

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from ddray.distillation.order import BlockCursor, ShardOrder
 from ddray.errors import ShardError
-from ddray.models.text_encoder import TextEncoder
 from ddray.sets.conditions import Conditions, read_conditions
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.text.encoder import TextEncoder
 
 
 @dataclass(frozen=True, eq=False)

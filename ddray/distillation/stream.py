@@ -24,10 +24,10 @@ from ddray.errors import ConfigError
 from ddray.method.conditioning import Condition
 from ddray.method.seeding import standard_normal
 from ddray.method.teacher import AskedFor, Teacher
-from ddray.models.text_encoder import TextEncoder
 from ddray.prefetch import Prefetch
 from ddray.sets.conditions import Conditions, load_encoder
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.text.encoder import TextEncoder
 
 # Batches that are prepared before they are asked for.
 _DEPTH = 2

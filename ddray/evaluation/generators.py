@@ -24,11 +24,11 @@ from ddray.method.student import Student
 from ddray.method.teacher import AskedFor, Teacher
 from ddray.metrics.digits import Digits, load_digits, reference_digits
 from ddray.metrics.pixels import eight_bit
-from ddray.models.text_encoder import TextEncoder
 from ddray.models.zoo import load_masked, load_student, load_teacher
 from ddray.sets.captions import read_captions
 from ddray.sets.conditions import Conditions, load_encoder
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.text.encoder import TextEncoder
 
 # What a decoder makes of so many images fits into a CPU's caches.
 _DECODE = 64

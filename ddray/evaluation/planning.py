@@ -195,7 +195,7 @@ class Preparation:
             conditioning=self.model.conditioning if self.models else "",
             classes=classes,
             labels=with_block(config.labels, config.num_images, classes) if classes else "balanced",
-            text_encoder=encoder_name(config, self.captions),
+            text_encoder=encoder_name(config, self.captions, self._model_config),
             seed=config.seed,
             dtype=config.network_dtype,
             decode_dtype=config.pixel_dtype,
@@ -203,6 +203,11 @@ class Preparation:
             batch_size=self._batch_size(),
             shard_rows=config.shard_rows,
         )
+
+    @property
+    def _model_config(self) -> dict[str, Any]:
+        """Of what is conditioned; empty where images of anyone are judged."""
+        return self.model.config if self.models else {}
 
     def _batch_size(self) -> int:
         config = self.config

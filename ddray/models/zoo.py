@@ -302,14 +302,18 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
     network = family.network(sizes_of(family.config, sizes, "the student"))
     network.to(teacher.device)
     network.init_from_teacher(teacher.model, teacher.codebook)
-    carried = ("default_cfg", "class_names")
-    card = {k: teacher.config[k] for k in carried if k in teacher.config}
+    card = _card(teacher, "default_cfg", "class_names", "example_captions", "text_encoder")
     return network, {
         "family": family_name,
         **sizes,
         "tokenizer": teacher.config["tokenizer"],
         **card,
     }
+
+
+def _card(teacher: Teacher, *fields: str) -> dict[str, Any]:
+    """What of a teacher's config is said of its students too."""
+    return {field: teacher.config[field] for field in fields if field in teacher.config}
 
 
 def continue_student(spec: str | Path, teacher: Teacher) -> tuple[Any, dict[str, Any]]:
@@ -359,7 +363,7 @@ def new_masked(teacher: Teacher) -> tuple[MaskedTransformer, dict[str, Any]]:
     if network.conditioning == "text":
         null_TD: torch.Tensor = network.cls_embedding.uncond_embedding  # type: ignore[assignment]
         null_TD.copy_(teacher.model.cls_embedding.uncond_embedding)
-    card = {k: teacher.config[k] for k in ("class_names",) if k in teacher.config}
+    card = _card(teacher, "class_names", "text_encoder")
     return network, {
         "family": "masked",
         **asdict(sizes),

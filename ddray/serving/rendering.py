@@ -25,9 +25,10 @@ from ddray.method.schedule import TEACHER_ALONE
 from ddray.method.seeding import noise
 from ddray.method.student import Student
 from ddray.method.teacher import AskedFor, Teacher
-from ddray.models.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder
 from ddray.models.zoo import load_student, load_teacher
 from ddray.sets.images.orders import RowsOrder
+from ddray.text.encoder import TextEncoder
+from ddray.text.loading import load_text_encoder, own_encoder
 
 # Rows of the largest pass. More rows gain a CPU nothing (measured on digits: 8.4 ms an image at 8,
 # 7.8 at 64, 14 at 1), and a pass of a GPU is as fast with 16 as with one.
@@ -94,7 +95,7 @@ class Renderer:
         Args:
             student: bundled name or model folder.
             teacher: whether to load it.
-            text_encoder: T5 for captions; None = the published one, if the student takes captions.
+            text_encoder: of captions; None = the one that the student was trained with.
             rows: see the class.
             device: where to compute.
             dtype: of the networks; "auto" as `load_student` means it.
@@ -109,7 +110,8 @@ class Renderer:
         encoder = None
         if loaded.conditioning == "text":
             length = loaded.model.config.cls_token_num
-            encoder = T5TextEncoder(text_encoder or FLAN_T5_XL, length=length, device=loaded.device)
+            source = text_encoder or own_encoder(loaded.config)
+            encoder = load_text_encoder(source, length=length, device=loaded.device)
         name = loaded.config.get("teacher")
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")

@@ -8,7 +8,7 @@ Shapes: N rows, B batch, T caption positions, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +20,11 @@ from ddray.config.generation import GenerateConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.method.model import Model
 from ddray.method.teacher import AskedFor
-from ddray.models.text_encoder import FLAN_T5_XL, T5TextEncoder, TextEncoder, encoder_width
 from ddray.sets.captions import padded, read_captions
 from ddray.sets.sharded_set import ShardedSet
 from ddray.storage.caption_file import CaptionFile
+from ddray.text.encoder import TextEncoder
+from ddray.text.loading import check_text_encoder, load_text_encoder, own_encoder
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,15 @@ def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
     )
 
 
-def encoder_name(config: TakesCaptions, captions: CaptionFile | None) -> str:
+def encoder_name(
+    config: TakesCaptions, captions: CaptionFile | None, model: Mapping[str, Any]
+) -> str:
     """What a plan says of its text encoder: a folder where all workers look for it, or a name.
+
+    Args:
+        config: of the job.
+        captions: that it was given; None where the model takes none.
+        model: config of the model, which knows what it was trained with.
 
     Raises:
         ConfigError: if an encoder is given for captions that come with features.
@@ -117,7 +125,7 @@ def encoder_name(config: TakesCaptions, captions: CaptionFile | None) -> str:
                 f"text_encoder={config.text_encoder!r}, but {captions.uri} has features already"
             )
         return ""
-    return config.text_encoder or FLAN_T5_XL
+    return config.text_encoder or own_encoder(model)
 
 
 def check_encoder(plan: NamesEncoder, model: Model) -> None:
@@ -127,14 +135,8 @@ def check_encoder(plan: NamesEncoder, model: Model) -> None:
         ConfigError: without the extra `text`, or for another width.
         CheckpointError: if the encoder cannot be loaded.
     """
-    if not plan.text_encoder:
-        return
-    width, needed = encoder_width(plan.text_encoder), model.model.config.caption_dim
-    if width != needed:
-        raise ConfigError(
-            f"text_encoder={plan.text_encoder!r} makes features of width {width}; {model.name} "
-            f"takes {needed}"
-        )
+    if plan.text_encoder:
+        check_text_encoder(plan.text_encoder, model.name, model.model.config.caption_dim)
 
 
 def load_encoder(plan: NamesEncoder, model: Model) -> TextEncoder | None:
@@ -147,7 +149,7 @@ def load_encoder(plan: NamesEncoder, model: Model) -> TextEncoder | None:
     if not plan.text_encoder:
         return None
     length = model.model.config.cls_token_num
-    return T5TextEncoder(plan.text_encoder, length=length, device=model.device)
+    return load_text_encoder(plan.text_encoder, length=length, device=model.device)
 
 
 def read_conditions(

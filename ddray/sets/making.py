@@ -40,7 +40,7 @@ def planned_fields(
         "stages": model.stages,
         "vocab_size": len(model.codebook),
         "classes": config.classes,
-        "text_encoder": encoder_name(config, captions),
+        "text_encoder": encoder_name(config, captions, model.config),
     }
 
 

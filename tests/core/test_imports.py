@@ -27,7 +27,7 @@ FLOORS = [
     ("sets.inspection",),
     ("sets.trajectories", "sets.images"),
     ("sets",),
-    ("metrics", "models"),
+    ("metrics", "models", "text"),
     ("method",),
     ("config", "storage", "report"),
     ("file_kind", "locations"),

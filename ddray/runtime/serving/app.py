@@ -29,7 +29,6 @@ from ddray.config.serving import MAX_IMAGES, ServeConfig
 from ddray.errors import ClusterError, ConfigError
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.families import FAMILIES, empty_network
-from ddray.models.text_encoder import FLAN_T5_XL, encoder_width
 from ddray.models.zoo import image_side, resolve
 from ddray.runtime.cluster.capacity import node_labels, require
 from ddray.runtime.cluster.doctor import preflight
@@ -41,6 +40,7 @@ from ddray.serving.api import ModelCard
 from ddray.serving.api_keys import read_keys
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import read_config
+from ddray.text.loading import check_text_encoder, own_encoder
 
 log = logging.getLogger("ray.serve")
 
@@ -216,7 +216,8 @@ def described(student: str, wanted: ServeConfig) -> ModelCard:
         resolve(teacher)
     network, side = empty_network(config, student), image_side(config, student)
     if network.conditioning == "text":
-        _check_encoder(wanted.text_encoder or FLAN_T5_XL, student, network.config.caption_dim)
+        encoder = wanted.text_encoder or own_encoder(config)
+        check_text_encoder(encoder, student, network.config.caption_dim)
     return ModelCard(
         id=config.get("name") or _name_of(student),
         created=int(time.time()),
@@ -228,14 +229,6 @@ def described(student: str, wanted: ServeConfig) -> ModelCard:
         teacher=teacher,
         size=f"{side}x{side}",
     )
-
-
-def _check_encoder(encoder: str, student: str, needed: int) -> None:
-    width = encoder_width(encoder)
-    if width != needed:
-        raise ConfigError(
-            f"text_encoder={encoder!r} makes features of width {width}; {student} takes {needed}"
-        )
 
 
 def _name_of(student: str) -> str:

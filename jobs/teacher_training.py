@@ -1,0 +1,96 @@
+"""What the trainings of all bundled teachers share: tokenizers, steps, float16 files."""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddray.models.llamagen_vq import LlamaGenVQ
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Quantised(NamedTuple):
+    """One pass through a tokenizer in training.
+
+    Attributes:
+        images: reconstructions; gradients pass the codes straight through.
+        tokens: int64 [B, L].
+        loss: pulls codes to what they stand for, and (a quarter as strongly) the other way.
+        targets: what codes were searched for, [N, E]: where dead codes restart.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    loss: Tensor
+    targets: Tensor
+
+
+def mutual_distance(codes: Tensor, latents: Tensor) -> Tensor:
+    """Squared error that moves the codes, and a quarter of it that moves the latents."""
+    return F.mse_loss(codes, latents.detach()) + 0.25 * F.mse_loss(latents, codes.detach())
+
+
+def quantise_llamagen(vq: LlamaGenVQ, images: Tensor) -> Quantised:
+    """Every latent by its nearest code."""
+    latents = vq.latents(images)
+    tokens = vq.nearest(latents.detach())
+    codes = vq.codebook[tokens]
+    decoded = vq.decode(latents + (codes - latents).detach())
+    # Latents lie on the unit sphere, so their elements are small.
+    loss = latents.shape[-1] * mutual_distance(codes, latents)
+    return Quantised(decoded, tokens, loss, latents.detach().flatten(0, 1))
+
+
+def restart_dead_codes(codes_VE: Tensor, used_V: Tensor, targets: Tensor) -> None:
+    """Move codes that nothing chose onto targets that exist."""
+    dead = (used_V == 0).nonzero().squeeze(1)
+    pick = torch.randint(len(targets), (len(dead),), device=targets.device)
+    codes_VE.data[dead] = targets[pick]
+
+
+Schedule = torch.optim.lr_scheduler.LambdaLR
+
+
+def optimise(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Schedule]:
+    """AdamW with warm-up over 5 % of the steps and cosine decay to zero."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+
+    def factor(step: int) -> float:
+        warm = max(1, steps // 20)
+        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    return optimizer, Schedule(optimizer, factor)
+
+
+def descend(
+    loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule
+) -> None:
+    """One optimizer step with clipped gradients."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def report(stage: str, step: int, steps: int, **values: Tensor) -> None:
+    """A line now and then."""
+    if step % 50 == 0 or step == steps - 1:
+        shown = "  ".join(f"{name} {float(value.detach()):.4f}" for name, value in values.items())
+        print(f"{stage}  {step + 1}/{steps}  {time.process_time():.0f} CPU-s  {shown}", flush=True)
+
+
+def half(module: nn.Module, statistics: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    """Weights as float16, which is how they travel; what follows from the sizes left out."""
+    constants = getattr(module, "constants", dict)()
+    return {
+        name: tensor.half()
+        for name, tensor in module.state_dict().items()
+        if name not in statistics | constants.keys()
+    }

@@ -1,0 +1,307 @@
+"""Train the bundled text teacher on real emoji: word vectors, tokenizer, teacher.
+
+    python jobs/train_emoji_teacher.py --packages FOLDER --out ddray/models/bundled
+
+Where the packages come from stands at the head of jobs/emoji_pictures.py. It takes about three
+hours on two CPU cores, or some minutes on a GPU. Each stage is skipped where it is in the output
+folder; one that was killed goes on from the last of its states in --work.
+"""
+
+import argparse
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from emoji_pictures import SIDE, Draw, Picture, package, read_pictures
+from safetensors.torch import load as parse_safetensors
+from teacher_training import (
+    DEVICE,
+    descend,
+    half,
+    optimise,
+    quantise_llamagen,
+    report,
+    restart_dead_codes,
+)
+from torch import Tensor
+
+from ddray.method.conditioning import Captions, choose, left_padded
+from ddray.models.llamagen import LlamaGen, LlamaGenConfig
+from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
+from ddray.storage.checkpoint import load_folder, load_into, save_folder
+from ddray.text.words import WordEncoder, words
+
+WORD_WIDTH, POSITION_WIDTH, LENGTH = 112, 16, 16
+DEFAULT_CFG = 2.0
+STATISTICS = frozenset({"quantize.codebook_used"})
+STATE_EVERY = 200
+
+
+def new_tokenizer() -> LlamaGenVQ:
+    """64 tokens of 1024 unit codes for 32 x 32 pixels."""
+    return LlamaGenVQ(
+        LlamaGenVQConfig(
+            codebook_size=1024,
+            codebook_embed_dim=8,
+            z_channels=32,
+            ch=32,
+            ch_mult=(1, 2, 2),
+            num_res_blocks=1,
+        )
+    )
+
+
+def new_teacher() -> LlamaGen:
+    """Six blocks of width 192."""
+    return LlamaGen(
+        LlamaGenConfig(
+            dim=192,
+            n_layer=6,
+            n_head=6,
+            vocab_size=1024,
+            num_classes=1,
+            block_size=64,
+            cls_token_num=LENGTH,
+            caption_dim=WORD_WIDTH + POSITION_WIDTH,
+            multiple_of=64,
+        )
+    )
+
+
+def make_encoder(packages: Path, pictures: list[Picture], out: Path) -> None:
+    """The word vectors of wordllama, of its pieces of plain letters, along their main directions.
+
+    They are those of the words of the captions and of all pieces, both alike in weight; the
+    features of a caption have a mean square of one.
+    """
+    with zipfile.ZipFile(package(packages, "wordllama-*.whl")) as wheel:
+        read = json.loads(wheel.read("wordllama/tokenizers/l2_supercat_tokenizer_config.json"))
+        table = parse_safetensors(wheel.read("wordllama/weights/l2_supercat_256.safetensors"))
+    (all_PW,) = table.values()
+    plain = {
+        piece.replace("\u2581", "_"): number
+        for piece, number in read["model"]["vocab"].items()
+        if piece.isascii() or piece.startswith("\u2581")
+    }
+    kept = [p for p in plain if p == "_" or (p.removeprefix("_").isalnum() and p == p.lower())]
+    kept = [p for p in kept if p.removeprefix("_").isascii()]
+    vectors = all_PW[[plain[p] for p in kept]].float()
+    whole = WordEncoder(kept, vectors, length=LENGTH, position_width=POSITION_WIDTH)
+    known = sorted({word for picture in pictures for word in words(picture.name)})
+    features, mask = whole(known)
+    of_words = features[mask.bool()][:, : vectors.shape[1]]
+    spread = sum(x.T @ x / len(x) for x in (of_words, vectors))
+    _, directions = torch.linalg.eigh(spread)
+    turn = directions.flip(1)[:, :WORD_WIDTH]
+    scale = (of_words @ turn).square().mean().rsqrt()
+    told = vectors @ turn * scale
+    kept_share = float((of_words @ turn).square().sum() / of_words.square().sum())
+    print(f"{len(kept)} pieces; {kept_share:.3f} of the squares of {len(known)} words kept")
+    WordEncoder(kept, told, length=LENGTH, position_width=POSITION_WIDTH).save(out / "emoji-words")
+
+
+class States:
+    """What a stage was when it was last written down.
+
+    Args:
+        file: where.
+        parts: what has `state_dict` and `load_state_dict`.
+        draw: of the pictures.
+    """
+
+    def __init__(self, file: Path, draw: Draw, **parts: Any):
+        self._file, self._parts, self._draw = file, parts, draw
+
+    def begin(self) -> int:
+        """The step to go on with, everything being as it was; 0 where nothing is written."""
+        if not self._file.exists():
+            return 0
+        state = torch.load(self._file, weights_only=True)
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self._draw.load_state_dict(state["draw"])
+        torch.set_rng_state(state["random"])
+        return int(state["step"])
+
+    def write(self, step: int) -> None:
+        """Write all down, whole or not at all."""
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".new")
+        drawn = self._draw.state_dict()
+        state = {"step": step, "draw": drawn, "random": torch.get_rng_state(), **parts}
+        torch.save(state, unfinished)
+        unfinished.replace(self._file)
+
+    def steps(self, stop: int) -> Iterator[int]:
+        """The steps that are left; the state is written now and then."""
+        for step in range(self.begin(), stop):
+            yield step
+            if step % STATE_EVERY == STATE_EVERY - 1 or step == stop - 1:
+                self.write(step + 1)
+
+
+def pixels(pictures: list[Picture]) -> Tensor:
+    """Images uint8 [N, 3, 32, 32] of some pictures."""
+    return torch.stack([torch.from_numpy(picture.image_HWC) for picture in pictures]).movedim(3, 1)
+
+
+def moved(images: Tensor, random: torch.Generator) -> Tensor:
+    """Images at most two pixels off, white from outside, mirrored half of the time; [-1, 1]."""
+    images = torch.where(
+        torch.rand(len(images), 1, 1, 1, generator=random) < 0.5, images, images.flip(3)
+    )
+    padded = F.pad(images.float() / 127.5 - 1, (2, 2, 2, 2), value=1.0)
+    top, left = torch.randint(5, (2, len(images)), generator=random)
+    rows, columns = (start[:, None] + torch.arange(SIDE) for start in (top, left))
+    number = torch.arange(len(images))[:, None, None]
+    return padded.movedim(1, 3)[number, rows[:, :, None], columns[:, None]].movedim(3, 1)
+
+
+def edges(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels."""
+    return images.diff(dim=2), images.diff(dim=3)
+
+
+def train_tokenizer(pictures: list[Picture], work: Path, steps: int) -> LlamaGenVQ:
+    """VQ autoencoder: squared and absolute error, edges as well; dead codes revived."""
+    torch.manual_seed(2)
+    vq = new_tokenizer().to(DEVICE)
+    codes = vq.quantize.embedding.weight
+    optimizer, schedule = optimise(vq, 2e-3, steps)
+    images = pixels(pictures)
+    draw = Draw(pictures, seed=2)
+    used = torch.zeros(len(codes), device=DEVICE)
+    states = States(work / "tokenizer.pt", draw, model=vq, optimizer=optimizer, schedule=schedule)
+    for step in states.steps(steps):
+        batch = moved(images[draw.rows(32)], draw.random).to(DEVICE)
+        quantised = quantise_llamagen(vq, batch)
+        squared = F.mse_loss(quantised.images, batch)
+        pairs = zip(edges(quantised.images), edges(batch), strict=True)
+        sharp = sum(F.l1_loss(mine, real) for mine, real in pairs)
+        loss = squared + 0.2 * F.l1_loss(quantised.images, batch) + 0.2 * sharp + quantised.loss
+        descend(loss, vq, optimizer, schedule)
+        used += torch.bincount(quantised.tokens.flatten(), minlength=len(used))
+        # Restarts stop early enough for every code to settle.
+        if step % 25 == 24 and step < 0.7 * steps:
+            restart_dead_codes(codes, used, quantised.targets)
+        report("tokenizer", step, steps, mse=squared / 4, codes=(used > 0).sum())
+        if step % 25 == 24:
+            used.zero_()
+    return vq.eval()
+
+
+class Rows(NamedTuple):
+    """What the teacher learns from.
+
+    Attributes:
+        tokens_NL: int64 [N, L] of every picture.
+        captions: features of all ways to ask for them.
+        first_N: where a picture's ways begin.
+    """
+
+    tokens_NL: Tensor
+    captions: Captions
+    ways: int
+
+
+@torch.no_grad()
+def rows_of(pictures: list[Picture], vq: LlamaGenVQ, encoder: WordEncoder) -> Rows:
+    """Tokens and caption features of pictures."""
+    images = pixels(pictures).float() / 127.5 - 1
+    tokens = torch.cat([vq.encode(part.to(DEVICE)) for part in images.split(256)])
+    asked = [caption for picture in pictures for caption in picture.captions()]
+    captions = left_padded(encoder(asked), LENGTH, encoder.width, torch.device(DEVICE))
+    return Rows(tokens, captions, len(pictures[0].captions()))
+
+
+def nats(model: LlamaGen, rows: Rows, numbers: Tensor, ways: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a token; a caption that is asked for in way -1 is dropped."""
+    tokens = rows.tokens_NL[numbers]
+    told = rows.captions[numbers * rows.ways + ways.clamp_min(0)]
+    cond = choose((ways < 0).to(tokens.device), model.null(told), told)
+    logits = model(cond, tokens)
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def train_teacher(
+    train: Rows, held: Rows, draw: Draw, start: dict[str, Tensor] | None, work: Path, steps: int
+) -> LlamaGen:
+    """Next-token cross entropy; one caption in ten is dropped."""
+    torch.manual_seed(4)
+    model = new_teacher()
+    model.init_weights()
+    if start is not None:
+        load_into(model, start, "the weights to begin with")
+    model.to(DEVICE)
+    optimizer, schedule = optimise(model, 2e-3 if start is None else 1e-3, steps)
+    states = States(work / "teacher.pt", draw, model=model, optimizer=optimizer, schedule=schedule)
+    some = torch.arange(0, len(held.tokens_NL), 4)
+    for step in states.steps(steps):
+        numbers = draw.rows(32)
+        ways = torch.randint(train.ways, (32,), generator=draw.random)
+        ways = ways.masked_fill(torch.rand(32, generator=draw.random) < 0.1, -1)
+        loss = nats(model, train, numbers, ways)
+        descend(loss, model, optimizer, schedule)
+        if step % 500 == 499 or step == steps - 1:
+            with torch.no_grad():
+                last = nats(model, held, some, torch.full_like(some, held.ways - 1))
+            print(f"teacher  held-out nats {last:.3f}", flush=True)
+        report("teacher", step, steps, nats=loss)
+    return model.eval()
+
+
+def state_of(folder: Path) -> dict[str, Tensor] | None:
+    """Weights of a model folder; None if there is none."""
+    return load_folder(folder)[1] if (folder / "config.json").exists() else None
+
+
+def main() -> None:
+    """Train what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--packages", type=Path, required=True, help="folder of their files")
+    parser.add_argument("--out", type=Path, default=Path("ddray/models/bundled"))
+    parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="states of stages")
+    parser.add_argument("--only", choices=("encoder", "tokenizer", "teacher"))
+    parser.add_argument("--init", type=Path, help="a teacher's folder to begin with")
+    parser.add_argument("--tokenizer-steps", type=int, default=2000)
+    parser.add_argument("--teacher-steps", type=int, default=20000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pictures = read_pictures(args.packages)
+    train = [picture for picture in pictures if not picture.held_out]
+    held = [picture for picture in pictures if picture.held_out]
+    folder = args.out / "emoji-llamagen"
+    if args.only == "encoder" or not (args.out / "emoji-words/config.json").exists():
+        make_encoder(args.packages, train, args.out)
+    vq_folder = args.work / "tokenizer"
+    if args.only == "tokenizer" or not (vq_folder / "config.json").exists():
+        vq = train_tokenizer(train, args.work, args.tokenizer_steps)
+        save_folder(vq_folder, {"family": "tokenizer"}, model=half(vq.cpu(), STATISTICS))
+    vq = new_tokenizer()
+    load_into(vq, load_folder(vq_folder)[1], str(vq_folder), STATISTICS)
+    if args.only == "teacher" or not (folder / "config.json").exists():
+        encoder = WordEncoder.load(args.out / "emoji-words", length=LENGTH)
+        vq.to(DEVICE)
+        rows = [rows_of(part, vq, encoder) for part in (train, held)]
+        start = None if args.init is None else state_of(args.init)
+        draw = Draw(train, seed=4)
+        teacher = train_teacher(*rows, draw, start, args.work, args.teacher_steps)
+        config = {
+            "family": "llamagen",
+            **asdict(teacher.config),
+            "default_cfg": DEFAULT_CFG,
+            "text_encoder": "emoji-words",
+            "tokenizer": asdict(vq.config),
+        }
+        save_folder(folder, config, model=half(teacher.cpu()), tokenizer=half(vq.cpu(), STATISTICS))
+
+
+if __name__ == "__main__":
+    main()
