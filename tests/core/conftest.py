@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,15 @@ from tests.s3_server import s3_environment, s3_server
 os.environ["OMP_NUM_THREADS"] = "1"
 # What torch and matplotlib consist of is no garbage; looking through it was 6 % of the tier.
 gc.set_threshold(100_000, 50, 50)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m picks
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """What asks a server runs beside the tests that wait anyway."""
+    for item in items:
+        # Either by the fixture, or as one of the places that a test goes through.
+        if "s3_service" in item.fixturenames or "s3" in re.split(r"\W", item.name):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

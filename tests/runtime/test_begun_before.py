@@ -58,6 +58,7 @@ def test_a_gap_in_a_set_is_filled_with_the_same_bytes(begun):
     assert contents(begun / "set", "shards") == shards
 
 
+@pytest.mark.chaos
 def test_a_run_goes_on_from_its_checkpoint(begun):
     before = (begun / "run" / "metrics.jsonl").read_text().splitlines()
     identity = json.loads((begun / "run" / "config.json").read_text())["identity"]

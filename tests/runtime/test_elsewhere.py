@@ -19,7 +19,7 @@ from ddray.runtime.pools.sampling import sample
 from ddray.runtime.training.driver import distill
 from tests.runtime.tiny import write_teacher
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.usefixtures("ray_local")]
 
 
 @pytest.fixture

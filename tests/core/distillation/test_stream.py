@@ -169,6 +169,7 @@ def test_seeds_lanes_and_buffers_are_orders_of_their_own(trajectories: Trajector
 # A function of the step.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 1, 7, 29])
 @pytest.mark.parametrize("other", [{}, {"lanes": 1, "buffer_shards": 3}, {"follow": True}])
 def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(

@@ -122,6 +122,7 @@ def test_more_evaluations_agree_more(mixture_256, solver, evals):
     assert shares[2] > 0.98
 
 
+@pytest.mark.slow
 def test_euler_is_worse_than_ab2_at_the_same_cost(mixture_256):
     noise, logits, codes, exact = mixture_256
     euler, ab2 = (

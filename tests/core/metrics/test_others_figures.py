@@ -17,6 +17,7 @@ from ddray.metrics.measurement import Measurement, ShardFeatures
 from ddray.metrics.network import LOGITS, POOL
 from ddray.metrics.precision_recall import compare_manifolds
 from ddray.metrics.reference import Reference
+from ddray.sets.images.image_set import SAMPLES
 from tests.core.metrics.test_networks import inception_file, photographs  # noqa: F401
 from tests.core.sets.images.test_image_set import write
 from tests.patience import PATIENCE_S
@@ -72,6 +73,19 @@ def test_figures_of_the_same_features_are_those_of_torch_fidelity():
     assert a.distance(b) == pytest.approx(fid, rel=1e-6)
 
 
+class Packed(torch.utils.data.Dataset):
+    """The images of our npz, as torch-fidelity takes what lies in no folder."""
+
+    def __init__(self, folder):
+        self.images = torch.from_numpy(np.load(folder / SAMPLES)["arr_0"]).movedim(3, 1)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, k):
+        return self.images[k]
+
+
 def write_folder(folder, images):
     folder.mkdir()
     for k, image in enumerate(images):
@@ -106,11 +120,14 @@ def test_statistics_are_those_of_the_command_of_pytorch_fid(tmp_path, inception_
 
 
 @pytest.mark.chaos
-def test_figures_of_the_same_files_are_those_of_torch_fidelity(tmp_path, inception_file):  # noqa: F811
+@pytest.mark.parametrize("encoding", ["flat", "npz"])
+def test_torch_fidelity_says_of_our_sets_what_we_say(tmp_path, inception_file, encoding):  # noqa: F811
     torch_fidelity = pytest.importorskip("torch_fidelity")
     made, real = photographs(12, (32, 32)), photographs(11, (32, 32), seed=1)
+    write(tmp_path / "made", made.numpy(), encoding=encoding, count=len(made))
+    place = tmp_path / "made"
     theirs = torch_fidelity.calculate_metrics(
-        input1=write_folder(tmp_path / "made", made),
+        input1=Packed(place) if encoding == "npz" else str(place / "images"),
         input2=write_folder(tmp_path / "real", real),
         **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
         feature_extractor="inception-v3-compat",  # or precision and recall are of a VGG-16

@@ -54,6 +54,7 @@ def load(path, **options):
     return (load_student if path.name.endswith("-dd") else load_teacher)(path, **options)
 
 
+@pytest.mark.slow
 def test_an_exported_file_gives_the_same_model(folder, tmp_path):
     exported = tmp_path / "exported.pth"
     written = export(str(folder), str(exported))
@@ -73,6 +74,7 @@ def test_a_file_without_what_follows_from_the_sizes_is_enough(folder):
     assert load(folder, checkpoint=bare).fingerprint == load(folder).fingerprint
 
 
+@pytest.mark.slow
 def test_a_model_is_verified_by_running_it(folder, capsys):
     found = verify(str(folder), None, None)
     assert found["family"] == folder.name
@@ -219,6 +221,7 @@ def test_what_holds_no_weights_is_refused(source):
         read_weights(source)
 
 
+@pytest.mark.slow
 def test_published_files_become_a_folder_that_every_job_takes(folder, tmp_path):
     file, made = str(tmp_path / "published.pth"), tmp_path / "made" / folder.name
     export(str(folder), file)

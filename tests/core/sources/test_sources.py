@@ -351,19 +351,19 @@ def test_parts_of_a_name_are_read_from_storage(place: str) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
-    images = np.zeros((3000, 128, 128, 3), np.uint8)
+    images = np.zeros((1000, 128, 128, 3), np.uint8)
     file = encode_png(images[0])
     uris = [
         write(f"{tmp_path}/stored", {"a.npz": npz_of(arr_0=images)}),
         write(f"{tmp_path}/packed", {"a.npz": npz_of(np.savez_compressed, arr_0=images)}),
-        write(f"{tmp_path}/rows", {"a.parquet": parquet_of({"image": [file] * 3000}, 3000)}),
-        write(f"{tmp_path}/tars", {"a.tar": tar_of([(f"{i}.png", file) for i in range(3000)])}),
+        write(f"{tmp_path}/rows", {"a.parquet": parquet_of({"image": [file] * 1000}, 1000)}),
+        write(f"{tmp_path}/tars", {"a.tar": tar_of([(f"{i}.png", file) for i in range(1000)])}),
     ]
     for uri in uris:
         source = open_source(uri)
         tracemalloc.start()
         try:
-            assert sum(1 for _ in source.read(range(3000))) == 3000
+            assert sum(1 for _ in source.read(range(1000))) == 1000
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -161,6 +161,7 @@ def test_two_workers_with_compiled_blocks_learn_what_one_learns_without(
     assert _losses(config.out) == pytest.approx(_losses(single.out), rel=1e-3)
 
 
+@pytest.mark.chaos
 def test_two_workers_with_parted_weights_learn_what_one_learns(
     single: DistillConfig, data: Path, tmp_path: Path
 ) -> None:

@@ -304,6 +304,7 @@ def test_blocks_share_one_graph_for_each_size_of_batch(trained: dict[str, Any]) 
     assert trained["graphs"] == 2
 
 
+@pytest.mark.chaos
 def test_critics_of_two_workers_say_what_those_of_one_say(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -318,6 +319,7 @@ def test_critics_of_two_workers_say_what_those_of_one_say(
         assert [x[name] for x in two] == pytest.approx([x[name] for x in one], rel=5e-3), name
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("zero", range(4))
 def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(
     resumed: dict[str, Any], zero: int
@@ -325,6 +327,7 @@ def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(
     _assert_same(resumed[f"again {zero}"], *resumed[f"whole {zero}"], rel=1e-6)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("zero", range(4))
 def test_the_whole_weights_of_a_checkpoint_of_two_workers_serve_one(
     resumed: dict[str, Any], checkpoints: Path, zero: int
@@ -341,6 +344,7 @@ def test_the_whole_weights_of_a_checkpoint_of_two_workers_serve_one(
     assert loss == pytest.approx(resumed[f"whole {zero}"][0][10], rel=1e-4)
 
 
+@pytest.mark.chaos
 def test_a_checkpoint_that_lacks_a_part_is_refused_by_name(
     resumed: dict[str, Any], checkpoints: Path
 ) -> None:
