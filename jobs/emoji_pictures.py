@@ -165,18 +165,17 @@ class Draw:
         self._order: list[int] = []
         self.random = torch.Generator().manual_seed(seed)
 
-    def rows(self, count: int) -> Tensor:
-        """Numbers of pictures, int64 [count]; every concept comes once before any comes again."""
+    def rows(self, count: int, each: int = 1) -> Tensor:
+        """Numbers of pictures, int64 [count * each], `each` of a concept, one behind the other.
+
+        Every concept comes once before any comes again.
+        """
         while len(self._order) < count:
             self._order += torch.randperm(len(self._variants), generator=self.random).tolist()
         concepts, self._order = self._order[:count], self._order[count:]
-        chosen = torch.rand(count, generator=self.random).tolist()
-        return torch.stack(
-            [
-                self._variants[c][int(u * len(self._variants[c]))]
-                for c, u in zip(concepts, chosen, strict=True)
-            ]
-        )
+        chosen = torch.rand(count * each, generator=self.random).tolist()
+        variants = [self._variants[concept] for concept in concepts for _ in range(each)]
+        return torch.stack([v[int(u * len(v))] for v, u in zip(variants, chosen, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the draws are."""

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from emoji_pictures import SIDE, Draw, Picture, package, read_pictures
@@ -31,6 +32,10 @@ from teacher_training import (
 from torch import Tensor
 
 from ddray.method.conditioning import Captions, choose, left_padded
+from ddray.metrics.efficientnet import EfficientNet
+from ddray.metrics.emoji_judge import EmojiTowers
+from ddray.metrics.network import POOL
+from ddray.metrics.pixels import eight_bit
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.storage.checkpoint import load_folder, load_into, save_folder
@@ -151,11 +156,11 @@ def pixels(pictures: list[Picture]) -> Tensor:
     return torch.stack([torch.from_numpy(picture.image_HWC) for picture in pictures]).movedim(3, 1)
 
 
-def moved(images: Tensor, random: torch.Generator) -> Tensor:
-    """Images at most two pixels off, white from outside, mirrored half of the time; [-1, 1]."""
-    images = torch.where(
-        torch.rand(len(images), 1, 1, 1, generator=random) < 0.5, images, images.flip(3)
-    )
+def moved(images: Tensor, random: torch.Generator, *, mirrored: bool = True) -> Tensor:
+    """Images at most two pixels off, white from outside, perhaps half of them mirrored; [-1, 1]."""
+    if mirrored:
+        turned = torch.rand(len(images), 1, 1, 1, generator=random) < 0.5
+        images = torch.where(turned, images.flip(3), images)
     padded = F.pad(images.float() / 127.5 - 1, (2, 2, 2, 2), value=1.0)
     top, left = torch.randint(5, (2, len(images)), generator=random)
     rows, columns = (start[:, None] + torch.arange(SIDE) for start in (top, left))
@@ -256,6 +261,62 @@ def train_teacher(
     return model.eval()
 
 
+def train_judge(
+    pictures: list[Picture], vq: LlamaGenVQ, encoder: WordEncoder, work: Path, steps: int
+) -> EmojiTowers:
+    """Pictures to their captions among those of a batch, and back.
+
+    Every second batch is of pictures as tokens show them. Two variants of each concept are in a
+    batch, so that tones and styles must be told apart.
+    """
+    torch.manual_seed(5)
+    towers = EmojiTowers(encoder.width).to(DEVICE)
+    optimizer, schedule = optimise(towers, 1e-3, steps)
+    seen = pixels(pictures), as_tokens_show(pictures, vq)
+    asked = [picture.captions() for picture in pictures]
+    draw = Draw(pictures, seed=5)
+    states = States(work / "judge.pt", draw, model=towers, optimizer=optimizer, schedule=schedule)
+    for step in states.steps(steps):
+        numbers = draw.rows(96, each=2)
+        ways = torch.randint(3, (len(numbers),), generator=draw.random).tolist()
+        captions = [asked[number][way] for number, way in zip(numbers.tolist(), ways, strict=True)]
+        batch = moved(seen[step % 2][numbers], draw.random, mirrored=False)
+        batch = batch + 0.05 * torch.randn(batch.shape, generator=draw.random)
+        told = towers.captions(*encoder(captions))
+        likeness = towers.pictures(batch.to(DEVICE)) @ told.T * towers.log_scale.exp()
+        # Variants may be asked for by the same words.
+        same = torch.tensor([[a == b for b in captions] for a in captions], device=DEVICE).float()
+        wanted = same / same.sum(1, keepdim=True)
+        loss = F.cross_entropy(likeness, wanted) + F.cross_entropy(likeness.T, wanted)
+        descend(loss, towers, optimizer, schedule)
+        report("judge", step, steps, nats=loss / 2)
+    return towers.eval()
+
+
+@torch.no_grad()
+def as_tokens_show(pictures: list[Picture], vq: LlamaGenVQ) -> Tensor:
+    """Reconstructions uint8 [N, 3, 32, 32] by the tokenizer."""
+    shown = []
+    for part in pixels(pictures).split(256):
+        tokens = vq.encode(part.to(DEVICE) / 127.5 - 1)
+        shown.append(eight_bit((vq.decode(vq.codebook[tokens]) + 1) / 2).cpu())
+    return torch.cat(shown)
+
+
+def write_reference(held: list[Picture], file: Path) -> None:
+    """Features of the held-out pictures, by the network that `fd_efficientnet` is defined on."""
+    network = EfficientNet()
+    found = network(pixels(held))[POOL].half().numpy()
+    told = {"network": network.name, "extractor": network.fingerprint}
+    np.savez_compressed(file, features=found, **told)
+
+
+def write_captions(pictures: list[Picture], file: Path, count: int, seed: int) -> None:
+    """Captions drawn by concept, one a line, all that is known of a picture in each."""
+    numbers = Draw(pictures, seed).rows(count).tolist()
+    file.write_text("".join(f"{pictures[number].captions()[-1]}\n" for number in numbers))
+
+
 def state_of(folder: Path) -> dict[str, Tensor] | None:
     """Weights of a model folder; None if there is none."""
     return load_folder(folder)[1] if (folder / "config.json").exists() else None
@@ -267,9 +328,10 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True, help="folder of their files")
     parser.add_argument("--out", type=Path, default=Path("ddray/models/bundled"))
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="states of stages")
-    parser.add_argument("--only", choices=("encoder", "tokenizer", "teacher"))
+    parser.add_argument("--only", choices=("encoder", "tokenizer", "judge", "teacher"))
     parser.add_argument("--init", type=Path, help="a teacher's folder to begin with")
     parser.add_argument("--tokenizer-steps", type=int, default=2000)
+    parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--teacher-steps", type=int, default=20000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -286,9 +348,17 @@ def main() -> None:
         save_folder(vq_folder, {"family": "tokenizer"}, model=half(vq.cpu(), STATISTICS))
     vq = new_tokenizer()
     load_into(vq, load_folder(vq_folder)[1], str(vq_folder), STATISTICS)
+    vq.to(DEVICE)
+    encoder = WordEncoder.load(args.out / "emoji-words", length=LENGTH, device=DEVICE)
+    judge_folder = args.out / "emoji-judge"
+    if args.only == "judge" or not (judge_folder / "config.json").exists():
+        towers = train_judge(train, vq, encoder, args.work, args.judge_steps)
+        card = {"family": "emoji-judge", "text_encoder": "emoji-words", "word_width": encoder.width}
+        save_folder(judge_folder, card, model=half(towers.cpu()))
+        write_reference(held, judge_folder / "held-out.npz")
+        write_captions(train, judge_folder / "captions.txt", 20_000, seed=6)
+        write_captions(held, judge_folder / "held-out.txt", 5_000, seed=7)
     if args.only == "teacher" or not (folder / "config.json").exists():
-        encoder = WordEncoder.load(args.out / "emoji-words", length=LENGTH)
-        vq.to(DEVICE)
         rows = [rows_of(part, vq, encoder) for part in (train, held)]
         start = None if args.init is None else state_of(args.init)
         draw = Draw(train, seed=4)

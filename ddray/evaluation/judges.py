@@ -13,10 +13,11 @@ from ddray.evaluation.plan import Extractor, Generator
 from ddray.method.model import Model
 from ddray.metrics.fd_digits import DigitsNetwork, makes_digits
 from ddray.metrics.loading import load_network
-from ddray.metrics.measurement import METRICS, check_metrics
+from ddray.metrics.measurement import METRICS, OF_CAPTIONS, check_metrics
 from ddray.metrics.network import FeatureNetwork
 from ddray.metrics.reference import Reference
-from ddray.models.zoo import METRIC_FOLDER
+from ddray.models.zoo import BUNDLED_JUDGES, EMOJI_REFERENCE
+from ddray.text.loading import BUNDLED_ENCODERS, own_encoder
 
 _REFERENCE_FILES = (".npz", ".pth", ".pt")
 
@@ -64,6 +65,11 @@ class Judges:
         """Whether images are the grey digits that the bundled classifier judges."""
         return self._model is not None and makes_digits(self._model)
 
+    @property
+    def is_emoji(self) -> bool:
+        """Whether images are the emoji that the bundled judge knows."""
+        return self._model is not None and own_encoder(self._model.config) in BUNDLED_ENCODERS
+
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics."""
@@ -71,6 +77,8 @@ class Judges:
             return self.config.metrics
         if self.is_digits and not self.config.reference:
             return ("fd_digits", *("class_accuracy",) * self._has_classes)
+        if self.is_emoji and not self.config.reference:
+            return ("fd_efficientnet", "retrieval_emoji", "coverage_efficientnet")
         return ("fid", "is")
 
     @property
@@ -98,9 +106,16 @@ class Judges:
                 )
             if "class_accuracy" in metrics and not self._has_classes:
                 raise ConfigError("class_accuracy is of models that are asked for classes")
+            self._refuse_without_captions(metrics)
             network = load_network(full, source, any_weights=self.config.any_inception)
             found.append(self._judge(network, source, metrics))
         return found
+
+    def _refuse_without_captions(self, metrics: tuple[str, ...]) -> None:
+        for name in metrics:
+            of_captions = self._model is not None and self._model.conditioning == "text"
+            if METRICS[name].kind in OF_CAPTIONS and not of_captions:
+                raise ConfigError(f"{name} is of models that are asked for captions")
 
     def _network(self, name: str) -> tuple[str, str | None]:
         """Name of a metric's network as `load_network` has it, and where its weights lie."""
@@ -108,8 +123,8 @@ class Judges:
         if name == "inception":
             full = "inception" if config.resize == "pytorch-fid" else "inception-tensorflow"
             return full, config.inception
-        if name == "digits":
-            return name, str(METRIC_FOLDER)
+        if name in BUNDLED_JUDGES:
+            return name, str(BUNDLED_JUDGES[name])
         return name, getattr(config, name)
 
     def _judge(
@@ -139,7 +154,8 @@ class Judges:
             chosen.check(network)
             return chosen, None
         refusal: ConfigError | None = None
-        for uri in self.config.reference:
+        of_emoji = (str(EMOJI_REFERENCE),) * self.is_emoji
+        for uri in self.config.reference or of_emoji:
             reference = Reference.load(uri) if uri.endswith(_REFERENCE_FILES) else None
             if reference is None or not reference.statistics:
                 images = self._measured(uri)

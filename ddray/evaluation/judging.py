@@ -15,9 +15,11 @@ from ddray.errors import ConfigError
 from ddray.evaluation.feature_set import FeatureSet
 from ddray.evaluation.generators import Generators
 from ddray.evaluation.judges import Judge
+from ddray.evaluation.making import load_extractor
 from ddray.evaluation.plan import SOURCES, Extractor, Generator, Kind
+from ddray.metrics.caption_agreement import Embed
 from ddray.metrics.frechet import FeatureStatistics, FeatureSums, add_layers
-from ddray.metrics.measurement import METRICS, Measurement, ShardFeatures
+from ddray.metrics.measurement import METRICS, OF_CAPTIONS, Measurement, ShardFeatures
 from ddray.metrics.network import POOL, SPATIAL
 from ddray.metrics.reference import Reference
 
@@ -86,6 +88,19 @@ def measured_reference(
         statistics = {layer: found.statistics() for layer, found in sums.items()}
         reference = replace(reference, statistics=statistics)
     return reference, np.concatenate(rows) if rows else None
+
+
+def caption_embeddings(judge: Judge, device: str) -> Embed | None:
+    """What embeds captions for a judge's metrics; None where they take no captions.
+
+    Raises:
+        ConfigError: if its network is not here, or has other weights than the plan's.
+    """
+    if not any(METRICS[name].kind in OF_CAPTIONS for name in judge.metrics):
+        return None
+    network: Any = load_extractor(judge.extractor, device)
+    embed: Embed = network.of_captions
+    return embed
 
 
 class ClassMeans:
@@ -186,17 +201,19 @@ class Judgement:
                 counts = [found.count for found in reference.statistics.values()]
                 held = len(real) if real is not None else 0
                 self.reference_images[judge.extractor.name] = max([*counts, 0]) or held
+            embed = caption_embeddings(judge, device)
             for row in rows:
                 measurement = Measurement(
                     *(judge.metrics, by_row[row.name]["images"], reference, real),
                     splits=splits,
+                    embed=embed,
                     device=device,
                 )
-                for shard, labels in self._shards(row, judge.extractor):
-                    measurement.add(shard, labels)
-                    if not number and labels is not None and POOL in shard.layers:
+                for shard, asked in self._shards(row, judge.extractor):
+                    measurement.add(shard, asked)
+                    if not number and isinstance(asked, np.ndarray) and POOL in shard.layers:
                         means = self._means.setdefault(row.name, ClassMeans(features.plan.classes))
-                        means.add(shard.layers[POOL], labels)
+                        means.add(shard.layers[POOL], asked)
                 by_row[row.name] |= measurement.results()
                 by_row[row.name]["warnings"] += measurement.warnings()
         self.quality = list(by_row.values())
@@ -216,9 +233,9 @@ class Judgement:
 
     def _shards(
         self, row: Generator, extractor: Extractor
-    ) -> Iterator[tuple[ShardFeatures, npt.NDArray[np.int64] | None]]:
+    ) -> Iterator[tuple[ShardFeatures, npt.NDArray[np.int64] | list[str] | None]]:
         for shard in self._features.shards(row, extractor):
-            yield shard, self._generators.labels(row, range(shard.first, shard.end))
+            yield shard, self._generators.asked_by(row, range(shard.first, shard.end))
 
     def worst_classes(self, names: Sequence[str | None]) -> dict[str, list[dict[str, Any]]]:
         """The ten classes of each row whose images are furthest from the teacher's.

@@ -7,7 +7,10 @@ import torch
 from ddray.errors import ConfigError
 from ddray.metrics.network import FeatureNetwork
 
-NETWORKS = ("inception", "inception-tensorflow", "efficientnet", "dinov2", "clip", "digits")
+NETWORKS = (
+    *("inception", "inception-tensorflow", "efficientnet", "dinov2", "clip"),
+    *("digits", "emoji"),
+)
 
 
 def load_network(
@@ -22,8 +25,8 @@ def load_network(
     Args:
         name: of NETWORKS; "inception" resizes as pytorch-fid, "inception-tensorflow" as ADM's
             evaluator and torch-fidelity.
-        source: file of weights, or folder of DINOv2, CLIP or the digit classifier; None for where
-            the weights of Inception and EfficientNet lie by themselves.
+        source: file of weights, or folder of DINOv2, CLIP, the digit classifier or the judge of
+            emoji; None for where the weights of Inception and EfficientNet lie by themselves.
         any_weights: of Inception, whether a file of another sha256 is taken.
         device: where it runs.
 
@@ -48,6 +51,10 @@ def load_network(
         from ddray.metrics.fd_digits import DigitsNetwork
 
         return DigitsNetwork(source, device)
+    if name == "emoji":
+        from ddray.metrics.emoji_judge import EmojiJudge
+
+        return EmojiJudge(source, device)
     from ddray.metrics.vision_transformer import Clip, Dinov2
 
     return (Dinov2 if name == "dinov2" else Clip)(source, device=device)

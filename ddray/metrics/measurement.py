@@ -9,8 +9,9 @@ Shapes: N images, D features of a layer.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +22,16 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ddray.errors import ConfigError, one_line
+from ddray.metrics.caption_agreement import CaptionAgreement, Embed
 from ddray.metrics.frechet import FeatureStatistics, FeatureSums, arrays_and_notes
 from ddray.metrics.inception_score import SPLITS, ScoreSums
 from ddray.metrics.kid import SUBSET_SIZE, kernel_distance
 from ddray.metrics.network import LOGITS, POOL, SPATIAL, FeatureNetwork
 from ddray.metrics.precision_recall import DENSITY_NEIGHBOUR, compare_manifolds
 from ddray.metrics.reference import Reference
+
+Asked = npt.NDArray[np.integer] | Sequence[str] | None
+"""Classes int [N], or captions; None where nobody asked for images by anything."""
 
 # Images of each side, below which precision and recall say little: ADM's evaluator takes 10,000.
 _ADM_IMAGES = 10_000
@@ -36,7 +41,8 @@ class Metric(NamedTuple):
     """What a metric takes.
 
     Attributes:
-        kind: "frechet", "kernel", "manifold", "score" or "accuracy".
+        kind: "frechet", "kernel", "manifold", "score", "accuracy", or of captions "agreement" or
+            "retrieval".
         network: whose features.
         layer: which of them.
         key: in `summary.json`.
@@ -52,7 +58,7 @@ class Metric(NamedTuple):
     @property
     def higher_is_better(self) -> bool:
         """Of scores and shares; the others are distances."""
-        return self.kind in ("manifold", "score", "accuracy")
+        return self.kind not in ("frechet", "kernel")
 
 
 _MANIFOLD = ("precision", "recall", "density", "coverage")
@@ -75,10 +81,18 @@ def _table() -> dict[str, Metric]:
             key = f"{name}{suffix}"
             metrics[key] = Metric("manifold", network, POOL, key, DENSITY_NEIGHBOUR + 1)
     metrics["class_accuracy"] = Metric("accuracy", "digits", LOGITS, "class_accuracy", 1)
+    for network in ("clip", "emoji"):
+        metrics[f"{network}_score"] = Metric("agreement", network, POOL, f"{network}_score", 1)
+        key = f"retrieval_{network}"
+        metrics[key] = Metric("retrieval", network, POOL, key, 1)
     return metrics
 
 
 METRICS = _table()
+OF_CAPTIONS = ("agreement", "retrieval")
+"""Kinds of metrics that take the captions that images were asked for by."""
+ALONE = ("score", "accuracy", *OF_CAPTIONS)
+"""Kinds of metrics that take no real images."""
 
 
 def check_metrics(
@@ -106,7 +120,7 @@ def check_metrics(
             raise ConfigError(
                 f"{name} takes at least {metric.images} images, and there are {count}"
             )
-        if metric.kind in ("score", "accuracy"):
+        if metric.kind in ALONE:
             continue
         if reference is None:
             raise ConfigError(f"{name} compares with real images; give their reference")
@@ -205,6 +219,7 @@ class Measurement:
         reference_features: pooled features float16 [M, D] of real images
             (`Reference.pool_features`), where a metric takes them.
         splits: of the Inception Score, "adm" or "torch-fidelity".
+        embed: of captions, by the network of the metrics; where they take captions.
         device: where distances between images are computed.
     """
 
@@ -216,6 +231,7 @@ class Measurement:
         reference_features: npt.NDArray[np.float16] | None = None,
         *,
         splits: str = "adm",
+        embed: Embed | None = None,
         device: str | torch.device = "cpu",
     ):
         self.metrics = {name: METRICS[name] for name in metrics}
@@ -231,18 +247,20 @@ class Measurement:
         self._splits = SPLITS[splits](count) if "score" in kinds else None
         self._score: ScoreSums | None = None
         self._judges_classes, self._right = "accuracy" in kinds, 0
+        self._agreement = CaptionAgreement(embed) if embed and kinds & {*OF_CAPTIONS} else None
 
     @property
     def layers(self) -> set[str]:
         """Those that shards must have."""
         return {metric.layer for metric in self.metrics.values()}
 
-    def add(self, shard: ShardFeatures, labels: npt.NDArray[np.integer] | None = None) -> None:
+    def add(self, shard: ShardFeatures, asked: Asked = None) -> None:
         """Take the next shard.
 
         Args:
             shard: whose first image is the one behind all before.
-            labels: the class that each image was asked for by [N]; for `class_accuracy`.
+            asked: what each image was asked for by [N], where a metric takes it: classes as
+                integers, or captions.
 
         Raises:
             ConfigError: for any but the next: no image may be missing or count twice.
@@ -267,9 +285,13 @@ class Measurement:
             own_score = ScoreSums.of(logits, ids, num_splits)
             self._score = own_score if self._score is None else self._score + own_score
         if self._judges_classes:
-            if labels is None:
+            if asked is None:
                 raise ConfigError("class_accuracy takes the classes that images were asked for by")
-            self._right += int((shard.layers[LOGITS].argmax(1) == labels).sum())
+            self._right += int((shard.layers[LOGITS].argmax(1) == asked).sum())
+        if self._agreement is not None:
+            if asked is None:
+                raise ConfigError("agreement takes the captions that images were asked for by")
+            self._agreement.add(shard.layers[POOL], [str(caption) for caption in asked])
         self.done += len(shard)
 
     def results(self) -> dict[str, float]:
@@ -294,6 +316,8 @@ class Measurement:
                 found[metric.key] = self._score.score()
             elif metric.kind == "accuracy":
                 found[metric.key] = self._right / self.done
+            elif metric.kind in OF_CAPTIONS:
+                found[metric.key] = self._agreements[metric.kind]
             else:
                 assert rows is not None and self._real is not None
                 if metric.kind == "kernel":
@@ -303,6 +327,11 @@ class Measurement:
                     manifolds = compare_manifolds(rows, self._real, device=self._device)
                 found[metric.key] = getattr(manifolds, name.partition("_")[0])
         return found
+
+    @cached_property
+    def _agreements(self) -> dict[str, float]:
+        assert self._agreement is not None
+        return self._agreement.results()
 
     def _statistics_of(self, layer: str) -> FeatureStatistics:
         """Of all images; the sums are dropped, which are as large."""

@@ -235,6 +235,8 @@ def _read_numpy(cls: type[Reference], uri: str, file: Any, data: bytes | None) -
     features = file[_FEATURES] if _FEATURES in file.files else None
     if features is not None and (features.ndim != 2 or features.dtype != np.float16):
         raise ValueError(f"features are {features.dtype} {features.shape}, not float16 [M, D]")
+    if features is not None and POOL not in statistics:
+        statistics[POOL] = FeatureStatistics.from_features(torch.from_numpy(features).float())
     num_images = 0
     if IMAGES in file.files:
         with file.zip.open(f"{IMAGES}.npy") as array:

@@ -1,8 +1,8 @@
-"""DINOv2 and CLIP through transformers, from a folder on disk: FD-DINOv2, and the CLIP score.
+"""DINOv2 and CLIP through transformers, from a folder on disk: FD-DINOv2, and captions.
 
 Stein et al., arXiv 2306.04675, found that distances between features of DINOv2 agree better with
-people than those of Inception. Hessel et al., arXiv 2104.08718, is the CLIP score. Nothing is
-downloaded, and only safetensors are read. Needs the extra `text`.
+people than those of Inception. Nothing is downloaded, and only safetensors are read. Needs the
+extra `text`.
 
 Shapes: N images or captions, D features.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ddray.errors import CheckpointError, ConfigError, one_line
@@ -160,24 +159,3 @@ class Clip(FeatureNetwork):
             from transformers import AutoTokenizer
 
             return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-
-
-def clip_scores(images: Tensor, captions: Tensor) -> Tensor:
-    """CLIP score of each image and its caption: 100 times the cosine, negative ones 0.
-
-    Args:
-        images: embeddings float [N, D].
-        captions: embeddings float [N, D], in the order of the images.
-
-    Returns:
-        float64 [N] in [0, 100]; the metric is the mean.
-
-    Raises:
-        ConfigError: for other numbers of images and captions.
-    """
-    if images.shape != captions.shape:
-        raise ConfigError(
-            f"{len(captions)} captions of {captions.shape[-1]} features do not fit {len(images)} "
-            f"images of {images.shape[-1]}"
-        )
-    return 100 * F.cosine_similarity(images.double(), captions.double()).clamp(min=0)

@@ -44,6 +44,10 @@ Source = str | Path | Mapping[str, Any]
 
 BUNDLED = Path(__file__).parent / "bundled"
 METRIC_FOLDER = BUNDLED / "digits-classifier"
+EMOJI_JUDGE = BUNDLED / "emoji-judge"
+BUNDLED_JUDGES = {"digits": METRIC_FOLDER, "emoji": EMOJI_JUDGE}
+"""Folders of the networks that judge what bundled models make, by their names."""
+EMOJI_REFERENCE = EMOJI_JUDGE / "held-out.npz"
 
 # Compute capability of the first GPUs that multiply bfloat16.
 _BFLOAT16_FROM = (8, 0)

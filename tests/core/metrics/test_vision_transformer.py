@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ddray.errors import CheckpointError, ConfigError
+from ddray.metrics.caption_agreement import caption_scores
 from ddray.metrics.network import POOL
-from ddray.metrics.vision_transformer import Clip, Dinov2, clip_scores
+from ddray.metrics.vision_transformer import Clip, Dinov2
 from tests.core.metrics.stub_network import some_images
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -18,9 +19,9 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 def test_a_score_is_the_cosine_in_hundreds_and_never_negative():
     images = torch.tensor([[1.0, 0], [1, 1], [1, 0]])
     captions = torch.tensor([[2.0, 0], [3, 0], [-1, 0]])
-    assert clip_scores(images, captions).tolist() == pytest.approx([100, 100 / 2**0.5, 0])
+    assert caption_scores(images, captions).tolist() == pytest.approx([100, 100 / 2**0.5, 0])
     with pytest.raises(ConfigError, match="2 captions of 2 features do not fit 3 images of 2"):
-        clip_scores(images, captions[:2])
+        caption_scores(images, captions[:2])
 
 
 @pytest.mark.slow
