@@ -342,6 +342,8 @@ def main() -> None:
     folder = args.out / "emoji-llamagen"
     if args.only == "encoder" or not (args.out / "emoji-words/config.json").exists():
         make_encoder(args.packages, train, args.out)
+        write_captions(train, args.out / "emoji-words/captions.txt", 20_000, seed=6)
+        write_captions(held, args.out / "emoji-words/held-out.txt", 5_000, seed=7)
     vq_folder = args.work / "tokenizer"
     if args.only == "tokenizer" or not (vq_folder / "config.json").exists():
         vq = train_tokenizer(train, args.work, args.tokenizer_steps)
@@ -356,8 +358,6 @@ def main() -> None:
         card = {"family": "emoji-judge", "text_encoder": "emoji-words", "word_width": encoder.width}
         save_folder(judge_folder, card, model=half(towers.cpu()))
         write_reference(held, judge_folder / "held-out.npz")
-        write_captions(train, judge_folder / "captions.txt", 20_000, seed=6)
-        write_captions(held, judge_folder / "held-out.txt", 5_000, seed=7)
     if args.only == "teacher" or not (folder / "config.json").exists():
         rows = [rows_of(part, vq, encoder) for part in (train, held)]
         start = None if args.init is None else state_of(args.init)

@@ -209,7 +209,8 @@ class SetConfig(PoolConfig):
     captions: Location | None = Field(
         None,
         description="URI of a .parquet or .jsonl with index, caption and perhaps features; or of a "
-        "file of prompts, .txt with one a line, .tsv, .csv or .jsonl",
+        "file of prompts, .txt with one a line, .tsv, .csv or .jsonl; absent = a bundled model's "
+        "own",
     )
     caption_column: str | None = Field(
         None, description="of a file of prompts; absent = caption, Caption, prompt or Prompt"

@@ -66,6 +66,11 @@ class Judges:
         return self._model is not None and makes_digits(self._model)
 
     @property
+    def are_bundled(self) -> bool:
+        """Whether metrics and real images come with the package, so that none need be named."""
+        return self.is_digits or self.is_emoji
+
+    @property
     def is_emoji(self) -> bool:
         """Whether images are the emoji that the bundled judge knows."""
         return self._model is not None and own_encoder(self._model.config) in BUNDLED_ENCODERS

@@ -131,7 +131,7 @@ def _worse_in_a_row(lines: Sequence[dict[str, Any]]) -> int:
 def _judges(config: DistillConfig, model: Model, count: int) -> list[Judge]:
     """Who judges; nobody where there is no more than the trajectories to compare codes with."""
     asked, judges = config.evaluate, Judges(config.evaluate, count, model)
-    if not (asked.metrics or asked.reference or judges.is_digits):
+    if not (asked.metrics or asked.reference or judges.are_bundled):
         return []
     if asked.metrics == (CODES_METRIC,):
         return []

@@ -27,7 +27,9 @@ from ddray.runtime.pools.sampling import sample
 from ddray.runtime.training.driver import distill, read_history
 from ddray.runtime.training.worker import STUDENT_FOLDER
 from ddray.storage import open_storage
+from ddray.storage.checkpoint import read_config
 from ddray.storage.run_folder import claim
+from ddray.text.loading import own_captions
 
 T = TypeVar("T")
 
@@ -101,11 +103,12 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         "minutes": round(minutes, 2),
         "peak_memory_gb": round(gigabytes, 2),
     }
+    of_captions = own_captions(read_config(evaluating.student)) is not None
     report = build_report(
         evaluated,
         pictures,
         evaluation.columns,
-        title="Distilled Decoding on real digits",
+        title=f"Distilled Decoding on {'emoji' if of_captions else 'real digits'}",
         subtitle=f"{config.teacher}, distilled on this machine into a student of "
         f"one and two steps: {sampling.count} trajectories, "
         f"{distilling.steps} steps of {distilling.batch_size}",

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.errors import ConfigError, ShardError
 from ddray.method.model import Model
@@ -24,7 +25,7 @@ from ddray.sets.captions import padded, read_captions
 from ddray.sets.sharded_set import ShardedSet
 from ddray.storage.caption_file import CaptionFile
 from ddray.text.encoder import TextEncoder
-from ddray.text.loading import check_text_encoder, load_text_encoder, own_encoder
+from ddray.text.loading import check_text_encoder, load_text_encoder, own_captions, own_encoder
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class NamesEncoder(Protocol):
 def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
     """The captions that a job gives to its model; None for a model of classes.
 
+    A bundled model comes with captions of its own: an evaluation takes those that it never saw.
+
     Raises:
         ConfigError: if the job's conditions are not those that the model takes.
         StorageError: if the file cannot be read.
@@ -89,14 +92,16 @@ def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
                     f"{name}={getattr(config, name)!r}, but {model.name} is conditioned on classes"
                 )
         return None
-    if config.captions is None:
+    held_out = isinstance(config, EvaluateConfig)
+    uri = config.captions or own_captions(model.config, held_out=held_out)
+    if uri is None:
         raise ConfigError(
             f"{model.name} is conditioned on captions; give --captions FILE, Parquet or JSON "
             "lines with index, caption and perhaps features, or a file of prompts"
         )
     sizes = model.model.config
     return CaptionFile(
-        config.captions,
+        uri,
         length=sizes.cls_token_num,
         width=sizes.caption_dim,
         column=config.caption_column,

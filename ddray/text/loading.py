@@ -23,6 +23,19 @@ def own_encoder(config: Mapping[str, Any]) -> str:
     return str(config.get("text_encoder") or FLAN_T5_XL)
 
 
+def own_captions(config: Mapping[str, Any], *, held_out: bool = False) -> str | None:
+    """The file of captions that a bundled model comes with; None for other models.
+
+    Args:
+        config: of the model.
+        held_out: whether of those that its training saw none of, or of those that it saw.
+    """
+    encoder = own_encoder(config)
+    if encoder not in BUNDLED_ENCODERS:
+        return None
+    return str(_BUNDLED / encoder / ("held-out.txt" if held_out else "captions.txt"))
+
+
 def _words(source: str) -> str | None:
     """Folder of a table of words; None where the source is something else."""
     if source in BUNDLED_ENCODERS:
