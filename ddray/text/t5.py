@@ -3,7 +3,7 @@
 LlamaGen's text models were trained on the last hidden state of flan-t5-xl over at most 120
 positions (its README and language/t5.py). Needs the extra `text`.
 
-Shapes: B captions, T positions, D feature width.
+Shapes: B captions, N of them different, T positions, t of the longest of some, D feature width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ddray.errors import CheckpointError, ConfigError, one_line
 from ddray.locations import hub_location
 from ddray.text.encoder import cleaned_captions
 
 FLAN_T5_XL = "google/flan-t5-xl"
+# Captions of a pass: of the usual length they are a thousand positions, enough work for a GPU, and
+# of neighbours in length hardly any position is padding.
+_ROWS_AT_ONCE = 64
 
 
 @contextmanager
@@ -50,8 +54,27 @@ def encoder_width(source: str) -> int:
         return int(AutoConfig.from_pretrained(hub_location(source)).d_model)
 
 
+def by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Which captions share a pass: neighbours in length, so that little of it is padding.
+
+    Args:
+        lengths: positions of each caption.
+
+    Returns:
+        Numbers of captions, the shortest first; captions of one length in their order.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[k : k + _ROWS_AT_ONCE] for k in range(0, len(order), _ROWS_AT_ONCE)]
+
+
 class T5TextEncoder:
     """The encoder half of a T5, from a folder or by its name on the Hugging Face Hub.
+
+    Each different caption of a call is encoded once, together with others of its length, and
+    padding costs nothing that the longest of them does not have. The same call gives the same bits.
+    In another call, with other captions beside it, a caption has the same features but for the last
+    bits of `dtype`: which kernel multiplies, and in which order it sums, follows from the number of
+    rows and positions.
 
     Args:
         source: folder or repository name.
@@ -103,14 +126,24 @@ class T5TextEncoder:
         Raises:
             ConfigError: for a bare string, no caption, an empty one, or one that is no text.
         """
-        batch = self._tokenizer(
-            cleaned_captions(captions),
-            max_length=self.length,
-            padding="max_length",
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.device)
-        mask = batch["attention_mask"]
-        features = self._model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        return features * mask[..., None].to(features.dtype), mask
+        cleaned = cleaned_captions(captions)
+        number = {caption: n for n, caption in enumerate(dict.fromkeys(cleaned))}
+        ids = self._tokenizer([*number], max_length=self.length, truncation=True)["input_ids"]
+        features_NTD = torch.zeros(
+            len(ids), self.length, self.width, dtype=self._model.dtype, device=self.device
+        )
+        mask_NT = torch.zeros(len(ids), self.length, dtype=torch.int64, device=self.device)
+        for some in by_length([*map(len, ids)]):
+            features_BtD, mask_Bt = self._encode([ids[n] for n in some])
+            longest = mask_Bt.shape[1]
+            features_NTD[some, :longest], mask_NT[some, :longest] = features_BtD, mask_Bt
+        rows_B = torch.tensor([number[caption] for caption in cleaned], device=self.device)
+        return features_NTD[rows_B], mask_NT[rows_B]
+
+    def _encode(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Features [B, t, D], zero where there is padding, and mask int64 [B, t] of token ids."""
+        rows = [torch.tensor(row) for row in ids]
+        mask_Bt = pad_sequence([torch.ones_like(row) for row in rows], True).to(self.device)
+        ids_Bt = pad_sequence(rows, True, self._tokenizer.pad_token_id).to(self.device)
+        features_BtD = self._model(input_ids=ids_Bt, attention_mask=mask_Bt).last_hidden_state
+        return features_BtD * mask_Bt[..., None].to(features_BtD.dtype), mask_Bt

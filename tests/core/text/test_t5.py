@@ -8,7 +8,7 @@ import torch
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.storage.caption_file import clean_caption
-from ddray.text.t5 import T5TextEncoder, encoder_width
+from ddray.text.t5 import T5TextEncoder, by_length, encoder_width
 from tests.core.tiny import tiny_teacher, write_text_encoder
 
 pytestmark = pytest.mark.slow
@@ -37,6 +37,57 @@ def test_a_caption_has_the_same_features_in_any_company(encoder):
     alone, together = encoder(["a cat"])[0], encoder(["the red cat on the roof", "a cat"])[0]
     torch.testing.assert_close(alone[0], together[1])
     assert not torch.allclose(alone[0], encoder(["a roof"])[0][0])
+
+
+@pytest.fixture
+def passes(encoder):
+    """Shapes of what the T5 is given, pass by pass."""
+    shapes = []
+    hook = encoder._model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append((*kwargs["input_ids"].shape,)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
+
+
+# Of 4, 2, 5, 3, 4 and 3 positions: the end of a text is one.
+CAPTIONS = ["on the roof", "red", "a cat on the", "a roof", "a red cat", "the cat"]
+
+
+def test_each_caption_is_encoded_once_in_whatever_spelling(encoder, passes):
+    features, mask = encoder(["a cat", "on", "A  Cat", "on"])
+    assert passes == [(2, 3)]
+    assert torch.equal(features[0], features[2]) and torch.equal(features[1], features[3])
+    assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]] * 2
+
+
+def test_a_pass_is_as_long_as_its_longest_caption(encoder, passes, monkeypatch):
+    monkeypatch.setattr("ddray.text.t5._ROWS_AT_ONCE", 2)
+    features, mask = encoder(CAPTIONS)
+    assert passes == [(2, 3), (2, 4), (2, 5)]
+    assert mask.sum(1).tolist() == [4, 2, 5, 3, 4, 3]
+    assert not features[mask == 0].any()
+
+
+def test_features_are_those_of_a_pass_of_all_positions(encoder):
+    features, mask = encoder(CAPTIONS)
+    given = encoder._tokenizer(
+        CAPTIONS, max_length=5, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        plain = encoder._model(given["input_ids"], given["attention_mask"]).last_hidden_state
+    assert torch.equal(mask, given["attention_mask"])
+    torch.testing.assert_close(features, plain * mask[..., None])
+
+
+def test_who_shares_a_pass_follows_from_the_lengths_alone():
+    assert by_length([5, 2, 9, 2]) == [[1, 3, 0, 2]]
+    lengths = [n % 7 for n in range(150)]
+    passes = by_length(lengths)
+    assert [len(some) for some in passes] == [64, 64, 22]
+    assert sorted(sum(passes, [])) == list(range(150))
+    told = [lengths[n] for some in passes for n in some]
+    assert told == sorted(told)
 
 
 def test_what_it_gives_is_what_a_teacher_takes(encoder):
