@@ -9,7 +9,7 @@ width.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ from ddray.config.serving import ServeConfig
 from ddray.errors import DDRayError, ShardError, StorageError, one_line
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.models.catalog import BUNDLED_MODELS
-from ddray.models.families import empty_network, empty_tokenizer
-from ddray.models.zoo import empty_masked, empty_student, image_side, resolve
+from ddray.models.sizes import ModelSizes, model_sizes
+from ddray.models.zoo import empty_masked, empty_student
 from ddray.sets.batch_size import batch_size, image_bytes
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from ddray.storage.checkpoint import read_config
+from ddray.text.loading import encoder_flops, own_encoder
 
 # Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
 # from NVIDIA's data sheets. The first that fits counts.
@@ -44,6 +44,8 @@ _ASSUMED_MFU = 0.4
 _ASSUMED_SAMPLING_MFU = 0.02
 # Evaluations of the transport's velocity at the published sizes of codebook, at most.
 _EVALUATIONS = 48
+# Of a caption of ten words, with the end of the text.
+_CAPTION_POSITIONS = 15
 
 # Bytes that a block keeps for its backward pass, for each position and unit of C; of a logit and
 # what becomes of it in the loss; and of all else. Measured (tests/core/test_cost.py).
@@ -228,7 +230,29 @@ def estimate_sample(
         workers = math.ceil(round(config.workers[1] * config.num_gpus, 4))
         told["gpu_hours"] = _gpu_hours(flops, config.dtype, workers, assumed_mfu)
         told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in {config.dtype}; not measured"
+    if student.conditioning == "text":
+        encoder = config.text_encoder or own_encoder(model_sizes(config.teacher).config)
+        told |= _encoding(encoder, 2 * forward_flops(student))
     return told
+
+
+def _encoding(encoder: str, flops: float) -> dict[str, str]:
+    """The text encoder's operations beside those of the model that it works for, if it has any.
+
+    Args:
+        encoder: name or folder.
+        flops: of the model, for an image.
+    """
+    try:
+        own = encoder_flops(encoder, _CAPTION_POSITIONS)
+    except DDRayError as error:
+        return {"text_encoder": f"{encoder}; not counted: {one_line(error)}"}
+    if not own:
+        return {}
+    return {
+        "text_encoder": f"{encoder}, {own / (own + flops):.1%} of all operations where a caption "
+        f"has {_CAPTION_POSITIONS} positions; none where features are given"
+    }
 
 
 def estimate_generate(config: GenerateConfig) -> dict[str, Any]:
@@ -241,7 +265,7 @@ def estimate_generate(config: GenerateConfig) -> dict[str, Any]:
         Values by name, for people; of images their pixels, as their files depend on what they show.
     """
     try:
-        model = _described(config.student)
+        model = model_sizes(config.student)
         steps = num_steps(parse_schedule(config.schedule or "0", len(model.stages)))
     except DDRayError as error:
         return {"cost": f"unknown without the student: {one_line(error)}"}
@@ -256,6 +280,9 @@ def estimate_generate(config: GenerateConfig) -> dict[str, Any]:
     else:
         told["megabytes_of_pixels"] = _rounded(config.count * model.pixels / 1e6)
         told["files"] = f"{config.image_format}, so smaller than their pixels; not estimated"
+    if model.network.conditioning == "text":
+        encoder = config.text_encoder or own_encoder(model.config)
+        told |= _encoding(encoder, steps * forward_flops(model.network))
     return told
 
 
@@ -269,8 +296,8 @@ def estimate_serve(config: ServeConfig) -> dict[str, Any]:
         Values by name, for people.
     """
     try:
-        students = [_described(name) for name in config.student]
-        teachers = [_described(name) for name in _teachers(config, students)]
+        students = [model_sizes(name) for name in config.student]
+        teachers = [model_sizes(name) for name in _teachers(config, students)]
     except DDRayError as error:
         return {"cost": f"unknown without the students: {one_line(error)}"}
     held = sorted((model.gigabytes for model in students), reverse=True)
@@ -298,8 +325,8 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.samples is not None:
         return {"cost": "one pass of the feature network for each image"}
     try:
-        student = _described(config.student)
-        teacher = _described(config.teacher or student.teacher or config.student)
+        student = model_sizes(config.student)
+        teacher = model_sizes(config.teacher or student.teacher or config.student)
     except DDRayError as error:
         return {"cost": f"unknown without the student: {one_line(error)}"}
     stages, sweep = len(teacher.stages), math.prod(map(len, config.sampling_sweep.values()))
@@ -331,53 +358,7 @@ def _batch(config: SampleConfig | GenerateConfig, network: nn.Module) -> str:
     return f"{rows} ({_rounded(needed):g} GB beside the weights)"
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """What the sizes of a model come to.
-
-    Attributes:
-        network: without weights.
-        stages: tokens of each.
-        gigabytes: of float32 weights, the tokenizer's included.
-        pixels: bytes of an image without compression.
-        token_bytes: of one token.
-        jumps: that it was trained for, of a student.
-        teacher: that it names, of a student.
-    """
-
-    network: nn.Module
-    stages: tuple[int, ...]
-    gigabytes: float
-    pixels: int
-    token_bytes: int
-    jumps: int
-    teacher: str | None
-
-
-def _described(model: str) -> _Sizes:
-    """A name or a folder, from its config alone.
-
-    Raises:
-        DDRayError: for one that is not there, or whose sizes do not fit together.
-    """
-    where = resolve(model)
-    config = where if isinstance(where, Mapping) else read_config(where)
-    network, codec = empty_network(config, model), empty_tokenizer(config, model)
-    modules = [part for part in (network, codec) if part is not None]
-    numbers = sum(p.numel() for part in modules for p in part.parameters())
-    channels = getattr(codec.config, "in_channels", 3) if codec is not None else 0
-    return _Sizes(
-        network=network,
-        stages=tuple(network.stages),
-        gigabytes=4 * numbers / 1e9,
-        pixels=channels * image_side(config, model) ** 2 if codec is not None else 0,
-        token_bytes=2 if _vocabulary(network) <= 2**16 else 4,
-        jumps=len(config.get("schedule") or (0,)),
-        teacher=config.get("teacher"),
-    )
-
-
-def _teachers(config: ServeConfig, students: Sequence[_Sizes]) -> list[str]:
+def _teachers(config: ServeConfig, students: Sequence[ModelSizes]) -> list[str]:
     """Teachers that a service loads beside its students."""
     bundled = set(config.student) <= set(BUNDLED_MODELS)
     wanted = bundled if config.teacher is None else config.teacher
@@ -422,6 +403,8 @@ def estimate_distill(config: DistillConfig, assumed_mfu: float = _ASSUMED_MFU) -
             flops * config.steps * again, config.precision, workers, assumed_mfu
         )
         told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in {config.precision}; not measured"
+    if plan and plan.text_encoder:
+        told |= _encoding(plan.text_encoder, step_flops(student, 1))
     return told
 
 

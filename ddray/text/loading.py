@@ -10,7 +10,7 @@ from ddray.errors import CheckpointError, ConfigError
 from ddray.locations import S3
 from ddray.storage.checkpoint import read_config
 from ddray.text.encoder import TextEncoder
-from ddray.text.t5 import FLAN_T5_XL, T5TextEncoder, encoder_width
+from ddray.text.t5 import FLAN_T5_XL, T5TextEncoder, encoder_width, t5_config, t5_flops
 from ddray.text.words import FAMILY, WordEncoder
 
 BUNDLED_ENCODERS = {"emoji-words": "vectors of word pieces, for the captions of emoji-llamagen"}
@@ -86,3 +86,17 @@ def check_text_encoder(source: str, reader: str, needed: int) -> None:
         raise ConfigError(
             f"text_encoder={source!r} makes features of width {width}; {reader} takes {needed}"
         )
+
+
+def encoder_flops(source: str, positions: int) -> int:
+    """Operations of a caption's encoding, a multiplication and an addition as two.
+
+    Args:
+        source: as of `load_text_encoder`.
+        positions: of the caption; a table of words computes nothing.
+
+    Raises:
+        ConfigError: for a T5 without the package transformers.
+        CheckpointError: if its config cannot be read.
+    """
+    return 0 if _words(source) else t5_flops(t5_config(source), positions)

@@ -19,9 +19,20 @@ from ddray.locations import hub_location
 from ddray.text.encoder import cleaned_captions
 
 FLAN_T5_XL = "google/flan-t5-xl"
-# Captions of a pass: of the usual length they are a thousand positions, enough work for a GPU, and
-# of neighbours in length hardly any position is padding.
-_ROWS_AT_ONCE = 64
+# So that what it costs can be told where neither weights nor network are.
+_SIZES: dict[str, dict[str, Any]] = {
+    FLAN_T5_XL: {
+        "d_model": 2048,
+        "d_kv": 64,
+        "d_ff": 5120,
+        "num_layers": 24,
+        "num_heads": 32,
+        "feed_forward_proj": "gated-gelu",
+    }
+}
+# Captions of a pass: of the usual length they are some five hundred positions, so a GPU is not kept
+# waiting for weights; and the fewer there are, the more alike in length.
+_ROWS_AT_ONCE = 32
 
 
 @contextmanager
@@ -52,6 +63,32 @@ def encoder_width(source: str) -> int:
         from transformers import AutoConfig
 
         return int(AutoConfig.from_pretrained(hub_location(source)).d_model)
+
+
+def t5_config(source: str) -> Any:
+    """A `transformers.T5Config` with the sizes of a T5, of a known one without looking at it.
+
+    Raises:
+        ConfigError: without the package transformers.
+        CheckpointError: for a source that holds no T5, or cannot be reached.
+    """
+    with _loading(source):
+        from transformers import AutoConfig, T5Config
+
+        known = _SIZES.get(source)
+        return T5Config(**known) if known else AutoConfig.from_pretrained(hub_location(source))
+
+
+def t5_flops(config: Any, positions: int) -> int:
+    """Operations of the encoder's pass over a caption, products of matrices alone.
+
+    Args:
+        config: a `transformers.T5Config`.
+        positions: of the caption, padding included.
+    """
+    width, inner = config.d_model, config.num_heads * config.d_kv
+    weights = 4 * width * inner + (2 + config.is_gated_act) * width * config.d_ff
+    return config.num_layers * (2 * weights * positions + 4 * inner * positions**2)
 
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:

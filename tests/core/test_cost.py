@@ -1,5 +1,6 @@
 """The arithmetic of costs against what torch counts: parameters, operations, bytes kept."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,7 +9,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.config.distillation import DistillConfig
-from ddray.cost import estimate_distill, forward_flops, memory, mfu, step_flops
+from ddray.config.sampling import SampleConfig
+from ddray.cost import (
+    estimate_distill,
+    estimate_sample,
+    forward_flops,
+    memory,
+    mfu,
+    step_flops,
+)
 from ddray.distillation.losses import distillation_loss
 from ddray.distillation.optimization import recompute_activations
 from ddray.errors import ConfigError
@@ -16,6 +25,7 @@ from ddray.method.conditioning import Captions
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.zoo import empty_masked, empty_student
+from ddray.text.t5 import FLAN_T5_XL, t5_config, t5_flops
 
 ROWS = 4
 
@@ -152,3 +162,18 @@ def test_an_estimate_needs_no_weights_and_no_set() -> None:
     assert unknown["cost"].startswith("unknown without set or teacher: ")
     with pytest.raises(ConfigError, match="no student is known for family 'var-dd'"):
         estimate_distill(DistillConfig(teacher="digits-var-dd", **job))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_encoder_of_captions_is_told_beside_the_model() -> None:
+    pytest.importorskip("transformers")
+    teacher = SampleConfig(teacher="llamagen-t2i-xl-256", captions="captions.parquet")
+    told = estimate_sample(teacher)["text_encoder"]
+    found = re.fullmatch(r"google/flan-t5-xl, ([\d.]+)% of all .* has 15 positions; .*", told)
+    assert found
+    share = float(found[1])
+    own = t5_flops(t5_config(FLAN_T5_XL), 15)
+    model = 2 * forward_flops(empty_student("llamagen-t2i-xl-256"))
+    assert share == pytest.approx(100 * own / (own + model), abs=0.05)
+    unknown = estimate_sample(teacher.model_copy(update={"text_encoder": "/nowhere"}))
+    assert unknown["text_encoder"].startswith("/nowhere; not counted: cannot load the text encoder")

@@ -5,10 +5,18 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.storage.caption_file import clean_caption
-from ddray.text.t5 import T5TextEncoder, by_length, encoder_width
+from ddray.text.t5 import (
+    FLAN_T5_XL,
+    T5TextEncoder,
+    by_length,
+    encoder_width,
+    t5_config,
+    t5_flops,
+)
 from tests.core.tiny import tiny_teacher, write_text_encoder
 
 pytestmark = pytest.mark.slow
@@ -82,12 +90,29 @@ def test_features_are_those_of_a_pass_of_all_positions(encoder):
 
 def test_who_shares_a_pass_follows_from_the_lengths_alone():
     assert by_length([5, 2, 9, 2]) == [[1, 3, 0, 2]]
-    lengths = [n % 7 for n in range(150)]
+    lengths = [n % 7 for n in range(80)]
     passes = by_length(lengths)
-    assert [len(some) for some in passes] == [64, 64, 22]
-    assert sorted(sum(passes, [])) == list(range(150))
+    assert [len(some) for some in passes] == [32, 32, 16]
+    assert sorted(sum(passes, [])) == list(range(80))
     told = [lengths[n] for some in passes for n in some]
     assert told == sorted(told)
+
+
+@pytest.mark.parametrize("kind", ["gated-gelu", "relu"])
+def test_operations_are_those_that_torch_counts(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 24, "d_kv": 4, "d_ff": 40, "num_layers": 3, "num_heads": 5}
+    config = transformers.T5Config(**sizes, feed_forward_proj=kind)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        transformers.T5EncoderModel(config)(input_ids=torch.zeros(2, 9, dtype=torch.int64))
+    assert 2 * t5_flops(config, 9) == counter.get_total_flops()
+
+
+def test_sizes_of_flan_t5_xl_are_known_without_a_look_at_it():
+    config = t5_config(FLAN_T5_XL)
+    assert (config.d_model, config.num_layers, config.is_gated_act) == (2048, 24, True)
+    # 1.16 billion weights, beside the embeddings.
+    assert t5_flops(config, 1) == pytest.approx(2 * 1.16e9, rel=0.01)
 
 
 def test_what_it_gives_is_what_a_teacher_takes(encoder):

@@ -5,7 +5,12 @@ import torch
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.storage.checkpoint import save_folder
-from ddray.text.loading import check_text_encoder, load_text_encoder, own_encoder
+from ddray.text.loading import (
+    check_text_encoder,
+    encoder_flops,
+    load_text_encoder,
+    own_encoder,
+)
 from ddray.text.words import WordEncoder, positions, words
 from tests.core.tiny import tiny_teacher
 
@@ -117,3 +122,7 @@ def test_what_it_gives_is_what_a_teacher_takes(encoder):
 def test_a_model_says_which_encoder_it_was_trained_with():
     assert own_encoder({"text_encoder": "emoji-words"}) == "emoji-words"
     assert own_encoder({}) == "google/flan-t5-xl"
+
+
+def test_a_table_computes_nothing(folder):
+    assert encoder_flops(folder, 15) == 0
