@@ -73,10 +73,10 @@ class Encoder:
     """A T5 of the published sizes on the meta device."""
 
     def __init__(self) -> None:
-        from transformers import T5EncoderModel
+        from transformers import T5Config, T5EncoderModel
 
         with torch.device("meta"):
-            self._model = T5EncoderModel(t5_config(FLAN_T5_XL)).eval()
+            self._model = T5EncoderModel(T5Config(**t5_config(FLAN_T5_XL))).eval()
 
     @torch.no_grad()
     def flops(self, rows: int, positions: int) -> float:
@@ -118,7 +118,9 @@ def main() -> None:
     result = about("torch", "transformers")
     rows = measured()
     figures = [
-        Figure(f"{name}: the encoder's share, captions of {TYPICAL} positions", row["share"], most=MOST)
+        Figure(
+            f"{name}: the encoder's share, captions of {TYPICAL} positions", row["share"], most=MOST
+        )
         for name, row in zip(TEACHERS, rows[:: len(MEANS)], strict=True)
     ]
     result |= {"rows": rows, "figures": [figure.row() for figure in figures]}

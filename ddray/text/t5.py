@@ -6,7 +6,7 @@ positions (its README and language/t5.py). Needs the extra `text`.
 Shapes: B captions, N of them different, T positions, t of the longest of some, D feature width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from ddray.text.encoder import cleaned_captions
 
 FLAN_T5_XL = "google/flan-t5-xl"
 # So that what it costs can be told where neither weights nor network are.
-_SIZES: dict[str, dict[str, Any]] = {
+_PUBLISHED: dict[str, Mapping[str, Any]] = {
     FLAN_T5_XL: {
         "d_model": 2048,
         "d_kv": 64,
@@ -65,30 +65,33 @@ def encoder_width(source: str) -> int:
         return int(AutoConfig.from_pretrained(hub_location(source)).d_model)
 
 
-def t5_config(source: str) -> Any:
-    """A `transformers.T5Config` with the sizes of a T5, of a known one without looking at it.
+def t5_config(source: str) -> Mapping[str, Any]:
+    """The sizes of a T5, named as in its config; of a published one without a look at it.
 
     Raises:
         ConfigError: without the package transformers.
         CheckpointError: for a source that holds no T5, or cannot be reached.
     """
+    if source in _PUBLISHED:
+        return _PUBLISHED[source]
     with _loading(source):
-        from transformers import AutoConfig, T5Config
+        from transformers import AutoConfig
 
-        known = _SIZES.get(source)
-        return T5Config(**known) if known else AutoConfig.from_pretrained(hub_location(source))
+        config: Mapping[str, Any] = AutoConfig.from_pretrained(hub_location(source)).to_dict()
+        return {name: config[name] for name in _PUBLISHED[FLAN_T5_XL]}
 
 
-def t5_flops(config: Any, positions: int) -> int:
+def t5_flops(config: Mapping[str, Any], positions: int) -> int:
     """Operations of the encoder's pass over a caption, products of matrices alone.
 
     Args:
-        config: a `transformers.T5Config`.
+        config: sizes, as of `t5_config`.
         positions: of the caption, padding included.
     """
-    width, inner = config.d_model, config.num_heads * config.d_kv
-    weights = 4 * width * inner + (2 + config.is_gated_act) * width * config.d_ff
-    return config.num_layers * (2 * weights * positions + 4 * inner * positions**2)
+    width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
+    widened = 2 if str(config["feed_forward_proj"]).startswith("gated") else 1
+    weights = 4 * width * inner + (widened + 1) * width * config["d_ff"]
+    return int(config["num_layers"] * (2 * weights * positions + 4 * inner * positions**2))
 
 
 def by_length(lengths: Sequence[int]) -> list[list[int]]:

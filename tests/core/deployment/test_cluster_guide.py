@@ -93,11 +93,21 @@ def test_models_and_files_of_the_guide_are_published_ones(
         assert flags[flags.index(flag) + 1] in yaml.safe_dump(shown)
 
 
-@pytest.mark.parametrize("model", ["llamagen-b", "llamagen-l", "var-d16", "var-d20"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "llamagen-b",
+        "llamagen-l",
+        "llamagen-t2i-xl-256",
+        "llamagen-t2i-xl-512",
+        "var-d16",
+        "var-d20",
+    ],
+)
 def test_gpu_hours_are_those_of_a_dry_run_and_of_the_configs(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = f"{model}-256" if model.startswith("llamagen") else model
+    name = model if model in PUBLISHED else f"{model}-256"
     hours = []
     for verb in ("sample", "distill"):
         config = ROOT / "jobs" / "configs" / f"{model}-{verb}.yaml"

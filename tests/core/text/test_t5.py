@@ -102,15 +102,22 @@ def test_who_shares_a_pass_follows_from_the_lengths_alone():
 def test_operations_are_those_that_torch_counts(kind):
     transformers = pytest.importorskip("transformers")
     sizes = {"d_model": 24, "d_kv": 4, "d_ff": 40, "num_layers": 3, "num_heads": 5}
-    config = transformers.T5Config(**sizes, feed_forward_proj=kind)
+    config = {**sizes, "feed_forward_proj": kind}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        transformers.T5EncoderModel(config)(input_ids=torch.zeros(2, 9, dtype=torch.int64))
+        network = transformers.T5EncoderModel(transformers.T5Config(**config))
+        network(input_ids=torch.zeros(2, 9, dtype=torch.int64))
     assert 2 * t5_flops(config, 9) == counter.get_total_flops()
+
+
+def test_sizes_are_those_of_the_folder(folder):
+    width, hidden = TEXT["caption_dim"], 16
+    weights = 4 * width * 2 * 4 + 2 * width * hidden
+    assert t5_flops(t5_config(folder), 1) == 2 * (2 * weights + 4 * 2 * 4)
 
 
 def test_sizes_of_flan_t5_xl_are_known_without_a_look_at_it():
     config = t5_config(FLAN_T5_XL)
-    assert (config.d_model, config.num_layers, config.is_gated_act) == (2048, 24, True)
+    assert (config["d_model"], config["num_layers"]) == (2048, 24)
     # 1.16 billion weights, beside the embeddings.
     assert t5_flops(config, 1) == pytest.approx(2 * 1.16e9, rel=0.01)
 
