@@ -24,7 +24,7 @@ from ddray.method.teacher import AskedFor
 from ddray.sets.captions import padded, read_captions
 from ddray.sets.sharded_set import ShardedSet
 from ddray.storage.caption_file import CaptionFile
-from ddray.text.encoder import TextEncoder
+from ddray.text.encoder import TextEncoder, TimedEncoder
 from ddray.text.loading import check_text_encoder, load_text_encoder, own_captions, own_encoder
 
 
@@ -155,6 +155,17 @@ def load_encoder(plan: NamesEncoder, model: Model) -> TextEncoder | None:
         return None
     length = model.model.config.cls_token_num
     return load_text_encoder(plan.text_encoder, length=length, device=model.device)
+
+
+def load_timed_encoder(plan: NamesEncoder, model: Model) -> TimedEncoder | None:
+    """As `load_encoder`, for a worker that says how long it has encoded; it waits for its device.
+
+    Raises:
+        ConfigError: as `load_encoder`.
+        CheckpointError: as `load_encoder`.
+    """
+    encode = load_encoder(plan, model)
+    return None if encode is None else TimedEncoder(encode)
 
 
 def read_conditions(

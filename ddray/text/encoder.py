@@ -5,9 +5,11 @@ Features that were computed elsewhere are as good: no model asks where they come
 Shapes: B captions, T positions, D feature width.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ddray.errors import ConfigError
@@ -19,6 +21,30 @@ class TextEncoder(Protocol):
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features [B, T, D], padded on the right, and mask int64 [B, T], 1 = valid."""
+
+
+class TimedEncoder:
+    """A text encoder that knows how long it has worked.
+
+    Attributes:
+        seconds: of all calls, each until its features are there.
+
+    Args:
+        encode: the encoder.
+    """
+
+    def __init__(self, encode: TextEncoder):
+        self._encode = encode
+        self.seconds = 0.0
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of them, as it makes it."""
+        begin = time.perf_counter()
+        features, mask = self._encode(captions)
+        if features.is_cuda:  # which has only been told so far
+            torch.cuda.synchronize(features.device)
+        self.seconds += time.perf_counter() - begin
+        return features, mask
 
 
 def cleaned_captions(captions: Sequence[str]) -> list[str]:

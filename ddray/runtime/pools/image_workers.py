@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ddray.serving.rendering import Renderer
     from ddray.sets.images.statistics import NetworkOrder
+    from ddray.text.encoder import TimedEncoder
 
 # A replica that dies is replaced, and requests find another one as soon as Serve knows.
 _RETRY_S = 1.0
@@ -45,10 +46,15 @@ class StudentWorker:
         images = self._images = ImageSet.open(uri)
         images.statistics = statistics
         self._device = Device(images.plan.threads)
-        self._renderer = self._device.load(lambda: _load(images, device))
+        self._renderer, self._encode = self._device.load(lambda: _load(images, device))
         self._network = self._device.load(lambda: network.load(device) if network else None)
         self._shards = ShardMaker(images, encoders, statistics == "digits")
         self.maker = maker_on(self._renderer.student.device)
+
+    @property
+    def encoding_s(self) -> float:
+        """Time that went into features of captions so far."""
+        return self._encode.seconds if self._encode else 0.0
 
     def do(self, shard: int) -> int:
         """Generate and write one shard."""
@@ -158,10 +164,11 @@ class _Reply:
             self._sent = self._ask()
 
 
-def _load(images: ImageSet, device: str) -> "Renderer":
+def _load(images: ImageSet, device: str) -> "tuple[Renderer, TimedEncoder | None]":
     from ddray.serving.rendering import Renderer
-    from ddray.sets.conditions import load_encoder
+    from ddray.sets.conditions import load_timed_encoder
     from ddray.sets.images.making import planned_student
 
     student = planned_student(images.plan, device)
-    return Renderer(student, encoder=load_encoder(images.plan, student))
+    encode = load_timed_encoder(images.plan, student)
+    return Renderer(student, encoder=encode), encode

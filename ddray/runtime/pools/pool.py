@@ -45,7 +45,8 @@ class ShardWorker(Protocol):
     """Writes shards; built in the actor, from a URI and the arguments of its crew.
 
     It limits its own threads, as its plan says: Ray sets OMP_NUM_THREADS by whole CPUs alone. What
-    knows who computes says so, by an attribute `maker`.
+    knows who computes says so, by an attribute `maker`; what encodes captions, by an attribute
+    `encoding_s` how long it has done so.
     """
 
     def do(self, shard: int) -> int:
@@ -120,6 +121,7 @@ class Filled:
         actor_s: actor-seconds spent on shards.
         busy_share: part of the actors' lives that was.
         gpu_s: GPU-seconds spent on shards.
+        encoding_s: of the actor-seconds, what went into features of captions.
         retries: shards and actors that had to be begun again.
     """
 
@@ -131,6 +133,7 @@ class Filled:
     actor_s: float = 0.0
     busy_share: float | None = None
     gpu_s: float = 0.0
+    encoding_s: float = 0.0
     retries: int = 0
 
     def summary(self) -> dict[str, Any]:
@@ -144,7 +147,17 @@ class Filled:
             "actor_seconds": round(self.actor_s, 2),
             "gpu_seconds": round(self.gpu_s, 2),
             "busy_share": self.busy_share and round(self.busy_share, 4),
+            **self._captions(),
             "retries": self.retries,
+        }
+
+    def _captions(self) -> dict[str, float]:
+        """What the text encoder took; nothing where there is none."""
+        if not self.encoding_s:
+            return {}
+        return {
+            "encoder_seconds": round(self.encoding_s, 2),
+            "encoder_share": round(self.encoding_s / self.actor_s, 4),
         }
 
 
@@ -241,6 +254,7 @@ def fill(
         actor_s=tally.busy_s,
         busy_share=tally.busy_share,
         gpu_s=tally.busy_s * crew.num_gpus,
+        encoding_s=tally.encoding_s,
         retries=tally.retries,
     )
 
@@ -297,6 +311,7 @@ class _Actor:
             seconds=end - begin,
             busy_s=busy_s,
             alive_s=end - self._since,
+            encoding_s=getattr(self._worker, "encoding_s", 0.0),
             **self._who,
         )
         return {name: [value] for name, value in dataclasses.asdict(done).items()}

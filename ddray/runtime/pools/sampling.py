@@ -11,7 +11,7 @@ from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher
 from ddray.runtime.pools.device import SHARDS_AT_ONCE, Device
 from ddray.runtime.pools.pool import Crew, fill, tell_found
-from ddray.sets.conditions import load_encoder, open_captions, read_conditions
+from ddray.sets.conditions import load_timed_encoder, open_captions, read_conditions
 from ddray.sets.makers import MakersOfSet, kinds_of, maker_on
 from ddray.sets.making import create_set
 from ddray.sets.trajectories.making import make_plan, planned_teacher, sample_rows
@@ -34,7 +34,12 @@ class TrajectoryWorker:
         self._device = Device(plan.threads)
         self._teacher = self._device.load(lambda: planned_teacher(plan, device))
         self.maker = maker_on(self._teacher.device)
-        self._encode = self._device.load(lambda: load_encoder(plan, self._teacher))
+        self._encode = self._device.load(lambda: load_timed_encoder(plan, self._teacher))
+
+    @property
+    def encoding_s(self) -> float:
+        """Time that went into features of captions so far."""
+        return self._encode.seconds if self._encode else 0.0
 
     def do(self, shard: int) -> int:
         """Sample and write one shard."""

@@ -24,6 +24,7 @@ class Done:
         busy_s: time that this process has spent on shards so far.
         alive_s: time since its model was loaded.
         made_by: a `Maker` as JSON; empty where the actor does not know who computes.
+        encoding_s: of `busy_s`, what went into features of captions.
     """
 
     shard: int
@@ -35,6 +36,7 @@ class Done:
     busy_s: float
     alive_s: float
     made_by: str = ""
+    encoding_s: float = 0.0
 
     @property
     def maker(self) -> Maker | None:
@@ -42,9 +44,11 @@ class Done:
         return Maker(**json.loads(self.made_by)) if self.made_by else None
 
     def event(self) -> dict[str, Any]:
-        """As the log has it: of who made it the device alone."""
+        """As the log has it: of who made it the device alone, of captions where there are some."""
         values = dataclasses.asdict(self)
         del values["made_by"]
+        if not self.encoding_s:
+            del values["encoding_s"]
         return {**values, "device": self.maker.device if self.maker else None}
 
     @classmethod
@@ -111,6 +115,11 @@ class Tally:
         return sum(done.busy_s for done in self._latest.values())
 
     @property
+    def encoding_s(self) -> float:
+        """Of these, what went into features of captions."""
+        return sum(done.encoding_s for done in self._latest.values())
+
+    @property
     def busy_share(self) -> float:
         """Part of the actors' lives, models loaded, that they spent on shards."""
         alive = sum(done.alive_s for done in self._latest.values())
@@ -126,4 +135,5 @@ class Tally:
         gpus = f" on {self.actors * num_gpus:g} GPUs" if num_gpus else ""
         plural = "" if self.actors == 1 else "s"
         retries = f", {self.retries} retries" if self.retries else ""
-        return f"{self.actors} actor{plural}{gpus} {self.busy_share:.0%} busy{retries}"
+        captions = f", {self.encoding_s / self.busy_s:.0%} on captions" if self.encoding_s else ""
+        return f"{self.actors} actor{plural}{gpus} {self.busy_share:.0%} busy{captions}{retries}"

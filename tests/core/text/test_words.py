@@ -5,6 +5,7 @@ import torch
 
 from ddray.errors import CheckpointError, ConfigError
 from ddray.storage.checkpoint import save_folder
+from ddray.text.encoder import TimedEncoder
 from ddray.text.loading import (
     check_text_encoder,
     encoder_flops,
@@ -122,6 +123,15 @@ def test_what_it_gives_is_what_a_teacher_takes(encoder):
 def test_a_model_says_which_encoder_it_was_trained_with():
     assert own_encoder({"text_encoder": "emoji-words"}) == "emoji-words"
     assert own_encoder({}) == "google/flan-t5-xl"
+
+
+def test_an_encoder_can_be_timed(encoder):
+    timed = TimedEncoder(encoder)
+    assert timed.seconds == 0
+    assert torch.equal(timed(["red cat"])[0], encoder(["red cat"])[0])
+    first = timed.seconds
+    timed(["cat"] * 100)
+    assert 0 < first < timed.seconds
 
 
 def test_a_table_computes_nothing(folder):

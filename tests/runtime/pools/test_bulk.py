@@ -346,7 +346,9 @@ def test_captions_by_an_encoder(
 ) -> None:
     settings = {"captions": _captions(tmp_path / "plain.jsonl"), "format": "webdataset"}
     settings["text_encoder"] = write_text_encoder(tmp_path / "encoder", WIDTH)
-    generate(generating(text_student, tmp_path / "set", engine=engine, **settings))
+    summary = generate(generating(text_student, tmp_path / "set", engine=engine, **settings))
+    # Replicas do not tell.
+    assert (summary.get("encoder_share", 0) > 0) == (engine == "data")
     assert _images(tmp_path / "set")[3][0] == "a cat, 3"
     assert verify(str(tmp_path / "set")) == []
     assert contents(tmp_path / "set", "shards") == _by_hand(

@@ -176,7 +176,9 @@ def test_captions_without_features_are_encoded_by_the_worker(teacher: str, tmp_p
     assert plan.text_encoder == source
     trajectories = TrajectorySet.create(config.out, plan)
     cut_captions(captions, trajectories.storage, plan)
-    assert TrajectoryWorker(config.out, "cpu").do(0) == 20
+    worker = TrajectoryWorker(config.out, "cpu")
+    assert (worker.encoding_s, worker.do(0)) == (0, 20)
+    assert worker.encoding_s > 0
     encode = T5TextEncoder(source, length=LENGTH)
     expected = [
         sample_rows(model, plan, rows, encode([words[i % 4] for i in rows]))

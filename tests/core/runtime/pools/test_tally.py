@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ddray.runtime.pools.pool import Filled
 from ddray.runtime.pools.tally import Done, Tally
 
 
@@ -23,6 +24,23 @@ def test_busy_time_is_that_of_each_process_at_its_latest_shard() -> None:
     assert tally.busy_share == pytest.approx(7 / 8)
     assert tally.note(0) == "2 actors 88% busy"
     assert tally.note(0.5) == "2 actors on 1 GPUs 88% busy"
+
+
+def test_the_time_of_captions_is_a_part_of_the_busy_time() -> None:
+    tally = Tally()
+    tally.add(done(0, encoding_s=0.2))
+    tally.add(done(1, busy_s=4.0, alive_s=4.0, encoding_s=0.3))
+    tally.add(done(2, actor="b", pid=2, alive_s=2.0, encoding_s=0.3))
+    assert tally.encoding_s == pytest.approx(0.6)
+    assert tally.note(0) == "2 actors 100% busy, 10% on captions"
+    assert done(0, encoding_s=0.2).event()["encoding_s"] == 0.2
+    assert "encoding_s" not in done(0).event()
+
+
+def test_a_summary_tells_the_encoder_where_there_is_one() -> None:
+    told = Filled(shards=1, rows=10, actor_s=8.0, encoding_s=0.5).summary()
+    assert (told["encoder_seconds"], told["encoder_share"]) == (0.5, 0.0625)
+    assert not {"encoder_seconds", "encoder_share"} & Filled(shards=1, actor_s=8.0).summary().keys()
 
 
 def test_shards_of_one_process_may_arrive_in_any_order() -> None:
