@@ -149,6 +149,17 @@ GpuGigabytes = Annotated[
     ),
 ]
 
+SkipBadCaptions = Annotated[
+    bool,
+    Field(description="leave broken rows out and count them; the index runs over those kept"),
+]
+
+Clean = Annotated[
+    Literal["off", "llamagen"],
+    BeforeValidator(parse_off),
+    Field(description="rules that captions go through first; llamagen: those before its T5"),
+]
+
 NodePool = Annotated[
     str | None, Field(description="label ddray.io/node-pool of the nodes to work on; absent = any")
 ]
@@ -208,14 +219,18 @@ class SetConfig(PoolConfig):
     classes: Classes = Field((), description="in turn, such as 1,5,7 or 0,0,1; absent = all")
     captions: Location | None = Field(
         None,
-        description="URI of a .parquet or .jsonl with index, caption and perhaps features; or of a "
-        "file of prompts, .txt with one a line, .tsv, .csv or .jsonl; absent = a bundled model's "
-        "own",
+        description="URI of a .parquet or .jsonl with index, caption and perhaps features; of a "
+        "file of prompts, .txt with one a line, .tsv, .csv, .jsonl or .parquet; of a folder of "
+        "such files or a pattern of them; absent = a bundled model's own",
     )
     caption_column: str | None = Field(
-        None, description="of a file of prompts; absent = caption, Caption, prompt or Prompt"
+        None,
+        description="of a file of prompts, NAME or, of lists, NAME[I]; absent = caption, Caption, "
+        "prompt, Prompt or TEXT",
     )
+    skip_bad_captions: SkipBadCaptions = False
+    clean: Clean = "off"
     text_encoder: EncoderName | None = Field(
         None, description="of captions without features; absent = the model's own"
     )
-    seed: SeedT = Field(0, description="of the noise")
+    seed: SeedT = Field(0, description="of the noise, and of which caption of several is taken")

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from ddray.config.base import (
     AutoCount,
     Classes,
+    Clean,
     CountT,
     EncoderName,
     GpuGigabytes,
@@ -17,6 +18,7 @@ from ddray.config.base import (
     NetworkDtype,
     PoolConfig,
     SeedT,
+    SkipBadCaptions,
     Texts,
     Workers,
     decoder_dtype,
@@ -120,7 +122,9 @@ class EvaluateConfig(MetricsConfig, PoolConfig):
     labels: Labels = "balanced"
     classes: Classes = Field((), description="that images are asked for by; absent = all")
     captions: Location | None = Field(None, description="captions of a text model's images")
-    caption_column: str | None = Field(None, description="of the captions; absent = caption")
+    caption_column: str | None = Field(None, description="as in ddray sample")
+    skip_bad_captions: SkipBadCaptions = False
+    clean: Clean = "off"
     text_encoder: EncoderName | None = Field(
         None, description="of captions without features; absent = the model's own"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +26,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 from ddray.errors import ConfigError, ShardError, one_line
 from ddray.file_kind import kind_of
 from ddray.storage.base import NotFoundError, Storage
-from ddray.storage.caption_file import CaptionFile, matrices
+from ddray.storage.caption_file import CaptionFile
+from ddray.storage.caption_parquet import matrices
 
 _FOLDER = "captions/"
 _HASH_KEY = b"ddray.captions_sha256"
@@ -110,6 +112,8 @@ def captions_name(k: int) -> str:
 def cut_captions(file: CaptionFile, storage: Storage, plan: CutRows) -> int:
     """Write the captions of every shard beside it, and say how many files were written.
 
+    How many broken rows were left out, where they may be, is said on stderr.
+
     A file that is there with the same content is kept, or with more rows, which an extension
     left that did not come about. One that holds the first rows, as the last shard of a set that is
     extended does, is replaced.
@@ -141,7 +145,14 @@ def cut_captions(file: CaptionFile, storage: Storage, plan: CutRows) -> int:
                 continue
         storage.write(captions_name(k), _encode(part[0].index, captions))
         written += 1
+    if file.left_out.count:
+        print(f"captions {file.uri}: {file.left_out}", file=sys.stderr, flush=True)
     return written
+
+
+def left_out(file: CaptionFile | None) -> dict[str, int]:
+    """What a summary says of broken rows of captions, once they are cut; nothing of classes."""
+    return {} if file is None else {"captions_left_out": file.left_out.count}
 
 
 def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCaptions:

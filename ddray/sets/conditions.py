@@ -23,6 +23,7 @@ from ddray.method.model import Model
 from ddray.method.teacher import AskedFor
 from ddray.sets.captions import padded, read_captions
 from ddray.sets.sharded_set import ShardedSet
+from ddray.storage.caption_cleaning import clean_llamagen
 from ddray.storage.caption_file import CaptionFile
 from ddray.text.encoder import TextEncoder, TimedEncoder
 from ddray.text.loading import check_text_encoder, load_text_encoder, own_captions, own_encoder
@@ -64,6 +65,18 @@ class TakesCaptions(Protocol):
         """Where they stand in it."""
 
     @property
+    def skip_bad_captions(self) -> bool:
+        """Whether broken rows are left out."""
+
+    @property
+    def clean(self) -> str:
+        """The rules that they go through first, or off."""
+
+    @property
+    def seed(self) -> int:
+        """By which one of several captions is drawn."""
+
+    @property
     def text_encoder(self) -> str | None:
         """Of captions without features."""
 
@@ -86,8 +99,8 @@ def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
         StorageError: if the file cannot be read.
     """
     if model.conditioning == "class":
-        for name in ("captions", "caption_column", "text_encoder"):
-            if getattr(config, name) is not None:
+        for name in ("captions", "caption_column", "skip_bad_captions", "clean", "text_encoder"):
+            if getattr(config, name) not in (None, False, "off"):
                 raise ConfigError(
                     f"{name}={getattr(config, name)!r}, but {model.name} is conditioned on classes"
                 )
@@ -106,6 +119,9 @@ def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
         width=sizes.caption_dim,
         column=config.caption_column,
         each=config.images_per_prompt if isinstance(config, GenerateConfig) else 1,
+        seed=config.seed,
+        skip_bad=config.skip_bad_captions,
+        clean=clean_llamagen if config.clean == "llamagen" else None,
     )
 
 

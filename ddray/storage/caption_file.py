@@ -1,39 +1,41 @@
-"""A file of captions, read as a stream: Parquet or JSON lines, or what benchmarks have.
+"""Captions, read as a stream from one file or from shards: ours, or those that people have.
 
-Its columns are `index`, `caption` and perhaps `features`; rows ascend by index from 0 without gaps,
-so whatever is wrong with their order shows while a few of them are in memory. Files of prompts have
-no index (ddray.storage.prompt_file).
+Ours have the columns `index`, `caption` and perhaps `features`, in Parquet or JSON lines; rows
+ascend by index from 0 without gaps, so whatever is wrong with their order shows while a few of them
+are in memory. Files of prompts have no index: it is the number of the row.
 
 Shapes: T caption positions (each row its own), D feature width.
 """
 
 from __future__ import annotations
 
-import codecs
 import html
-import io
+import json
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
-import pyarrow.compute as pc  # type: ignore[import-untyped, unused-ignore]
-import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from ddray.errors import ConfigError, StorageError, one_line
-from ddray.file_kind import explained, json_value
-from ddray.storage import open_storage
+from ddray.file_kind import explained
+from ddray.locations import absolute
 from ddray.storage.arrow import arrow_filesystem
-from ddray.storage.prompt_file import TEXT_ENDINGS, column_of, json_prompts, text_prompts
+from ddray.storage.caption_json import JsonCaptions
+from ddray.storage.caption_parquet import ParquetCaptions
+from ddray.storage.caption_row import CaptionColumn, CaptionReader, FoundRow, drawn
+from ddray.storage.caption_shards import caption_files
+from ddray.storage.prompt_file import TextCaptions
 
-# A row of 120 positions of flan-t5-xl is a megabyte.
-_ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 20
+_FAULTS_SHOWN = 3
+_LETTERS_SHOWN = 40
 _TAG = re.compile(r"<[^<>]*>")
 _ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -62,6 +64,12 @@ def no_text(caption: str) -> str | None:
     return "holds a NUL character; leave it out" if "\0" in caption else None
 
 
+def is_empty(caption: str) -> bool:
+    """Whether nothing is left of a caption for an encoder to read, or only what nobody sees."""
+    unseen = ("Cc", "Cf", "Zs", "Zl", "Zp")  # controls, formats as the zero-width space, spaces
+    return all(unicodedata.category(letter) in unseen for letter in clean_caption(caption))
+
+
 @dataclass(frozen=True)
 class CaptionRow:
     """One row of a file of captions.
@@ -79,19 +87,49 @@ class CaptionRow:
     record: str | None = None
 
 
+@dataclass
+class LeftOut:
+    """Broken rows that a pass over captions went without.
+
+    Attributes:
+        count: how many.
+        first: what was wrong with the first of them.
+    """
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, fault: str) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.first) < _FAULTS_SHOWN:
+            self.first.append(fault)
+
+    def __str__(self) -> str:
+        """As a user is told."""
+        rest = self.count - len(self.first)
+        faults = "; ".join(self.first + [f"and {rest} more"] * bool(rest))
+        return f"{self.count} left out: {faults}"
+
+
 class CaptionFile:
-    """A file of captions, checked and read as a stream.
+    """Captions of a file or of shards, checked and read as a stream.
 
     Args:
-        uri: path or s3:// URI that ends in .parquet or .jsonl; or in .txt, .tsv or .csv.
+        uri: path or s3:// URI that ends in .parquet or .jsonl; or in .txt, .tsv or .csv; or of a
+            folder of such files, or a pattern of them, whose rows follow one another by the names.
         length: T at most, the caption positions of the teacher.
         width: D, the teacher's caption_dim.
         column: of the captions, in a file of prompts; None = where they usually are.
         each: rows that each row of the file stands for, one after the other.
+        seed: by which one of several captions of a row is drawn (`caption_row.drawn`).
+        skip_bad: leave out rows that are broken, and count them; the index runs over the others.
+        clean: what every caption goes through first.
 
     Attributes:
         uri: the same, absolute.
         has_features: whether its captions come with features.
+        left_out: broken rows of the last pass.
 
     Raises:
         ConfigError: for another ending, or columns that are missing or of another type.
@@ -99,30 +137,29 @@ class CaptionFile:
     """
 
     def __init__(
-        self, uri: str, *, length: int, width: int, column: str | None = None, each: int = 1
+        self,
+        uri: str,
+        *,
+        length: int,
+        width: int,
+        column: str | None = None,
+        each: int = 1,
+        seed: int = 0,
+        skip_bad: bool = False,
+        clean: Callable[[str], str] | None = None,
     ) -> None:
-        self.uri = open_storage(uri).uri
+        self.uri = absolute(uri)
+        self.left_out = LeftOut()
         self._length, self._width, self._column, self._each = length, width, column, each
-        if not self.uri.endswith((".parquet", ".jsonl", *TEXT_ENDINGS)):
-            raise ConfigError(f"captions={uri!r} must end in .parquet, .jsonl, .txt, .tsv or .csv")
-        self._is_parquet = self.uri.endswith(".parquet")
-        if self._is_parquet and column is not None:
-            raise ConfigError(
-                f"caption_column={column!r} is of files of prompts; Parquet has index and caption"
-            )
-        names: list[str] = []
-        self._is_prompts = self.uri.endswith(TEXT_ENDINGS)
-        with _errors(self.uri), _open(self.uri) as file:
-            if self._is_parquet:
-                names = _checked_schema(_parquet(file).schema_arrow)
-            elif self._is_prompts:
-                next(text_prompts(file, self.uri[-4:], column), None)
-            else:
-                names = list(next(_json_lines(file), {}))
-                self._is_prompts = bool(names) and (column is not None or "index" not in names)
-                if self._is_prompts:
-                    column_of(names, column)
-        self.has_features = "features" in names and not self._is_prompts
+        self._seed, self._skip_bad, self._clean = seed, skip_bad, clean
+        self._what = "rows"
+        self._files = caption_files(uri)
+        self.has_features = False
+        for file in self._files:
+            with self._reader(file) as reader:
+                self.has_features = reader.has_features
+                if not reader.is_empty:
+                    return
 
     def rows(self, count: int, *, features: bool = True) -> Iterator[CaptionRow]:
         """The first `count` rows; whatever comes behind them is not looked at.
@@ -132,22 +169,24 @@ class CaptionFile:
             features: whether to read them, where the file has some.
 
         Raises:
-            ConfigError: for an index that is missing, double or out of order, a caption that is
-                empty or no text, features of another shape, or too few rows.
+            ConfigError: for an index that is double or out of order, or too few rows; and, unless
+                they are left out, for an index or a caption that is missing, a caption that is
+                empty or no text, features of another shape.
             StorageError: if the file cannot be read to the end.
         """
         number, needed = -1, -(-count // self._each)
-        read = self._read(needed, features and self.has_features)
-        for number, row in enumerate(islice(read, needed)):
-            problem = _misplaced(row.index, number) or self._unfit(row)
-            if problem:
-                raise ConfigError(f"captions {self.uri}: {problem}")
+        self.left_out = LeftOut()
+        taken = self._taken(features and self.has_features)
+        for number, row in enumerate(islice(taken, needed)):
             first = number * self._each
             for index in range(first, min(first + self._each, count)):
-                yield replace(row, index=index)
+                yield row if row.index == index else replace(row, index=index)
         if number + 1 < needed:
             each = f" of {self._each} images each" if self._each > 1 else ""
-            raise ConfigError(f"captions {self.uri}: {number + 1} rows{each}, but count={count}")
+            others = f" ({self.left_out})" if self.left_out.count else ""
+            raise ConfigError(
+                f"captions {self.uri}: {number + 1} {self._what}{each}{others}, but count={count}"
+            )
 
     def check(self, count: int) -> None:
         """Read the first `count` rows without their features, to refuse them before work starts.
@@ -159,57 +198,107 @@ class CaptionFile:
         for _ in self.rows(count, features=False):
             pass
 
-    def _read(self, count: int, features: bool) -> Iterator[CaptionRow]:
-        with _errors(self.uri), _open(self.uri) as file:
-            if self._is_parquet:
-                yield from _parquet_rows(_parquet(file), count, features)
-                return
-            if self._is_prompts:
-                prompts = (
-                    json_prompts(_json_lines(file), self._column)
-                    if self.uri.endswith(".jsonl")
-                    else text_prompts(file, self.uri[-4:], self._column)
-                )
-                for number, prompt in enumerate(prompts):
-                    yield CaptionRow(number, prompt.text, None, prompt.record)
-                return
-            for row in _json_lines(file, "index", "caption"):
-                if ("features" in row) != self.has_features:
-                    raise ConfigError(
-                        f"features must be in every line or in none; see index {row['index']}"
-                    )
-                yield CaptionRow(
-                    _json_index(row), _json_caption(row), _json_features(row) if features else None
-                )
+    def _taken(self, features: bool) -> Iterator[CaptionRow]:
+        """All rows that can be used, in their order."""
+        number = 0
+        for file, reader, found in self._found(features):
+            row = self._judged(found, reader.column, number)
+            if isinstance(row, CaptionRow):
+                yield row
+                number += 1
+                continue
+            where = "" if file == self.uri else f"{file}: "
+            if not self._skip_bad:
+                raise ConfigError(f"captions {file}: {row}")
+            self.left_out.add(where + row)
 
-    def _unfit(self, row: CaptionRow) -> str | None:
-        """What the teacher, its encoder or a shard would refuse in a row."""
-        if reason := no_text(row.caption):
-            return f"the caption of index {row.index} {reason}"
-        if row.features_TD is None:
-            empty = not self.has_features and not clean_caption(row.caption)
-            return f"the caption of index {row.index} is empty" if empty else None
-        if row.features_TD.ndim != 2:
-            return f"the features of index {row.index} are no T lists of D numbers"
-        length, width = row.features_TD.shape
+    def _found(self, features: bool) -> Iterator[tuple[str, CaptionReader, FoundRow]]:
+        """All rows in their order, each with its file and reader; an index is in its place."""
+        before = 0
+        for file in self._files:
+            with self._reader(file) as reader:
+                if not reader.is_empty and reader.has_features != self.has_features:
+                    raise ConfigError(
+                        f"features must be in every file or in none; see {self._files[0]}"
+                    )
+                self._what = reader.what
+                start, number = None, -1
+                for number, found in enumerate(reader.rows(features)):
+                    if found.index is not None:
+                        # In shards it begins anew, or runs on.
+                        if start is None:
+                            start = before if found.index == before + number else 0
+                        _check_place(found.index, number, start)
+                    yield file, reader, found
+            before += number + 1
+
+    def _judged(self, found: FoundRow, column: CaptionColumn, index: int) -> CaptionRow | str:
+        """The row, or what the teacher, its encoder or a shard would refuse in it."""
+        if found.fault is not None:
+            return found.fault
+        caption = found.caption
+        if isinstance(caption, list):
+            if self.has_features:
+                raise ConfigError(
+                    f"captions {self.uri}: {found.name} has {len(caption)} captions, and features "
+                    "of one of them; say of which by --caption-column NAME[I], such as text[0]"
+                )
+            caption = drawn(caption, self._seed, index)
+        if not isinstance(caption, str):
+            return f"{found.name} has no text in {str(column)!r}, but {_shown(caption)}"
+        if reason := no_text(caption):
+            return f"the caption of {found.name} {reason}"
+        caption = self._clean(caption) if self._clean else caption
+        if not self.has_features and is_empty(caption):
+            return f"the caption of {found.name} is empty"
+        if found.features_TD is not None and (reason := self._unfit(found.features_TD)):
+            return f"the features of {found.name} are {reason}"
+        record = found.record
+        told = None if record is None else json.dumps(record | {"prompt": caption})
+        return CaptionRow(index, caption, found.features_TD, told)
+
+    def _unfit(self, features_TD: npt.NDArray[np.float32]) -> str | None:
+        """What the teacher would refuse in features."""
+        if features_TD.ndim != 2:
+            return "no T lists of D numbers"
+        length, width = features_TD.shape
         if not 1 <= length <= self._length or width != self._width:
             return (
-                f"the features of index {row.index} are {length} x {width}; the teacher takes 1 to "
-                f"{self._length} positions of width {self._width}"
+                f"{length} x {width}; the teacher takes 1 to {self._length} positions of width "
+                f"{self._width}"
             )
-        if not np.isfinite(row.features_TD).all():
-            return f"the features of index {row.index} are not all finite"
-        return None
+        return None if np.isfinite(features_TD).all() else "not all finite"
+
+    @contextmanager
+    def _reader(self, file: str) -> Iterator[CaptionReader]:
+        """One of the files, open."""
+        with _errors(file), _open(file) as opened:
+            yield _reader_of(opened, file, self._column, self.has_features)
 
 
-def _misplaced(index: int, number: int) -> str | None:
-    """What is wrong with the index of row `number`, all rows before it being right."""
-    rule = "rows must ascend by index from 0 without gaps"
-    if index > number:
-        return f"index {number} is missing: row {number} has index {index}; {rule}"
-    if index < 0:
-        return f"index {index} at row {number}; {rule}"
-    return f"index {index} twice at row {number}; {rule}" if index < number else None
+def _reader_of(opened: Any, file: str, column: str | None, has_features: bool) -> CaptionReader:
+    if file.endswith(".parquet"):
+        return ParquetCaptions(opened, column)
+    if file.endswith(".jsonl"):
+        return JsonCaptions(opened, file, column, has_features)
+    return TextCaptions(opened, file[-4:], column)
+
+
+def _shown(value: object) -> str:
+    """What stands in place of a text, as JSON has it."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= _LETTERS_SHOWN else f"{text[:_LETTERS_SHOWN]} ..."
+
+
+def _check_place(index: int, number: int, start: int) -> None:
+    """Refuse the index of row `number`, all rows before it being in their places."""
+    rule, place = f"rows must ascend by index from {start} without gaps", start + number
+    if index > place:
+        raise ConfigError(f"index {place} is missing: row {number} has index {index}; {rule}")
+    if index < start:
+        raise ConfigError(f"index {index} at row {number}; {rule}")
+    if index < place:
+        raise ConfigError(f"index {index} twice at row {number}; {rule}")
 
 
 @contextmanager
@@ -241,129 +330,3 @@ def _head(uri: str) -> bytes:
             return bytes(file.read(_BUFFER_BYTES))
     except OSError:
         return b"PAR1"
-
-
-def _parquet(file: Any) -> Any:
-    # A buffered stream, or a whole row group would be in memory.
-    return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
-
-
-def _checked_schema(schema: Any) -> list[str]:
-    """Names of the columns, which are of the right types."""
-    for name, rule, fits in (
-        ("index", "integers", pa.types.is_integer),
-        ("caption", "strings", lambda kind: kind in (pa.string(), pa.large_string())),
-        ("features", "lists of T lists of D floats", _is_matrix),
-    ):
-        if name not in schema.names:
-            if name == "features":
-                continue
-            raise ConfigError(f"there is no column {name!r}; it has {', '.join(schema.names)}")
-        if not fits(schema.field(name).type):
-            raise ConfigError(f"column {name!r} is {schema.field(name).type}; {rule} are needed")
-    return list(schema.names)
-
-
-def _is_matrix(kind: Any) -> bool:
-    def is_list(kind: Any) -> bool:
-        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        return any(test(kind) for test in lists)
-
-    inner = kind.value_type if is_list(kind) else None
-    return inner is not None and is_list(inner) and pa.types.is_floating(inner.value_type)
-
-
-def _parquet_rows(file: Any, count: int, features: bool) -> Iterator[CaptionRow]:
-    columns = ["index", "caption"] + ["features"] * features
-    number = 0
-    for whole in file.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False):
-        batch = whole.slice(0, count - number)
-        for name in columns:
-            nulls = np.flatnonzero(batch.column(name).is_null())
-            if len(nulls):
-                raise ConfigError(f"row {number + nulls[0]} has no {name}")
-        texts = _texts(batch.column("caption"), number)
-        given = matrices(batch.column("features")) if features else [None] * len(texts)
-        yield from map(CaptionRow, batch.column("index").to_pylist(), texts, given)
-        number += len(texts)
-        if number == count:
-            return
-
-
-def _texts(captions: Any, first: int) -> list[str]:
-    """The texts of some rows; `first` is the number of the first of them."""
-    try:
-        texts: list[str] = captions.to_pylist()
-    except UnicodeDecodeError:
-        for number, data in enumerate(captions.cast(pa.large_binary()).to_pylist(), first):
-            try:
-                data.decode()
-            except UnicodeDecodeError as exc:
-                raise ConfigError(f"the caption of row {number} is no UTF-8 ({exc})") from exc
-        raise
-    return texts
-
-
-def matrices(rows: Any) -> list[npt.NDArray[np.float32]]:
-    """Features of each row of a column of lists of lists.
-
-    Returns:
-        Arrays float32 [T, D]; an empty one [0] for a row that is no matrix.
-    """
-    positions = rows.flatten()
-    values = positions.flatten()
-    widths = np.unique(pc.list_value_length(positions.drop_null()))
-    if positions.null_count or values.null_count or len(widths) > 1:
-        if len(rows) == 1:
-            return [np.empty(0, np.float32)]
-        return [matrix for i in range(len(rows)) for matrix in matrices(rows.slice(i, 1))]
-    width = int(widths[0]) if len(widths) else 0
-    matrix = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    ends = np.cumsum(pc.list_value_length(rows).to_numpy(zero_copy_only=False))
-    return np.split(matrix.reshape(int(ends[-1]), width), ends[:-1])
-
-
-def _json_lines(file: Any, *needed: str) -> Iterator[dict[str, Any]]:
-    """The objects of all lines that are not blank, with the keys that they need."""
-    is_first = True
-    for number, line in enumerate(io.BufferedReader(file, _BUFFER_BYTES), start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        try:
-            row = json_value(line.decode())
-        except ValueError as exc:
-            refusal = f"line {number} is not JSON"
-            if is_first:
-                raise ConfigError(explained(refusal, line, exc, "JSON")) from exc
-            raise ConfigError(f"{refusal} ({one_line(exc)})") from exc
-        if not isinstance(row, dict) or not row.keys() >= {*needed}:
-            keys = " with index and caption" if needed else ""
-            raise ConfigError(f"line {number} is no object{keys}")
-        is_first = False
-        yield row
-
-
-def _json_index(row: dict[str, Any]) -> int:
-    index = row["index"]
-    if not isinstance(index, int) or isinstance(index, bool):
-        raise ConfigError(f"index {index!r} is no integer")
-    return index
-
-
-def _json_caption(row: dict[str, Any]) -> str:
-    caption = row["caption"]
-    if not isinstance(caption, str):
-        raise ConfigError(f"caption {caption!r} of index {row['index']} is no string")
-    return caption
-
-
-def _json_features(row: dict[str, Any]) -> npt.NDArray[np.float32]:
-    """An array float32 [T, D]; an empty one [0] for what is no matrix."""
-    try:
-        features_TD = np.asarray(row["features"])
-    except ValueError:
-        return np.empty(0, np.float32)
-    is_matrix = features_TD.ndim == 2 and features_TD.dtype.kind in "iuf"
-    return features_TD.astype(np.float32) if is_matrix else np.empty(0, np.float32)

@@ -15,6 +15,7 @@ from ddray.runtime.cluster.connection import connect
 from ddray.runtime.pools.device import SHARDS_AT_ONCE
 from ddray.runtime.pools.image_workers import StudentWorker
 from ddray.runtime.pools.pool import Crew, Filled, fill, tell_found
+from ddray.sets.captions import left_out
 from ddray.sets.conditions import open_captions
 from ddray.sets.images.finishing import finish
 from ddray.sets.images.image_set import SAMPLES, ImageSet
@@ -66,6 +67,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "student": plan.student,
         "schedule": plan.schedule,
         "images": plan.count,
+        **left_out(captions),
         "format": plan.encoding,
         "content": plan.content,
         "engine": config.engine,

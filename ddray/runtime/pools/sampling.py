@@ -1,5 +1,6 @@
 """Trajectories at scale: a plan, a pool of teachers, shards."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher
 from ddray.runtime.pools.device import SHARDS_AT_ONCE, Device
 from ddray.runtime.pools.pool import Crew, fill, tell_found
+from ddray.sets.captions import left_out
 from ddray.sets.conditions import load_timed_encoder, open_captions, read_conditions
 from ddray.sets.makers import MakersOfSet, kinds_of, maker_on
 from ddray.sets.making import create_set
@@ -75,7 +77,8 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     teacher = load_teacher(config.teacher, device="cpu", dtype=config.dtype)
     captions = open_captions(config, teacher)
     plan = make_plan(config, teacher, captions)
-    return _fill(create_set(TrajectorySet, config, plan, teacher, captions), config)
+    trajectories = create_set(TrajectorySet, config, plan, teacher, captions)
+    return _fill(trajectories, config, left_out(captions))
 
 
 def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
@@ -100,8 +103,10 @@ def refill(uri: str, pool: PoolConfig) -> dict[str, Any]:
     return _fill(trajectories, pool.model_copy(update={"threads": trajectories.plan.threads}))
 
 
-def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
-    """Make what is missing, and leave a summary."""
+def _fill(
+    trajectories: TrajectorySet, pool: PoolConfig, told: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Make what is missing, and leave a summary, with what else is told of the set."""
     plan, storage = trajectories.plan, trajectories.storage
     missing = trajectories.missing()
     tell_found(plan, missing)
@@ -132,6 +137,7 @@ def _fill(trajectories: TrajectorySet, pool: PoolConfig) -> dict[str, Any]:
         "plan_hash": plan.hash,
         "teacher": plan.teacher,
         "rows": plan.count,
+        **(told or {}),
         "devices": devices,
         "made_by": makers.known,
         **filled.summary(),

@@ -16,7 +16,7 @@ import pytest
 
 from ddray.config.sampling import SampleConfig
 from ddray.errors import ConfigError, ShardError, StorageError
-from ddray.sets.captions import captions_name, cut_captions, padded, read_captions
+from ddray.sets.captions import captions_name, cut_captions, left_out, padded, read_captions
 from ddray.sets.conditions import (
     check_encoder,
     encoder_name,
@@ -27,6 +27,7 @@ from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
 from ddray.storage.base import Storage
 from ddray.storage.caption_file import CaptionFile, CaptionRow
+from ddray.storage.caption_row import drawn
 from ddray.storage.local import LocalStorage
 from tests.core.sets.trajectories.test_trajectory_set import plan_of
 from tests.core.tiny import tiny_teacher
@@ -149,7 +150,7 @@ def test_too_few_rows_are_refused_with_both_numbers(path: Path) -> None:
         ([[0.0, 1.0, None]], "the features of index 3 are no T lists of D numbers"),
         ([None], "the features of index 3 are no T lists of D numbers"),
         ([], "the features of index 3 are (0 x 3|no T lists)"),
-        (None, "row 3 has no features|the features of index 3 are no T lists"),
+        (None, "the features of index 3 are no T lists"),
     ],
 )
 def test_features_that_the_teacher_cannot_take_are_refused(
@@ -178,13 +179,16 @@ def test_a_caption_that_an_encoder_would_find_empty_is_refused(path: Path) -> No
     [
         ({"index": [0], "text": ["a"]}, "there is no column 'caption'; it has index, text"),
         ({"index": [0.0], "caption": ["a"]}, "column 'index' is double; integers are needed"),
-        ({"index": [0], "caption": [5]}, "column 'caption' is int64; strings are needed"),
+        (
+            {"index": [0], "caption": [5]},
+            "column 'caption' is int64; strings, or lists of them, are needed",
+        ),
         (
             {"index": [0], "caption": ["a"], "features": [[1.0]]},
             "column 'features' is list<.*>; lists of T lists of D floats are needed",
         ),
         ({"index": [0, None], "caption": ["a", "b"]}, "row 1 has no index"),
-        ({"index": [0, 1], "caption": ["a", None]}, "row 1 has no caption"),
+        ({"index": [0, 1], "caption": ["a", None]}, "index 1 has no text in 'caption', but null"),
     ],
 )
 def test_other_columns_of_parquet_are_refused(columns: Any, message: str, tmp_path: Path) -> None:
@@ -198,11 +202,11 @@ def test_other_columns_of_parquet_are_refused(columns: Any, message: str, tmp_pa
     [
         ("{", "line 2 is not JSON"),
         ("\xff", "line 2 is not JSON"),
-        ("[1]", "line 2 is no object with index and caption"),
+        ("[1]", "line 2 is no object"),
         ('{"index": 1}', "line 2 is no object with index and caption"),
         ('{"index": "1", "caption": "a"}', "index '1' is no integer"),
         ('{"index": true, "caption": "a"}', "index True is no integer"),
-        ('{"index": 1, "caption": 5}', "caption 5 of index 1 is no string"),
+        ('{"index": 1, "caption": 5}', "index 1 has no text in 'caption', but 5"),
         (
             '{"index": 1, "caption": "a", "features": [[1]]}',
             "in every line or in none; see index 1",
@@ -248,7 +252,7 @@ def test_a_caption_of_parquet_that_is_no_utf_8_is_refused_by_its_row(tmp_path: P
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"index": [0, 1, 2], "caption": texts}), path)
     opened(str(path)).check(2)
-    with pytest.raises(ConfigError, match=f"captions {path}: the caption of row 2 is no UTF-8"):
+    with pytest.raises(ConfigError, match=f"captions {path}: the caption of index 2 is no UTF-8"):
         opened(str(path)).check(3)
 
 
@@ -340,6 +344,28 @@ def test_every_shard_gets_a_file_of_its_own_rows(path: Path, storage: Storage) -
         frame = pd.read_parquet(Path(storage.uri) / captions_name(k))
         assert frame["index"].tolist() == [*PLAN.shard_range(k)]
         np.testing.assert_array_equal(np.stack(frame["features"][1]), read.features[1])
+
+
+def test_a_cut_says_how_many_rows_were_left_out(
+    path: Path, storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of(27)
+    for broken in (rows[3], rows[20]):
+        broken["features"] = [[0.5]]
+    uri = write(path, rows)
+    with pytest.raises(ConfigError, match="the features of index 3 are 1 x 1"):
+        cut_captions(opened(uri), storage, PLAN)
+    file = CaptionFile(uri, length=LENGTH, width=WIDTH, skip_bad=True)
+    assert cut_captions(file, storage, PLAN) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"captions {uri}: 2 left out: the features of index 3 are 1 x 1; the")
+    assert left_out(file) == {"captions_left_out": 2} and left_out(None) == {}
+    kept = [row for i, row in enumerate(rows) if i not in (3, 20)]
+    for k in range(3):
+        read = read_captions(storage, k)
+        assert [*read.captions] == [kept[i]["caption"] for i in PLAN.shard_range(k)]
+    assert cut_captions(opened(write(path, rows_of(25))), LocalStorage(storage.uri + "2"), PLAN)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_cut_of_the_same_content_is_kept_whatever_file_it_comes_from(
@@ -440,6 +466,15 @@ def test_conditions_that_the_teacher_does_not_take_are_refused(tmp_path: Path) -
         open_captions(SampleConfig(captions=given), of_classes)
     with pytest.raises(ConfigError, match="text_encoder='t5', but .* is conditioned on classes"):
         open_captions(SampleConfig(text_encoder="t5"), of_classes)
+    for broken, name in (
+        ({"skip_bad_captions": True}, "skip_bad_captions=True"),
+        (
+            {"clean": "llamagen"},
+            "clean='llamagen'",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}, but .* is conditioned on classes"):
+            open_captions(SampleConfig(**broken), of_classes)
     both = SampleConfig(captions=given, text_encoder="t5")
     with pytest.raises(ConfigError, match=r"text_encoder='t5', but .*a.jsonl has features already"):
         encoder_name(both, open_captions(both, of_text), {})
@@ -450,6 +485,22 @@ def test_conditions_that_the_teacher_does_not_take_are_refused(tmp_path: Path) -
     assert encoder_name(folder, opened(plain), {}) == folder.text_encoder  # no folder yet
     (tmp_path / "x").mkdir()
     assert encoder_name(folder, opened(plain), {}) == str(tmp_path)
+
+
+def test_a_job_says_how_its_captions_are_read(tmp_path: Path) -> None:
+    of_text = tiny_teacher(cls_token_num=LENGTH, caption_dim=WIDTH)
+    several = [f"Cat {i}.jpg of {i}" for i in range(50)]
+    given = write(tmp_path / "a.jsonl", [{"text": several}, {"text": ["cat.png"]}] * 20)
+    options = {"captions": given, "caption_column": "text", "clean": "llamagen"}
+    config = SampleConfig(**options, skip_bad_captions=True, seed=11)
+    file = open_captions(config, of_text)
+    assert file is not None
+    found = [row.caption for row in file.rows(20)]
+    assert found == [f"cat of {drawn(range(50), 11, i)}" for i in range(20)]
+    refusing = open_captions(SampleConfig(**options), of_text)
+    assert refusing is not None
+    with pytest.raises(ConfigError, match="the caption of row 1 is empty"):
+        refusing.check(2)
 
 
 @pytest.mark.slow

@@ -69,9 +69,14 @@ def test_the_column_can_be_named(tmp_path: Path) -> None:
         ("a.tsv", "b\ta\n1\t2\n3\n", "a", "row 1 has 1 of 2 columns"),
         ("a.csv", "", None, "no column caption"),
         ("a.txt", "a\n", "b", "caption_column='b', but a .txt has no columns"),
-        ("a.txt", "a\n\nb\n", None, "the caption of index 1 is empty"),
+        ("a.txt", "a\n\nb\n", None, "the caption of row 1 is empty"),
         ("a.jsonl", '{"text": "a"}\n', None, "it has text: name the one"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n', None, "row 1 has no text in 'prompt'"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": 5}\n',
+            None,
+            "row 1 has no text in 'prompt', but 5",
+        ),
         ("a.jsonl", '{"prompt": "a"}\n[1]\n', None, "line 2 is no object"),
     ],
 )
@@ -87,5 +92,3 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"a\n\xff\n")
     with pytest.raises(ConfigError, match=r"captions .*a.txt: it is no text in UTF-8"):
         opened(tmp_path / "a.txt").check(2)
-    with pytest.raises(ConfigError, match="caption_column='x' is of files of prompts; Parquet"):
-        opened(tmp_path / "a.parquet", column="x")

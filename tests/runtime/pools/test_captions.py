@@ -24,6 +24,8 @@ from ddray.sets.inspection import verify
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.recompute import recompute
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from ddray.storage import open_storage
+from ddray.storage.run_folder import read_summary
 from ddray.text.t5 import T5TextEncoder
 from tests.core.tiny import write_text_encoder
 from tests.runtime.tiny import contents, distilling, sampling, write_teacher
@@ -92,10 +94,18 @@ def test_tokens_are_those_of_a_plain_loop_over_the_features(
         torch.set_num_threads(threads)
 
 
-def test_json_lines_give_the_same_set_byte_for_byte(
+def test_json_lines_give_the_same_set_byte_for_byte_without_their_broken_rows(
     whole: Path, teacher: str, files: dict[str, str], tmp_path: Path
 ) -> None:
-    sample(sampling(teacher, tmp_path / "set", count=COUNT, captions=files["jsonl"]))
+    rows = [json.loads(line) for line in Path(files["jsonl"]).read_text().splitlines()]
+    for place in (30, 7):
+        rows.insert(place, {**rows[0], "features": [[0.0]]})
+    lines = [json.dumps(row | {"index": index}) for index, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    given = {"captions": str(tmp_path / "a.jsonl"), "skip_bad_captions": True}
+    summary = sample(sampling(teacher, tmp_path / "set", count=COUNT, **given))
+    assert summary["captions_left_out"] == 2
+    assert read_summary(open_storage(str(tmp_path / "set")))["captions_left_out"] == 2
     for part in ("shards", "captions"):
         assert contents(tmp_path / "set", part) == contents(whole, part)
 
