@@ -205,12 +205,13 @@ def step(size: Size) -> dict[str, Any]:
     """A training step of the VAR student: time, share of the peak, memory, its longest kernels."""
     from bench_models import median_seconds
 
-    from ddray.cost import mfu, step_flops
+    from ddray.cost import mfu
     from ddray.distillation.losses import Judge, judged
     from ddray.distillation.optimization import batch_loss, compile_blocks, parameter_groups
     from ddray.distillation.stream import Batch
     from ddray.method.schedule import default_schedule
     from ddray.method.seeding import standard_normal
+    from ddray.models.sizes import step_flops
     from ddray.models.zoo import new_student
 
     teacher = teacher_of(size, size.var, "float32")

@@ -30,6 +30,11 @@ _JOBS = {
         "ddray.cli:_sample",
         "fill a trajectory set from a teacher (Ray Data)",
     ),
+    "encode": (
+        "encoding:EncodeConfig",
+        "ddray.cli:_encode",
+        "features of captions, for sets that are made of them again",
+    ),
     "distill": (
         "distillation:DistillConfig",
         "ddray.cli:_distill",
@@ -226,6 +231,12 @@ def _sample(config: Any) -> None:
     from ddray.runtime.pools.sampling import sample
 
     print_json(_apart_from_ray(lambda: sample(config)))
+
+
+def _encode(config: Any) -> None:
+    from ddray.runtime.pools.encoding import encode
+
+    print_json(_apart_from_ray(lambda: encode(config)))
 
 
 def _distill(config: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ddray.config.distillation import DistillConfig
+from ddray.config.encoding import EncodeConfig
 from ddray.config.evaluation import ROWS, EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
@@ -23,11 +24,20 @@ from ddray.config.serving import ServeConfig
 from ddray.errors import DDRayError, ShardError, StorageError, one_line
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.models.catalog import BUNDLED_MODELS
-from ddray.models.sizes import ModelSizes, model_sizes
+from ddray.models.sizes import (
+    ModelSizes,
+    blocks_of,
+    forward_flops,
+    lengths_of,
+    model_sizes,
+    step_flops,
+    vocabulary_of,
+    width_of,
+)
 from ddray.models.zoo import empty_masked, empty_student
 from ddray.sets.batch_size import batch_size, image_bytes
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from ddray.text.loading import encoder_flops, own_encoder
+from ddray.text.loading import caption_cost, own_encoder
 
 # Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
 # from NVIDIA's data sheets. The first that fits counts.
@@ -52,41 +62,6 @@ _CAPTION_POSITIONS = 15
 _BLOCK_BYTES = {"float32": 94, "bfloat16": 57, "float16": 57}
 _LOGIT_BYTES = {"float32": 12, "bfloat16": 14, "float16": 14}
 _REST_BYTES = 21
-
-
-def forward_flops(student: nn.Module) -> int:
-    """Operations of a student's forward pass over one trajectory.
-
-    Args:
-        student: network of a student, or of masked decoding.
-    """
-    condition, tokens = _lengths(student)
-    positions = condition + tokens
-    products = sum(
-        2 * module.weight.numel() * _times(name, condition, tokens)
-        for name, module in student.named_modules()
-        if isinstance(module, nn.Linear)
-    )
-    return products + 4 * positions**2 * _width(student) * len(_blocks(student))
-
-
-def _times(name: str, condition: int, tokens: int) -> int:
-    """How often a linear layer is applied for a row."""
-    if ".ada_lin" in name or name.startswith("shared_ada_lin"):
-        return 1  # to the class
-    if name.startswith("layerwise_n_d_embed"):
-        return 0  # to two vectors, whatever the number of rows
-    if name.startswith("cls_embedding"):
-        return condition
-    return condition + tokens if name.startswith(("layers", "blocks")) else tokens
-
-
-def step_flops(student: nn.Module, batch_size: int) -> int:
-    """Operations of a training step of B rows, for estimates: three forward passes'.
-
-    What a run reports is counted, critics included (ddray.distillation.operations).
-    """
-    return 3 * forward_flops(student) * batch_size
 
 
 def mfu(
@@ -166,33 +141,14 @@ def memory(student: nn.Module, config: DistillConfig, workers: int) -> Memory:
 
 def _activation_bytes(student: nn.Module, config: DistillConfig, workers: int) -> float:
     rows = config.batch_size // workers // config.accumulation
-    condition, tokens = _lengths(student)
-    block, depth = _BLOCK_BYTES[config.precision], len(_blocks(student))
+    condition, tokens = lengths_of(student)
+    block, depth = _BLOCK_BYTES[config.precision], len(blocks_of(student))
     # With checkpointing a block keeps its input, in a VAR also the marks of noise and data, and
     # one block at a time the rest.
     inputs = 8 if hasattr(student, "layerwise_n_d_embed") else 4
     kept = inputs * depth + block if config.activation_checkpointing else block * depth
-    hidden = (condition + tokens) * _width(student) * (kept + _REST_BYTES)
-    return float(rows * (hidden + tokens * _vocabulary(student) * _LOGIT_BYTES[config.precision]))
-
-
-def _lengths(student: Any) -> tuple[int, int]:
-    """T and L."""
-    return getattr(student.config, "cls_token_num", 1), sum(student.stages)
-
-
-def _width(student: Any) -> int:
-    sizes = student.config
-    return int(sizes.embed_dim if hasattr(sizes, "embed_dim") else sizes.dim)
-
-
-def _vocabulary(student: Any) -> int:
-    return int(student.config.vocab_size)
-
-
-def _blocks(student: Any) -> nn.ModuleList:
-    blocks: nn.ModuleList = getattr(student, "layers", None) or student.blocks
-    return blocks
+    hidden = (condition + tokens) * width_of(student) * (kept + _REST_BYTES)
+    return float(rows * (hidden + tokens * vocabulary_of(student) * _LOGIT_BYTES[config.precision]))
 
 
 def estimate_sample(
@@ -214,7 +170,7 @@ def estimate_sample(
         student = empty_student(config.teacher)
     except StorageError as error:
         return {"cost": f"unknown without the teacher: {one_line(error)}"}
-    tokens, codes = sum(student.stages), _vocabulary(student)
+    tokens, codes = sum(student.stages), vocabulary_of(student)
     bytes_per_token = 2 if codes <= 2**16 else 4
     told: dict[str, Any] = {
         "shards": -(-config.count // config.shard_rows),
@@ -244,7 +200,7 @@ def _encoding(encoder: str, flops: float) -> dict[str, str]:
         flops: of the model, for an image.
     """
     try:
-        own = encoder_flops(encoder, _CAPTION_POSITIONS)
+        own = caption_cost(encoder, _CAPTION_POSITIONS).flops
     except DDRayError as error:
         return {"text_encoder": f"{encoder}; not counted: {one_line(error)}"}
     if not own:
@@ -253,6 +209,34 @@ def _encoding(encoder: str, flops: float) -> dict[str, str]:
         "text_encoder": f"{encoder}, {own / (own + flops):.1%} of all operations where a caption "
         f"has {_CAPTION_POSITIONS} positions; none where features are given"
     }
+
+
+def estimate_encode(config: EncodeConfig, assumed_mfu: float = _ASSUMED_MFU) -> dict[str, Any]:
+    """What features of captions will take, for `--dry-run`.
+
+    Args:
+        config: the job.
+        assumed_mfu: share of a GPU's peak that is reached.
+
+    Returns:
+        Values by name, for people.
+    """
+    positions = min(_CAPTION_POSITIONS, config.length)
+    try:
+        cost, padded = (caption_cost(config.text_encoder, n) for n in (positions, config.length))
+    except DDRayError as error:
+        return {"cost": f"unknown without the encoder: {one_line(error)}"}
+    gigabytes = [_rounded(2 * config.count * x.numbers / 1e9) for x in (cost, padded)]
+    told: dict[str, Any] = {
+        "shards": -(-config.count // config.shard_rows),
+        "gigabytes": f"{gigabytes[0]:g} where a caption has {positions} positions; padded to "
+        f"{config.length}, as they are not, {gigabytes[1]:g}",
+    }
+    if config.num_gpus and cost.flops:
+        workers = math.ceil(round(config.workers[1] * config.num_gpus, 4))
+        told["gpu_hours"] = _gpu_hours(config.count * cost.flops, "bfloat16", workers, assumed_mfu)
+        told["assumed"] = f"{assumed_mfu:.0%} of the GPU's peak in bfloat16; not measured"
+    return told
 
 
 def estimate_generate(config: GenerateConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "transport_count": 20,
         },
     },
+    "encode": {"default": {}, "tiny": {"count": 100, "shard_rows": 50}},
     "reference": {"default": {}, "tiny": {"images": 100, "shard_rows": 50}},
     "serve": {"default": {}, "tiny": {"max_batch_size": 8}},
     "doctor": {"default": {}, "tiny": {}},

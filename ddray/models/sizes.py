@@ -1,4 +1,7 @@
-"""What the sizes of a model come to, from its config alone."""
+"""What the sizes of a model come to, from its config or its network on the meta device.
+
+Shapes: B rows of a step, T condition tokens, L image tokens, V codebook size, C model width.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,3 +61,62 @@ def model_sizes(model: str) -> ModelSizes:
         jumps=len(config.get("schedule") or (0,)),
         teacher=config.get("teacher"),
     )
+
+
+def forward_flops(student: nn.Module) -> int:
+    """Operations of a student's forward pass over one trajectory.
+
+    What is no matrix product is left out, and causal attention counts as full.
+
+    Args:
+        student: network of a student, or of masked decoding.
+    """
+    condition, tokens = lengths_of(student)
+    positions = condition + tokens
+    products = sum(
+        2 * module.weight.numel() * _times(name, condition, tokens)
+        for name, module in student.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    return products + 4 * positions**2 * width_of(student) * len(blocks_of(student))
+
+
+def _times(name: str, condition: int, tokens: int) -> int:
+    """How often a linear layer is applied for a row."""
+    if ".ada_lin" in name or name.startswith("shared_ada_lin"):
+        return 1  # to the class
+    if name.startswith("layerwise_n_d_embed"):
+        return 0  # to two vectors, whatever the number of rows
+    if name.startswith("cls_embedding"):
+        return condition
+    return condition + tokens if name.startswith(("layers", "blocks")) else tokens
+
+
+def step_flops(student: nn.Module, batch_size: int) -> int:
+    """Operations of a training step of B rows, for estimates: three forward passes'.
+
+    What a run reports is counted, critics included (ddray.distillation.operations).
+    """
+    return 3 * forward_flops(student) * batch_size
+
+
+def lengths_of(network: Any) -> tuple[int, int]:
+    """T and L of a network."""
+    return getattr(network.config, "cls_token_num", 1), sum(network.stages)
+
+
+def width_of(network: Any) -> int:
+    """C of a network."""
+    sizes = network.config
+    return int(sizes.embed_dim if hasattr(sizes, "embed_dim") else sizes.dim)
+
+
+def vocabulary_of(network: Any) -> int:
+    """V of a network."""
+    return int(network.config.vocab_size)
+
+
+def blocks_of(network: Any) -> nn.ModuleList:
+    """Transformer blocks of a network."""
+    blocks: nn.ModuleList = getattr(network, "layers", None) or network.blocks
+    return blocks

@@ -143,7 +143,7 @@ def cut_captions(file: CaptionFile, storage: Storage, plan: CutRows) -> int:
                 )
             if len(existing) >= len(captions):
                 continue
-        storage.write(captions_name(k), _encode(part[0].index, captions))
+        storage.write(captions_name(k), caption_parquet(part[0].index, captions))
         written += 1
     if file.left_out.count:
         print(f"captions {file.uri}: {file.left_out}", file=sys.stderr, flush=True)
@@ -211,8 +211,13 @@ def padded(
     return features_BTD, mask_BT
 
 
-def _encode(first: int, captions: ShardCaptions) -> bytes:
-    """The Parquet file of a shard's captions."""
+def caption_parquet(first: int, captions: ShardCaptions) -> bytes:
+    """The Parquet file of some captions, features in the dtype that they have.
+
+    Args:
+        first: index of the first of them.
+        captions: the rows.
+    """
     columns = {
         "index": pa.array(np.arange(first, first + len(captions), dtype=np.int64)),
         "caption": pa.array(captions.captions, pa.string()),

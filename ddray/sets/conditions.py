@@ -113,10 +113,26 @@ def open_captions(config: TakesCaptions, model: Model) -> CaptionFile | None:
             "lines with index, caption and perhaps features, or a file of prompts"
         )
     sizes = model.model.config
+    return caption_file(config, uri, length=sizes.cls_token_num, width=sizes.caption_dim)
+
+
+def caption_file(config: TakesCaptions, uri: str, *, length: int, width: int) -> CaptionFile:
+    """A file of captions as a job reads it.
+
+    Args:
+        config: of the job.
+        uri: of the file.
+        length: as `CaptionFile`.
+        width: as `CaptionFile`.
+
+    Raises:
+        ConfigError: as `CaptionFile`.
+        StorageError: if it cannot be read.
+    """
     return CaptionFile(
         uri,
-        length=sizes.cls_token_num,
-        width=sizes.caption_dim,
+        length=length,
+        width=width,
         column=config.caption_column,
         each=config.images_per_prompt if isinstance(config, GenerateConfig) else 1,
         seed=config.seed,

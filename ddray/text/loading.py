@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,6 +68,20 @@ def load_text_encoder(
     return T5TextEncoder(source, length=length, device=device)
 
 
+def features_width(source: str) -> int:
+    """D of an encoder's features, from its config alone.
+
+    Args:
+        source: as of `load_text_encoder`.
+
+    Raises:
+        ConfigError: for a T5 without the package transformers.
+        CheckpointError: if its config cannot be read.
+    """
+    folder = _words(source)
+    return int(read_config(folder)["width"]) if folder else encoder_width(source)
+
+
 def check_text_encoder(source: str, reader: str, needed: int) -> None:
     """Refuse an encoder that is not there, or whose features a model does not take.
 
@@ -80,16 +94,27 @@ def check_text_encoder(source: str, reader: str, needed: int) -> None:
         ConfigError: for another width, or a T5 without the package transformers.
         CheckpointError: if its config cannot be read.
     """
-    folder = _words(source)
-    width = int(read_config(folder)["width"]) if folder else encoder_width(source)
+    width = features_width(source)
     if width != needed:
         raise ConfigError(
             f"text_encoder={source!r} makes features of width {width}; {reader} takes {needed}"
         )
 
 
-def encoder_flops(source: str, positions: int) -> int:
-    """Operations of a caption's encoding, a multiplication and an addition as two.
+class CaptionCost(NamedTuple):
+    """What a caption takes.
+
+    Attributes:
+        flops: of its encoding, a multiplication and an addition as two.
+        numbers: of its features.
+    """
+
+    flops: int
+    numbers: int
+
+
+def caption_cost(source: str, positions: int) -> CaptionCost:
+    """What an encoder takes for a caption; of a published T5 without a look at it.
 
     Args:
         source: as of `load_text_encoder`.
@@ -99,4 +124,7 @@ def encoder_flops(source: str, positions: int) -> int:
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if its config cannot be read.
     """
-    return 0 if _words(source) else t5_flops(t5_config(source), positions)
+    if folder := _words(source):
+        return CaptionCost(0, positions * int(read_config(folder)["width"]))
+    config = t5_config(source)
+    return CaptionCost(t5_flops(config, positions), positions * int(config["d_model"]))

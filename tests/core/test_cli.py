@@ -17,6 +17,7 @@ import yaml
 from ddray.cli import main
 from ddray.config.base import Job
 from ddray.config.distillation import DistillConfig
+from ddray.config.encoding import EncodeConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.quickstart import QuickstartConfig
@@ -37,6 +38,7 @@ from tests.patience import PATIENCE_S
 JOBS: dict[str, type[Job]] = {
     "quickstart": QuickstartConfig,
     "sample": SampleConfig,
+    "encode": EncodeConfig,
     "distill": DistillConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
@@ -209,6 +211,11 @@ def test_the_cost_of_sampling_is_a_comment_behind_the_config(
         ),
         (("evaluate", "--data", "runs/x"), ["forward_passes_of_the_teacher: 49 for each"]),
         (("quickstart",), ["sample.shards: 20", "distill.exaflops", "evaluate.images: 5000"]),
+        (
+            ("encode", "--count", "1000000"),
+            ["gigabytes: 61.4 where a caption has 15 positions; padded to 120, as they are not, "],
+        ),
+        (("encode", "--num-gpus", "1"), ["shards: 2", "gpu_hours: "]),
         (("reference",), ["cost: unknown without the images: reference takes SOURCE"]),
         (("reference", "nowhere"), ["cost: unknown without the images: /"]),
         (("doctor",), ["cost: none"]),

@@ -10,20 +10,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.config.distillation import DistillConfig
+from ddray.config.encoding import EncodeConfig
 from ddray.config.sampling import SampleConfig
 from ddray.cost import (
     estimate_distill,
+    estimate_encode,
     estimate_sample,
-    forward_flops,
     memory,
     mfu,
-    step_flops,
 )
 from ddray.distillation.losses import distillation_loss
 from ddray.distillation.optimization import recompute_activations
 from ddray.errors import ConfigError
 from ddray.method.conditioning import Captions
 from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
+from ddray.models.sizes import forward_flops, step_flops
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.zoo import empty_masked, empty_student
 from ddray.text.t5 import FLAN_T5_XL, t5_config, t5_flops
@@ -182,3 +183,14 @@ def test_an_encoder_that_is_not_there_is_not_counted(monkeypatch: pytest.MonkeyP
     job = SampleConfig(teacher="llamagen-t2i-xl-256", text_encoder="/nowhere")
     told = estimate_sample(job)["text_encoder"]
     assert told.startswith("/nowhere; not counted: captions as text need the package transformers")
+    told = estimate_encode(EncodeConfig(text_encoder="/nowhere"))["cost"]
+    assert told.startswith("unknown without the encoder: captions as text need the package")
+
+
+def test_features_are_priced_as_they_are_stored_and_as_they_would_be_padded() -> None:
+    told = estimate_encode(EncodeConfig(count=10**6, num_gpus=1))
+    assert told["gigabytes"] == (
+        "61.4 where a caption has 15 positions; padded to 120, as they are not, 492"
+    )
+    hours = 10**6 * t5_flops(t5_config(FLAN_T5_XL), 15) / (0.4 * 989e12) / 3600
+    assert told["gpu_hours"].startswith(f"{hours:.3g} of H100s")

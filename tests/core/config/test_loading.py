@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ddray.config.distillation import DistillConfig
+from ddray.config.encoding import EncodeConfig
 from ddray.config.evaluation import EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.loading import in_todays_keys, load_config
@@ -21,6 +22,7 @@ from tests.paths import ROOT
 
 KINDS = {
     "sample": SampleConfig,
+    "encode": EncodeConfig,
     "distill": DistillConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,

@@ -7,8 +7,8 @@ from ddray.errors import CheckpointError, ConfigError
 from ddray.storage.checkpoint import save_folder
 from ddray.text.encoder import TimedEncoder
 from ddray.text.loading import (
+    caption_cost,
     check_text_encoder,
-    encoder_flops,
     load_text_encoder,
     own_encoder,
 )
@@ -135,4 +135,4 @@ def test_an_encoder_can_be_timed(encoder):
 
 
 def test_a_table_computes_nothing(folder):
-    assert encoder_flops(folder, 15) == 0
+    assert caption_cost(folder, 15) == (0, 15 * (WIDTH + PLACE))

@@ -14,8 +14,10 @@ import torch
 
 import ddray
 from ddray.config.distillation import DistillConfig
+from ddray.config.encoding import EncodeConfig
 from ddray.distillation.stream import open_stream
 from ddray.errors import CheckpointError, ConfigError, ShardError
+from ddray.runtime.pools.encoding import encode
 from ddray.runtime.pools.sampling import TrajectoryWorker, sample
 from ddray.runtime.training.driver import distill, read_history
 from ddray.sets.captions import captions_name, cut_captions, padded
@@ -203,6 +205,36 @@ def test_captions_without_features_are_encoded_by_the_worker(teacher: str, tmp_p
     asked = model.condition(encode([words[int(i) % 4] for i in batch.index_B]))
     assert torch.equal(shown.features_BTD, asked.features_BTD)
     assert torch.equal(shown.mask_BT, asked.mask_BT)
+
+
+def test_features_that_were_stored_make_a_set(
+    ray_local: None, teacher: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    source = write_text_encoder(tmp_path / "t5", WIDTH)
+    words = ["a red cat", "the roof", "a cat on the roof", "on"]
+    (tmp_path / "a.txt").write_text("".join(f"{words[i % 4]}\n" for i in range(20)))
+    given = {"captions": str(tmp_path / "a.txt"), "text_encoder": source, "length": LENGTH}
+    job = EncodeConfig(
+        **given, out=str(tmp_path / "out"), count=20, shard_rows=8, batch_size=3, workers=(1, 1)
+    )
+    made = encode(job)
+    assert (made["rows_made"], made["shards_made"], made["captions"]) == (
+        20,
+        3,
+        f"{job.out}/shards",
+    )
+    (tmp_path / "out" / "shards" / "shard-00001.parquet").unlink()
+    assert encode(job)["rows_made"] == 8
+    stored = sampling(teacher, tmp_path / "set", count=20, captions=made["captions"])
+    assert sample(stored)["rows_made"] == 20
+    trajectories = TrajectorySet.open(stored.out)
+    assert trajectories.plan.text_encoder == ""
+    assert trajectories.rows(0, 4)[1].tolist() == words
+    with pytest.raises(ConfigError, match="shards has features already"):
+        encode(job.model_copy(update={"captions": made["captions"]}))
+    with pytest.raises(ConfigError, match="there is nothing to encode; give --captions FILE"):
+        encode(EncodeConfig())
 
 
 @pytest.fixture(scope="module")
