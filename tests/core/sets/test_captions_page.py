@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from ddray.cli import _parsed, _resolve
+from ddray.sets.captions import ShardCaptions, caption_parquet
 from ddray.sets.conditions import open_captions
 from ddray.storage.caption_cleaning import clean_llamagen
 from ddray.storage.caption_file import CaptionRow
@@ -60,6 +61,19 @@ def llamagen(place: Path) -> list[str]:
     return ["llava 0", "llava 1", "llava 2"]
 
 
+def texts_alone(place: Path) -> list[str]:
+    pd.DataFrame({"index": [0, 1], "caption": ["a cat", "a roof"]}).to_parquet(place)
+    return ["a cat", "a roof"]
+
+
+def encoded(place: Path) -> list[str]:
+    place.mkdir()
+    for k in range(2):
+        captions = ShardCaptions([f"cat {k}"], [np.full((1 + k, WIDTH), k, np.float16)])
+        (place / f"shard-0000{k}.parquet").write_bytes(caption_parquet(k, captions))
+    return ["cat 0", "cat 1"]
+
+
 # What each command is given, by the end of its --captions.
 MADE: dict[str, Callable[[Path], list[str]]] = {
     "part-00000.parquet": laion,
@@ -67,6 +81,8 @@ MADE: dict[str, Callable[[Path], list[str]]] = {
     "PartiPrompts.tsv": parti_prompts,
     "recaptioned": recaptioned,
     "captions": llamagen,
+    "captions.parquet": texts_alone,
+    "shards": encoded,
 }
 
 
