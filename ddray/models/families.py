@@ -76,6 +76,8 @@ _CARD_FIELDS = {
     "name",
     "default_cfg",
     "class_names",
+    "example_captions",
+    "text_encoder",
     "schedule",
     "split",
     "code_precision",

@@ -302,7 +302,7 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
     network = family.network(sizes_of(family.config, sizes, "the student"))
     network.to(teacher.device)
     network.init_from_teacher(teacher.model, teacher.codebook)
-    carried = ("default_cfg", "class_names")
+    carried = ("default_cfg", "class_names", "example_captions", "text_encoder")
     card = {k: teacher.config[k] for k in carried if k in teacher.config}
     return network, {
         "family": family_name,

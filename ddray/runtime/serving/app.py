@@ -39,6 +39,7 @@ from ddray.runtime.serving.replica import Stock, StudentReplica
 from ddray.runtime.serving.stopping import end_service, remove
 from ddray.serving.api import ModelCard
 from ddray.serving.api_keys import read_keys
+from ddray.serving.order import find_examples
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import read_config
 
@@ -94,6 +95,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         config.images_uri,
         config.url_expires_s,
         config.access_log,
+        config.log_prompts,
         may_sleep=config.replicas[0] == 0,
     )
     undated = replace(doors, cards={name: replace(card, created=0) for name, card in cards.items()})
@@ -215,7 +217,9 @@ def described(student: str, wanted: ServeConfig) -> ModelCard:
     if teacher:
         resolve(teacher)
     network, side = empty_network(config, student), image_side(config, student)
+    examples: tuple[str, ...] = ()
     if network.conditioning == "text":
+        examples = find_examples(config, student)
         _check_encoder(wanted.text_encoder or FLAN_T5_XL, student, network.config.caption_dim)
     return ModelCard(
         id=config.get("name") or _name_of(student),
@@ -227,6 +231,7 @@ def described(student: str, wanted: ServeConfig) -> ModelCard:
         stages=len(network.stages),
         teacher=teacher,
         size=f"{side}x{side}",
+        example_captions=examples,
     )
 
 
