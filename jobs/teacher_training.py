@@ -88,7 +88,7 @@ def report(stage: str, step: int, steps: int, **values: Tensor) -> None:
 
 def half(module: nn.Module, statistics: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """Weights as float16, which is how they travel; what follows from the sizes left out."""
-    constants = getattr(module, "constants", dict)()
+    constants: dict[str, Tensor] = getattr(module, "constants", dict)()
     return {
         name: tensor.half()
         for name, tensor in module.state_dict().items()

@@ -10,7 +10,7 @@ folder; one that was killed goes on from the last of its states in --work.
 import argparse
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,14 @@ from ddray.text.words import WordEncoder, words
 
 WORD_WIDTH, POSITION_WIDTH, LENGTH = 112, 16, 16
 DEFAULT_CFG = 2.0
+EXAMPLES = [
+    "red apple",
+    "woman firefighter dark skin tone",
+    "3d rocket",
+    "smiling face with sunglasses",
+    "carrot, flat",
+    "flag japan",
+]
 STATISTICS = frozenset({"quantize.codebook_used"})
 STATE_EVERY = 200
 
@@ -78,7 +86,7 @@ def new_teacher() -> LlamaGen:
     )
 
 
-def make_encoder(packages: Path, pictures: list[Picture], out: Path) -> None:
+def make_encoder(packages: Path, pictures: list[Picture], folder: Path) -> None:
     """The word vectors of wordllama, of its pieces of plain letters, along their main directions.
 
     They are those of the words of the captions and of all pieces, both alike in weight; the
@@ -107,7 +115,7 @@ def make_encoder(packages: Path, pictures: list[Picture], out: Path) -> None:
     told = vectors @ turn * scale
     kept_share = float((of_words @ turn).square().sum() / of_words.square().sum())
     print(f"{len(kept)} pieces; {kept_share:.3f} of the squares of {len(known)} words kept")
-    WordEncoder(kept, told, length=LENGTH, position_width=POSITION_WIDTH).save(out / "emoji-words")
+    WordEncoder(kept, told, length=LENGTH, position_width=POSITION_WIDTH).save(folder)
 
 
 class States:
@@ -153,7 +161,7 @@ class States:
 
 def pixels(pictures: list[Picture]) -> Tensor:
     """Images uint8 [N, 3, 32, 32] of some pictures."""
-    return torch.stack([torch.from_numpy(picture.image_HWC) for picture in pictures]).movedim(3, 1)
+    return torch.from_numpy(np.stack([picture.image_HWC for picture in pictures])).movedim(3, 1)
 
 
 def moved(images: Tensor, random: torch.Generator, *, mirrored: bool = True) -> Tensor:
@@ -235,7 +243,7 @@ def nats(model: LlamaGen, rows: Rows, numbers: Tensor, ways: Tensor) -> Tensor:
 
 
 def train_teacher(
-    train: Rows, held: Rows, draw: Draw, start: dict[str, Tensor] | None, work: Path, steps: int
+    train: Rows, held: Rows, draw: Draw, start: Mapping[str, Tensor] | None, work: Path, steps: int
 ) -> LlamaGen:
     """Next-token cross entropy; one caption in ten is dropped."""
     torch.manual_seed(4)
@@ -307,8 +315,7 @@ def write_reference(held: list[Picture], file: Path) -> None:
     """Features of the held-out pictures, by the network that `fd_efficientnet` is defined on."""
     network = EfficientNet()
     found = network(pixels(held))[POOL].half().numpy()
-    told = {"network": network.name, "extractor": network.fingerprint}
-    np.savez_compressed(file, features=found, **told)
+    np.savez_compressed(file, features=found, network=network.name, extractor=network.fingerprint)
 
 
 def write_captions(pictures: list[Picture], file: Path, count: int, seed: int) -> None:
@@ -317,9 +324,25 @@ def write_captions(pictures: list[Picture], file: Path, count: int, seed: int) -
     file.write_text("".join(f"{pictures[number].captions()[-1]}\n" for number in numbers))
 
 
-def state_of(folder: Path) -> dict[str, Tensor] | None:
-    """Weights of a model folder; None if there is none."""
-    return load_folder(folder)[1] if (folder / "config.json").exists() else None
+def write_judge(towers: EmojiTowers, held: list[Picture], folder: Path) -> None:
+    """The folder of the judge, and beside it the real pictures as features."""
+    width = towers.captions.word.in_features
+    card = {"family": "emoji-judge", "text_encoder": "emoji-words", "word_width": width}
+    save_folder(folder, card, model=half(towers.cpu()))
+    write_reference(held, folder / "held-out.npz")
+
+
+def write_teacher(teacher: LlamaGen, vq: LlamaGenVQ, folder: Path) -> None:
+    """The folder of the teacher, weights in float16."""
+    config = {
+        "family": "llamagen",
+        **asdict(teacher.config),
+        "default_cfg": DEFAULT_CFG,
+        "text_encoder": "emoji-words",
+        "example_captions": EXAMPLES,
+        "tokenizer": asdict(vq.config),
+    }
+    save_folder(folder, config, model=half(teacher.cpu()), tokenizer=half(vq.cpu(), STATISTICS))
 
 
 def main() -> None:
@@ -339,38 +362,31 @@ def main() -> None:
     pictures = read_pictures(args.packages)
     train = [picture for picture in pictures if not picture.held_out]
     held = [picture for picture in pictures if picture.held_out]
-    folder = args.out / "emoji-llamagen"
-    if args.only == "encoder" or not (args.out / "emoji-words/config.json").exists():
-        make_encoder(args.packages, train, args.out)
-        write_captions(train, args.out / "emoji-words/captions.txt", 20_000, seed=6)
-        write_captions(held, args.out / "emoji-words/held-out.txt", 5_000, seed=7)
-    vq_folder = args.work / "tokenizer"
-    if args.only == "tokenizer" or not (vq_folder / "config.json").exists():
+
+    def to_do(stage: str, folder: Path) -> bool:
+        return args.only == stage if args.only else not (folder / "config.json").exists()
+
+    words_folder, vq_folder = args.out / "emoji-words", args.work / "tokenizer"
+    if to_do("encoder", words_folder):
+        make_encoder(args.packages, train, words_folder)
+        write_captions(train, words_folder / "captions.txt", 20_000, seed=6)
+        write_captions(held, words_folder / "held-out.txt", 5_000, seed=7)
+    encoder = WordEncoder.load(words_folder, length=LENGTH, device=DEVICE)
+    if to_do("tokenizer", vq_folder):
         vq = train_tokenizer(train, args.work, args.tokenizer_steps)
         save_folder(vq_folder, {"family": "tokenizer"}, model=half(vq.cpu(), STATISTICS))
     vq = new_tokenizer()
     load_into(vq, load_folder(vq_folder)[1], str(vq_folder), STATISTICS)
     vq.to(DEVICE)
-    encoder = WordEncoder.load(args.out / "emoji-words", length=LENGTH, device=DEVICE)
-    judge_folder = args.out / "emoji-judge"
-    if args.only == "judge" or not (judge_folder / "config.json").exists():
+    if to_do("judge", args.out / "emoji-judge"):
         towers = train_judge(train, vq, encoder, args.work, args.judge_steps)
-        card = {"family": "emoji-judge", "text_encoder": "emoji-words", "word_width": encoder.width}
-        save_folder(judge_folder, card, model=half(towers.cpu()))
-        write_reference(held, judge_folder / "held-out.npz")
-    if args.only == "teacher" or not (folder / "config.json").exists():
-        rows = [rows_of(part, vq, encoder) for part in (train, held)]
-        start = None if args.init is None else state_of(args.init)
+        write_judge(towers, held, args.out / "emoji-judge")
+    if to_do("teacher", args.out / "emoji-llamagen"):
+        learnt, unseen = (rows_of(part, vq, encoder) for part in (train, held))
+        start = None if args.init is None else load_folder(args.init)[1]
         draw = Draw(train, seed=4)
-        teacher = train_teacher(*rows, draw, start, args.work, args.teacher_steps)
-        config = {
-            "family": "llamagen",
-            **asdict(teacher.config),
-            "default_cfg": DEFAULT_CFG,
-            "text_encoder": "emoji-words",
-            "tokenizer": asdict(vq.config),
-        }
-        save_folder(folder, config, model=half(teacher.cpu()), tokenizer=half(vq.cpu(), STATISTICS))
+        teacher = train_teacher(learnt, unseen, draw, start, args.work, args.teacher_steps)
+        write_teacher(teacher, vq, args.out / "emoji-llamagen")
 
 
 if __name__ == "__main__":

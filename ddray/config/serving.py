@@ -64,6 +64,9 @@ class ServeConfig(Job):
     images_uri: Location | None = Field(None, description="s3:// prefix for response_format=url")
     url_expires_s: CountT = Field(3600, description="for how long a link is good; at most a week")
     access_log: bool = Field(True, description="one JSON line a request, beside Serve's log")
+    log_prompts: bool = Field(
+        False, description="captions as they are in it, not their length and a short hash alone"
+    )
     log_dir: LocalFile | None = Field(
         None,
         description="for Serve's log, of a Ray that this command starts; absent = ~/.local/state",
@@ -118,6 +121,10 @@ class ServeConfig(Job):
         if self.replicas[0] > self.replicas[1] or self.replicas[1] < 1:
             raise ValueError(f"replicas={self.replicas[0]}:{self.replicas[1]} must be MIN:MAX")
         check_gpus(self.num_gpus)
+        if self.log_prompts and not self.access_log:
+            raise ValueError(
+                "log_prompts=True is of the access log, which access_log=False turns off"
+            )
         if self.ongoing_limit < self.max_batch_size:
             raise ValueError(
                 f"max_ongoing_requests={self.ongoing_limit} is below max_batch_size="

@@ -31,6 +31,8 @@ from ddray.serving.image_file import ImageFormat
 
 MAX_BODY_BYTES = 64_000
 MAX_SEED = 2**63 - 1
+MAX_CAPTION = 2000
+"""Characters of a caption; an encoder reads fewer."""
 
 _MAX_STEPS_TEXT = 200
 
@@ -199,6 +201,7 @@ class ModelCard:
         stages: number of its teacher's steps.
         teacher: name of the teacher beside it; "" = none is deployed.
         size: "WIDTHxHEIGHT" of its images.
+        example_captions: for those who have none at hand; empty for classes.
     """
 
     id: str
@@ -210,6 +213,12 @@ class ModelCard:
     stages: int
     teacher: str
     size: str
+    example_captions: tuple[str, ...] = ()
+
+    @property
+    def max_caption(self) -> int:
+        """Characters of a caption; 0 = it takes none."""
+        return MAX_CAPTION if self.conditioning == "text" else 0
 
     @property
     def steps(self) -> tuple[int | str, ...]:
@@ -220,7 +229,8 @@ class ModelCard:
     def entry(self) -> dict[str, Any]:
         """The model in GET /v1/models: OpenAI's fields, then ours."""
         head = {"id": self.id, "object": "model", "created": self.created, "owned_by": "ddray"}
-        return {**head, **asdict(self), "steps": self.steps, "max_n": MAX_IMAGES}
+        allowed = {"steps": self.steps, "max_n": MAX_IMAGES, "max_caption": self.max_caption}
+        return {**head, **asdict(self), **allowed}
 
 
 def parse_request(body: bytes) -> ImageRequest:

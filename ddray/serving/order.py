@@ -1,23 +1,34 @@
 """From a request to an order: what the served students make of it, and what they cannot."""
 
 import difflib
+import hashlib
 import re
 import secrets
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ddray.errors import ConfigError
 from ddray.method.schedule import TEACHER_ALONE, TeacherStages, parse_schedule
-from ddray.serving.api import ImageRequest, ModelCard, RequestError, clip, show
+from ddray.serving.api import MAX_CAPTION, ImageRequest, ModelCard, RequestError, clip, show
 from ddray.serving.image_file import QUALITY, ImageFormat
 from ddray.storage.caption_file import clean_caption
 
-MAX_CAPTION = 2000
-"""Characters of a caption; an encoder reads fewer."""
+EXAMPLE_CAPTIONS = (
+    "a red bicycle by the sea",
+    "two cats on a sofa",
+    "a bowl of oranges",
+    "a lighthouse in the fog",
+)
+"""For students whose config has no `example_captions`."""
 
 # Seeds that the service draws stay below 2^53: every reader of JSON holds them exactly.
 _DRAWN_SEEDS = 2**32
 _NAMES_SHOWN = 20
+# Control characters and ends of lines; and halves of surrogate pairs, which have no UTF-8.
+_NO_TEXT = {"Cc", "Zl", "Zp", "Cs"}
+_HASH_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,8 @@ class Order:
     """
 
     model: str
-    prompt: int | str
+    # What people write is nobody else's business: no log that shows an order shows it.
+    prompt: int | str = field(repr=False)
     n: int
     seed: int
     steps: int | str
@@ -45,6 +57,19 @@ class Order:
     output_format: ImageFormat = "png"
     as_url: bool = False
     quality: int = QUALITY
+
+    def logged(self, in_full: bool = False) -> dict[str, Any]:
+        """What a log may hold of it.
+
+        Args:
+            in_full: whether that is a caption as it is, or its length and the beginning of its
+                SHA-256, by which its requests can be found.
+        """
+        prompt: dict[str, Any] = {"prompt": self.prompt}
+        if isinstance(self.prompt, str) and not in_full:
+            digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:_HASH_DIGITS]
+            prompt = {"prompt_length": len(self.prompt), "prompt_sha256": digest}
+        return {"model": self.model, **prompt, "n": self.n, "steps": self.steps, "seed": self.seed}
 
 
 def check_request(
@@ -176,18 +201,43 @@ def find_prompt(prompt: int | str, card: ModelCard) -> int | str:
     """
     if card.conditioning == "class":
         return find_class(prompt, card.num_classes, card.class_names)
-    # Lone surrogates have no UTF-8, and an encoder takes none.
     text = prompt.strip() if isinstance(prompt, str) else ""
-    if not 0 < len(text) <= MAX_CAPTION or not text.isprintable():
-        message = (
-            f"prompt={show(prompt)} is not allowed: {card.id} takes a caption of 1 to "
-            f"{MAX_CAPTION} characters on one line"
-        )
-        raise RequestError(400, message, "invalid_value", "prompt")
-    if not clean_caption(text):  # an encoder refuses it, and the whole batch with it
-        message = f"prompt={show(prompt)} is not allowed: behind markup and addresses it is empty"
+    reason = _unfit(text)
+    if reason:
+        message = f"prompt={show(prompt)} is not allowed: {card.id} takes {reason}"
         raise RequestError(400, message, "invalid_value", "prompt")
     return text
+
+
+def _unfit(caption: str) -> str | None:
+    """What a student takes instead of a text; None where it is a caption."""
+    if not 0 < len(caption) <= MAX_CAPTION or _NO_TEXT & set(map(unicodedata.category, caption)):
+        return f"a caption of 1 to {MAX_CAPTION} characters on one line"
+    # An encoder would refuse it, and the whole batch with it.
+    read = clean_caption(caption)
+    if all(unicodedata.category(letter) == "Cf" for letter in read):
+        return "a caption that says something beside markup, addresses and invisible characters"
+    return None
+
+
+def find_examples(config: Mapping[str, Any], student: str) -> tuple[str, ...]:
+    """Captions for those who have none at hand, as a student's config names them.
+
+    Args:
+        config: of a student of captions; without `example_captions` they are `EXAMPLE_CAPTIONS`.
+        student: its name, for messages.
+
+    Raises:
+        ConfigError: if they are no list of captions that the service would take.
+    """
+    captions = config.get("example_captions") or EXAMPLE_CAPTIONS
+    if isinstance(captions, str) or not isinstance(captions, Sequence):
+        raise ConfigError(f"{student}: example_captions={show(captions)} is no list of captions")
+    for caption in captions:
+        reason = _unfit(caption) if isinstance(caption, str) else "captions"
+        if reason:
+            raise ConfigError(f"{student}: example_captions has {show(caption)}; it takes {reason}")
+    return tuple(captions)
 
 
 def find_class(prompt: int | str, num_classes: int, class_names: Sequence[str]) -> int:

@@ -9,8 +9,8 @@ Shapes: N images, C channels (1 or 3), H and W pixels, L tokens, E code width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ from ddray.text.loading import load_text_encoder, own_encoder
 _CPU_ROWS = 8
 _GPU_ROWS = 16
 
+# Captions whose features are kept. Those of flan-t5-xl, 120 x 2048 in bfloat16, take half a MB.
+_KEPT_CAPTIONS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
@@ -46,7 +49,7 @@ class ImageJob:
         seed: of its noise.
     """
 
-    prompt: int | str
+    prompt: int | str = field(repr=False)
     index: int
     seed: int
 
@@ -57,7 +60,7 @@ class Renderer:
     Args:
         student: the student.
         teacher: for schedules in which it takes part.
-        encoder: of captions, for a student of texts.
+        encoder: of captions, for a student of texts; it reads a caption once while that is in use.
         rows: of the largest pass; None = what suits the device.
     """
 
@@ -68,7 +71,14 @@ class Renderer:
         encoder: TextEncoder | None = None,
         rows: int | None = None,
     ):
-        self.student, self.teacher, self._encoder = student, teacher, encoder
+        self.student, self.teacher = student, teacher
+        # Around the encoder and no method: a renderer that held itself would not leave its GPU when
+        # it is dropped. Threads that ask for a new caption at once may each encode it, to the same
+        # bits.
+        self._encode = None
+        if encoder is not None:
+            self._encode = lru_cache(_KEPT_CAPTIONS)(partial(_encoded_alone, encoder))
+        self._encodings_told = 0
         on_cpu = student.device.type == "cpu"
         largest = rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)
         self._largest = 1 << (largest.bit_length() - 1)
@@ -140,7 +150,7 @@ class Renderer:
         That they agree on one batch proves it for all: the order in which numbers are summed
         depends on shapes alone, and in thousands of random pixels another order would show.
         """
-        prompts = self._some_prompts()
+        prompts = self.some_prompts
         jobs = [ImageJob(prompts[k % len(prompts)], k, 0) for k in range(self._largest)]
         expected = self._pass(jobs, schedule)
         sizes = [1 << k for k in range(self._largest.bit_length())]
@@ -240,20 +250,31 @@ class Renderer:
     def _condition(self, prompts: Sequence[int | str]) -> AskedFor:
         if self.student.conditioning == "class":
             return torch.tensor(prompts)
-        # One caption a call: an encoder's features vary with its company as well.
-        encoded = [self._encode(str(prompt)) for prompt in prompts]
-        features, masks = zip(*encoded, strict=True)
-        return torch.cat(features), torch.cat(masks)
-
-    def _encode(self, caption: str) -> tuple[Tensor, Tensor]:
-        if self._encoder is None:
+        if self._encode is None:
             raise ConfigError(f"{self.student.name} takes captions, which needs a text encoder")
-        return self._encoder([caption])
+        features, masks = zip(*(self._encode(str(prompt)) for prompt in prompts), strict=True)
+        return torch.cat(features), torch.cat(masks)  # copies, also of one: what is kept stays
 
-    def _some_prompts(self) -> list[int | str]:
+    def new_encodings(self) -> int:
+        """Captions that the encoder has read since this was last asked."""
+        read = self._encode.cache_info().misses if self._encode else 0
+        new, self._encodings_told = read - self._encodings_told, read
+        return new
+
+    @property
+    def some_prompts(self) -> list[int | str]:
+        """Prompts to warm the student up, or to see whether it works."""
         if self.student.conditioning == "text":
             return ["a photo"]
         return list(range(self.student.num_classes))
+
+
+def _encoded_alone(encoder: TextEncoder, caption: str) -> tuple[Tensor, Tensor]:
+    """Features and mask of one caption, by a call of its own.
+
+    An encoder's last bits vary with its company too, and what is kept may be used in any.
+    """
+    return encoder([caption])
 
 
 def _pixels(images: Tensor) -> npt.NDArray[np.uint8]:

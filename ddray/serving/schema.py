@@ -10,9 +10,8 @@ from typing import Any
 
 from ddray.config.serving import MAX_IMAGES
 from ddray.method.schedule import TEACHER_ALONE
-from ddray.serving.api import MAX_SEED, ModelCard
+from ddray.serving.api import MAX_CAPTION, MAX_SEED, ModelCard
 from ddray.serving.image_file import MEDIA_TYPES
-from ddray.serving.order import MAX_CAPTION
 
 GENERATIONS, RAW = "/v1/images/generations", "/v1/images/raw"
 MODELS, MODEL = "/v1/models", "/v1/models/{model}"
@@ -170,8 +169,10 @@ def _entry() -> Schema:
             "stages": count,
             "teacher": _TEXT,
             "size": _TEXT,
+            "example_captions": texts,
             "steps": {"type": "array", "items": {"type": ["integer", "string"]}},
             "max_n": count,
+            "max_caption": count,
         }
     )
 
@@ -209,7 +210,7 @@ def _examples(card: ModelCard, most: int) -> list[Schema]:
     plain: int | str = k
     name = card.class_names[k] if card.class_names else str(k)
     if card.conditioning == "text":
-        plain, name = "a red bicycle by the sea", "a lighthouse in the fog"
+        plain, name = card.example_captions[0], card.example_captions[-1]
     more = {"n": 4} if most > 1 else {}
     full = {"prompt": name, **more, "seed": 7, "steps": max(_counts(card)), "output_format": "webp"}
     return [{"prompt": plain}, full]

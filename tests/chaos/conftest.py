@@ -6,12 +6,15 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from playwright.sync_api import Browser, sync_playwright
 from ray.cluster_utils import Cluster
 
 from tests.chaos.job import Job
+from tests.chaos.page import CHROMIUM, Visit
 from tests.chaos.service import Service
 from tests.runtime.tiny import write_teacher
 
@@ -83,3 +86,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium."""
+    with sync_playwright() as playwright:
+        # The sandbox of Chromium does not run as root.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, url: str) -> Iterator[Callable[..., Visit]]:
+    """Open tabs of the module's service, which end with the test."""
+    visits: list[Visit] = []
+
+    def begin(**options: Any) -> Visit:
+        visits.append(Visit(browser, url, **options))
+        return visits[-1]
+
+    yield begin
+    for each in visits:
+        each.page.context.close()

@@ -137,7 +137,7 @@ def test_a_shell_completes_verbs_flags_and_choices(tmp_path: Path) -> None:
         (["ge"], "generate"),
         (["generate", "--for"], "--format"),
         (["generate", "--format", ""], "parquet webdataset images flat npz coco geneval"),
-        (["serve", "--no-"], "--no-teacher --no-access-log"),
+        (["serve", "--no-"], "--no-teacher --no-access-log --no-log-prompts"),
         (["distill", "--perceptual.dist"], "--perceptual.distance"),
         (["quickstart", "--preset", "t"], "tiny"),
         (["models", ""], "list show verify"),

@@ -1,7 +1,7 @@
 """Tiny models, golden fixtures and the chi-square test that the core tests share."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,20 @@ def tiny_masked(teacher: Teacher, card: Mapping[str, Any] | None = None) -> Mask
         tokenizer=teacher.tokenizer.state_dict(),
         device="cpu",
     )
+
+
+class DrawnEncoder:
+    """Draws the features of a caption from its letters: 5 positions of width 3."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        self.calls.append([*captions])
+        (caption,) = captions
+        drawn = torch.Generator().manual_seed(sum(map(ord, caption)))
+        mask = torch.arange(5)[None] < len(caption.split())
+        return torch.randn(1, 5, 3, generator=drawn) * mask[..., None], mask
 
 
 def write_text_encoder(folder: Path, width: int) -> str:

@@ -1,8 +1,9 @@
 """A teacher of random weights and short job settings, for the tests that run whole jobs."""
 
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher, new_student
 from ddray.storage.checkpoint import save_folder
-from tests.core.tiny import teacher_config, teacher_state, tokenizer_state
+from tests.core.tiny import teacher_config, teacher_state, tokenizer_state, write_text_encoder
 
 SIZES: Mapping[str, Any] = {
     "dim": 32,
@@ -48,6 +49,19 @@ def write_student(folder: Path, teacher: str) -> str:
         folder, {**card, "schedule": [0, 8]}, model=network.state_dict(), tokenizer=tokenizer
     )
     return str(folder)
+
+
+def write_text_student(folder: Path, examples: Sequence[str]) -> tuple[str, str]:
+    """Write a student of captions, its teacher and its encoder; return student and encoder.
+
+    The encoder knows nine words, of which "a red cat on the roof" is made.
+    """
+    teacher = write_teacher(folder / "teacher", cls_token_num=5, caption_dim=3)
+    student = write_student(folder / "words", teacher)
+    card = Path(student, "config.json")
+    said = {"teacher": teacher, "example_captions": [*examples]}
+    card.write_text(json.dumps({**json.loads(card.read_text()), **said}))
+    return student, write_text_encoder(folder / "encoder", 3)
 
 
 def sampling(teacher: str, out: Path, **other: Any) -> SampleConfig:

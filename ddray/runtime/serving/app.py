@@ -38,6 +38,7 @@ from ddray.runtime.serving.replica import Stock, StudentReplica
 from ddray.runtime.serving.stopping import end_service, remove
 from ddray.serving.api import ModelCard
 from ddray.serving.api_keys import read_keys
+from ddray.serving.order import find_examples
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import read_config
 from ddray.text.loading import check_text_encoder, own_encoder
@@ -94,6 +95,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         config.images_uri,
         config.url_expires_s,
         config.access_log,
+        config.log_prompts,
         may_sleep=config.replicas[0] == 0,
     )
     undated = replace(doors, cards={name: replace(card, created=0) for name, card in cards.items()})
@@ -215,7 +217,9 @@ def described(student: str, wanted: ServeConfig) -> ModelCard:
     if teacher:
         resolve(teacher)
     network, side = empty_network(config, student), image_side(config, student)
+    examples: tuple[str, ...] = ()
     if network.conditioning == "text":
+        examples = find_examples(config, student)
         encoder = wanted.text_encoder or own_encoder(config)
         check_text_encoder(encoder, student, network.config.caption_dim)
     return ModelCard(
@@ -228,6 +232,7 @@ def described(student: str, wanted: ServeConfig) -> ModelCard:
         stages=len(network.stages),
         teacher=teacher,
         size=f"{side}x{side}",
+        example_captions=examples,
     )
 
 

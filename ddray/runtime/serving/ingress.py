@@ -165,6 +165,7 @@ class Doors:
         images_uri: s3:// prefix to which linked images go; None = no links.
         url_expires_s: for how long a link is good.
         access_log: whether requests are logged.
+        log_prompts: whether captions are, as they are.
         may_sleep: whether the service is ready without a replica, as it is when it scales to zero.
     """
 
@@ -174,6 +175,7 @@ class Doors:
     images_uri: str | None = None
     url_expires_s: int = 3600
     access_log: bool = True
+    log_prompts: bool = False
     may_sleep: bool = False
 
 
@@ -326,8 +328,7 @@ class Ingress:
     async def _accept(self, request: Request) -> Order:
         parsed = parse_request(await _read_body(request))
         order = check_request(parsed, self._doors.cards, urls=self._links is not None)
-        asked = {"model": order.model, "n": order.n, "steps": order.steps, "seed": order.seed}
-        request.state.details.update(asked)
+        request.state.details.update(order.logged(self._doors.log_prompts))
         return order
 
     def _deadline(self) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve import metrics
 
+from ddray.runtime.serving.access import NEXT_TO_NOTHING
 from ddray.serving.batching import Batcher
 from ddray.serving.image_file import image_bytes
 from ddray.serving.order import Order
@@ -107,6 +108,11 @@ class StudentReplica:
         self._images = metrics.Counter(
             "ddray_images_total", "Images made.", tag_keys=("model", "schedule")
         )
+        self._encodings = metrics.Counter(
+            "ddray_captions_encoded_total",
+            "Captions that the encoder has read; the others were still known.",
+            tag_keys=("model",),
+        )
 
         async def load(name: str) -> "Renderer":
             return await self._on_device(self._load, name)
@@ -149,7 +155,7 @@ class StudentReplica:
         async with self._rows_turn:
             rows = await self._at_work(renderer.rows, order)
         self._batch_images.observe(len(rows))
-        self._succeed(order.model, order.schedule, len(rows))
+        self._succeed(renderer, order.model, order.schedule, len(rows))
         return rows
 
     async def holds(self, model: str) -> dict[str, Any] | None:
@@ -183,7 +189,7 @@ class StudentReplica:
 
         # Of the student of late: another one might have to be loaded in its place.
         renderer = await self._renderer(self._model)
-        await self._at_work(renderer.images, [ImageJob(0, 0, 0)], "0")
+        await self._at_work(renderer.images, [ImageJob(renderer.some_prompts[0], 0, 0)], "0")
         self._succeeded_at = time.monotonic()
 
     async def _run(self, kind: _Kind, orders: list[Order]) -> Sequence["npt.NDArray[np.uint8]"]:
@@ -195,7 +201,7 @@ class StudentReplica:
         began = time.perf_counter()
         pixels = await self._at_work(renderer.images, jobs, kind.schedule)
         self._stage_s.observe(time.perf_counter() - began, {"stage": "model"})
-        self._succeed(kind.model, kind.schedule, len(jobs))
+        self._succeed(renderer, kind.model, kind.schedule, len(jobs))
         parts, done = [], 0
         for order in orders:
             parts.append(pixels[done : done + order.n])
@@ -208,11 +214,12 @@ class StudentReplica:
             self._stage_s.observe(seconds, {"stage": "queue"})
         self._queued.set(self._batcher.queued)
 
-    def _succeed(self, model: str, schedule: str, images: int) -> None:
+    def _succeed(self, renderer: "Renderer", model: str, schedule: str, images: int) -> None:
         self._succeeded_at, self._model = time.monotonic(), model
         # Schedules of clients' own would each be a series of their own.
         shown = schedule if "teacher" not in schedule else "with teacher"
         self._images.inc(images, {"model": model, "schedule": shown})
+        self._encodings.inc(renderer.new_encodings() or NEXT_TO_NOTHING, {"model": model})
 
     async def _at_work(self, function: Any, *arguments: Any) -> Any:
         return await self._on_device(function, *arguments, limit_s=self._hung_s)
@@ -242,7 +249,7 @@ class StudentReplica:
             decode_dtype=stock.decode_dtype,
         )
         loaded = time.perf_counter()
-        prompt = 0 if renderer.student.conditioning == "class" else "a photo"
+        prompt = renderer.some_prompts[0]
         for schedule in {"0", renderer.schedule, *(["teacher"] if stock.teacher else [])}:
             renderer.images([ImageJob(prompt, 0, 0)], schedule)
         log.info(

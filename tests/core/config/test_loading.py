@@ -221,6 +221,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
             ["images_uri=/srv/images"],
             "images_uri='/srv/images' must be s3://: links are made by S3",
         ),
+        (
+            ServeConfig,
+            ["log_prompts=true", "access_log=false"],
+            "log_prompts=True is of the access log, which access_log=False turns off",
+        ),
         (ServeConfig, ["url_expires_s=604801"], "url_expires_s=604801 is more than a week, 604800"),
         (ServeConfig, ["batch_wait_s=-1"], "batch_wait_s=-1: input should be greater than or"),
         (ServeConfig, ["request_timeout_s=0"], "request_timeout_s=0: input should be greater"),

@@ -98,6 +98,14 @@ def test_a_new_student_can_be_saved_and_loaded(tmp_path):
     assert student.tokenizer.fingerprint == teacher.tokenizer.fingerprint
 
 
+def test_a_new_student_has_from_its_teacher_what_people_and_captions_need(tmp_path):
+    said = {"default_cfg": 3.0, "class_names": ["a", "b", "c"], "text_encoder": "words"}
+    said |= {"example_captions": ["red apple"]}
+    save_folder(tmp_path, {**teacher_config(), **said}, model=STATE, tokenizer=CODEC)
+    _, config = new_student(load_teacher(tmp_path))
+    assert {name: config[name] for name in said} == said
+
+
 def test_float16_files_load_as_float32():
     half = {name: tensor.half() for name, tensor in STATE.items()}
     teacher = load(checkpoint=half, tokenizer={name: t.half() for name, t in CODEC.items()})

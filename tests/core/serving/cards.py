@@ -21,7 +21,14 @@ CARD = ModelCard(
     size="28x28",
 )
 TAUGHT = replace(CARD, id="taught", teacher="digits-llamagen")
-TEXTS = replace(CARD, id="texts", conditioning="text", class_names=(), size="256x256")
+TEXTS = replace(
+    CARD,
+    id="texts",
+    conditioning="text",
+    class_names=(),
+    size="256x256",
+    example_captions=("a red cat", "a roof", "the sea"),
+)
 CARDS = {card.id: card for card in (CARD, TAUGHT, TEXTS)}
 
 

@@ -315,6 +315,8 @@ def test_models_entry_is_plain_json() -> None:
         "size": "28x28",
         "steps": [1, 2, "teacher"],
         "max_n": 16,
+        "example_captions": [],
+        "max_caption": 0,
     }
 
 

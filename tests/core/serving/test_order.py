@@ -1,11 +1,21 @@
 """What the served students make of a request, and what they cannot."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 
-from ddray.serving.api import RequestError
-from ddray.serving.order import MAX_CAPTION, Order, find_class, find_prompt, find_schedule
+from ddray.errors import ConfigError
+from ddray.serving.api import MAX_CAPTION, RequestError
+from ddray.serving.order import (
+    EXAMPLE_CAPTIONS,
+    Order,
+    find_class,
+    find_examples,
+    find_prompt,
+    find_schedule,
+)
+from ddray.serving.rendering import ImageJob
 from tests.core.serving.cards import CARD, TAUGHT, TEXTS, order, refusal
 
 
@@ -61,9 +71,18 @@ def test_captions_lose_the_space_around_them_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
+    "caption", ["\U0001f469\u200d\U0001f692", "a red\u00a0apple", "\u200fتفاحة حمراء", "re\u00add"]
+)
+def test_captions_may_hold_what_is_seen_only_by_what_it_does(caption: str) -> None:
+    """A joiner, a space that breaks no line, a mark of direction, a soft hyphen."""
+    assert find_prompt(caption, TEXTS) == caption
+
+
+@pytest.mark.parametrize(
     "prompt",
     [
-        *(3, "", "  ", "a\nb", "a\x00b", "a\ud800", "x" * (MAX_CAPTION + 1)),
+        *(3, "", "  ", "a\nb", "a\u2028b", "a\x00b", "a\ud800", "x" * (MAX_CAPTION + 1)),
+        *("\u200b", "<b>\u200d\u200f</b>"),
         *("<br>", "&lt;br&gt;", "https://example.org/cat.png", "<b> </b> www.example.org"),
     ],
 )
@@ -84,9 +103,54 @@ def test_a_caption_of_markup_alone_is_refused_before_it_fails_a_batch() -> None:
     with pytest.raises(RequestError) as caught:
         find_prompt(" <br> ", TEXTS)
     assert caught.value.message == (
-        "prompt=' <br> ' is not allowed: behind markup and addresses it is empty"
+        "prompt=' <br> ' is not allowed: texts takes a caption that says something beside markup, "
+        "addresses and invisible characters"
     )
     assert find_prompt("<b>A cat</b>", TEXTS) == "<b>A cat</b>"  # the encoder cleans it
+
+
+def test_what_a_log_holds_of_a_caption_is_its_length_and_a_hash() -> None:
+    caption = "my neighbour's medical record"
+    asked = order({"prompt": f" {caption} ", "model": "texts", "seed": 7})
+    shown = {
+        "model": "texts",
+        "prompt_length": 29,
+        # printf '%s' "my neighbour's medical record" | sha256sum | cut -c -12
+        "prompt_sha256": hashlib.sha256(caption.encode()).hexdigest()[:12],
+        "n": 1,
+        "steps": 1,
+        "seed": 7,
+    }
+    assert asked.logged() == shown
+    assert asked.logged(in_full=True)["prompt"] == caption
+    assert "neighbour" not in repr(asked)
+    assert "neighbour" not in repr(ImageJob(caption, 0, 7))
+
+
+def test_a_class_is_no_secret_of_a_log() -> None:
+    assert order({"prompt": "one", "seed": 7}).logged()["prompt"] == 1
+
+
+def test_examples_are_those_of_the_card_or_neutral_ones() -> None:
+    card = {"example_captions": ["red apple", "woman firefighter"]}
+    assert find_examples(card, "texts") == ("red apple", "woman firefighter")
+    for config in ({}, {"example_captions": []}):
+        assert find_examples(config, "texts") == EXAMPLE_CAPTIONS
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ("red apple", "texts: example_captions='red apple' is no list of captions"),
+        ({"a": 1}, "is no list of captions"),
+        ([3], "texts: example_captions has 3; it takes captions"),
+        (["a", "b\nc"], r"has 'b\\nc'; it takes a caption of 1 to 2000 characters on one line"),
+        (["<br>"], "has '<br>'; it takes a caption that says something"),
+    ],
+)
+def test_examples_that_the_service_would_refuse_are_refused(examples: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_examples({"example_captions": examples}, "texts")
 
 
 def test_steps_are_the_first_jump_or_all_of_them() -> None:

@@ -278,6 +278,8 @@ def test_models_list_what_may_be_asked(client: httpx.Client, students: dict[str,
         "steps": [1, 2, "teacher"],
         "size": "8x8",
         "max_n": 16,
+        "example_captions": [],
+        "max_caption": 0,
     }
     assert (second["id"], second["steps"]) == ("second", [1, 3, "teacher"])
     assert client.get("/v1/models/second").json() == second
@@ -531,6 +533,7 @@ def test_each_request_leaves_a_line_of_json_in_the_log(client: httpx.Client) -> 
         "status": 200,
         "client": "127.0.0.1",
         "model": "second",
+        "prompt": 2,
         "n": 2,
         "steps": "teacher",
         "seed": 8,
