@@ -65,7 +65,7 @@ def retrieved(images: Tensor, captions: Tensor, own: Tensor) -> Tensor:
     normal = F.normalize(captions.double(), dim=-1)
     for rows, mine in zip(images.split(_BLOCK), own.split(_BLOCK), strict=True):
         choices_NC = order[(place[mine][:, None] + steps) % len(captions)]
-        likeness_NC = torch.einsum("nd,ncd->nc", rows.double(), normal[choices_NC])
+        likeness_NC = torch.einsum("nf,ncf->nc", rows.double(), normal[choices_NC])
         others = likeness_NC[:, 1:].amax(1) if len(steps) > 1 else torch.full((len(rows),), -1.0)
         found.append(likeness_NC[:, 0] > others)
     return torch.cat(found)

@@ -36,7 +36,7 @@ def folder(encoder, tmp_path):
     [
         ("A red apple, 3d!", ["a", "red", "apple", "3d"]),
         ("Café CRÈME", ["cafe", "creme"]),
-        ("woman's hat", ["womans", "hat"]),
+        ("the cat's hat", ["the", "cats", "hat"]),
         ("苹果", []),
         ("a\u200bb", ["ab"]),  # a space of no width divides no word
     ],
