@@ -80,7 +80,7 @@ def _parser(whole: bool = False) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ddray",
         description="Distilled Decoding: an autoregressive image model becomes a one-step "
-        "generator. Every verb runs without flags, on the bundled digits models.",
+        "generator. What makes or judges images runs without flags, on the bundled digits models.",
     )
     parser.add_argument("--version", action="version", version=f"ddray {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
