@@ -1,8 +1,9 @@
 """Our figures beside those of pytorch-fid and torch-fidelity, on the same files and weights.
 
-    python benchmarks/bench_metrics.py [--images 2000] [--device cuda] [--json FILE]
+    python benchmarks/bench_metrics.py [--images 2000] [--beside pytorch-fid] [--device cuda]
 
-Ours is the command `ddray evaluate --samples`, once by the resize of each of the others. Weights
+Ours is the command `ddray evaluate --samples`, once by the resize of each of the others; `--beside`
+is for one of them alone. Weights
 are random ones in the layout of the published file, unless --inception names it: what is compared
 are programs, and they must agree whatever the weights. Images are two sets of coloured clouds in
 8-bit PNG; KID takes 1000 of each. Needs the extra `evaluation`. pytorch-fid fails with SciPy 1.18,
@@ -45,7 +46,8 @@ THEIRS = {
     "precision": "precision",
     "recall": "recall",
 }
-RESIZES = ("pytorch-fid", "tensorflow")
+RESIZES = {"pytorch-fid": "pytorch-fid", "torch-fidelity": "tensorflow"}
+"""By program, how it resizes."""
 SIDE = 64
 
 
@@ -129,34 +131,47 @@ def compare(args: Any, place: Path) -> tuple[list[Figure], dict[str, Any]]:
         random_weights(weights)
     sets = clouds(args.images, 0), clouds(args.images, 1)
     folders = [write_folder(place / name, s) for name, s in zip("ab", sets, strict=True)]
-    mine = {resize: ours(place, weights, folders, args, resize) for resize in RESIZES}
+    beside = (args.beside,) if args.beside else tuple(RESIZES)
+    mine = {name: ours(place, weights, folders, args, RESIZES[name]) for name in beside}
     figures = []
-    if (theirs := pytorch_fid(place, weights, folders, args.device)) is not None:
-        apart = relative(mine["pytorch-fid"]["fid"], theirs)
-        figures.append(Figure("fid, from pytorch-fid's", apart, most=1e-4))
+    if "pytorch-fid" in beside:
+        theirs = pytorch_fid(place, weights, folders, args.device)
+        if theirs is not None:
+            apart = relative(mine["pytorch-fid"]["fid"], theirs)
+            figures.append(Figure("fid, from pytorch-fid's", apart, most=1e-4))
+    if "torch-fidelity" in beside:
+        figures += beside_fidelity(mine["torch-fidelity"], weights, folders, args.device)
+    return figures, mine
+
+
+def beside_fidelity(
+    mine: dict[str, Any], weights: Path, folders: list[str], device: str
+) -> list[Figure]:
+    """How far our figures are from torch-fidelity's."""
     with contextlib.redirect_stdout(sys.stderr):
         others = torch_fidelity.calculate_metrics(
             input1=folders[0],
             input2=folders[1],
             **dict.fromkeys(("isc", "fid", "prc"), True),
-            kid="kid" in mine["tensorflow"],
+            kid="kid" in mine,
             feature_extractor="inception-v3-compat",
             feature_extractor_weights_path=str(weights),
-            cuda=args.device == "cuda",
+            cuda=device == "cuda",
             cache=False,
             verbose=False,
         )
-    for key, name in THEIRS.items():
-        if key in mine["tensorflow"]:
-            apart = relative(mine["tensorflow"][key], others[name])
-            figures.append(Figure(f"{key}, from torch-fidelity's", apart, most=1e-3))
-    return figures, mine
+    return [
+        Figure(f"{key}, from torch-fidelity's", relative(mine[key], others[name]), most=1e-3)
+        for key, name in THEIRS.items()
+        if key in mine
+    ]
 
 
 def main() -> None:
     """Print how far apart the programs are, as a share of theirs."""
     parser = frame.arguments(__doc__)
     parser.add_argument("--images", type=int, default=2000, help="of each of the two sets")
+    parser.add_argument("--beside", choices=RESIZES, help="default: both")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights; default: random")
     args = parser.parse_args()
