@@ -1,10 +1,13 @@
-"""Train the bundled text teacher on real emoji: word vectors, tokenizer, teacher.
+"""Train a text teacher on real emoji: word vectors, tokenizer, judge, teacher.
 
-    python jobs/train_emoji_teacher.py --packages FOLDER --out ddray/models/bundled
+    python jobs/train_emoji_teacher.py --packages FOLDER --out runs/emoji/models
 
-Where the packages come from stands at the head of jobs/emoji_pictures.py. It takes about three
-hours on two CPU cores, or some minutes on a GPU. Each stage is skipped where it is in the output
-folder; one that was killed goes on from the last of its states in --work.
+Where the packages come from stands at the head of jobs/emoji_pictures.py. Each stage is skipped
+where it is in the output folder; one that was killed goes on from the last of its states in --work.
+
+Words and judge are bundled. The teacher is not: after 4000 steps it had 0.75 nats a token on
+pictures that it learnt and 5.7 on others, so it knows them by their first tokens, not by their
+captions, which the judge finds for one image in ten.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +36,9 @@ from teacher_training import (
 from torch import Tensor
 
 from ddray.method.conditioning import Captions, choose, left_padded
+from ddray.metrics.caption_agreement import CaptionAgreement
 from ddray.metrics.efficientnet import EfficientNet
-from ddray.metrics.emoji_judge import EmojiTowers
+from ddray.metrics.emoji_judge import EmojiJudge, EmojiTowers
 from ddray.metrics.network import POOL
 from ddray.metrics.pixels import eight_bit
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
@@ -332,6 +337,18 @@ def write_judge(towers: EmojiTowers, held: list[Picture], folder: Path) -> None:
     write_reference(held, folder / "held-out.npz")
 
 
+def tell_judge(folder: Path, pictures: list[Picture]) -> None:
+    """Print how many real pictures the judge finds by their full caption, among a hundred."""
+    judge = EmojiJudge(folder)
+    for held_out, toned in product((False, True), repeat=2):
+        some = [p for p in pictures if (p.held_out, "skin tone" in p.name) == (held_out, toned)]
+        agreement = CaptionAgreement(judge.of_captions)
+        found = judge(pixels(some))[POOL].numpy()
+        agreement.add(found, [picture.captions()[-1] for picture in some])
+        kind = f"{'held out' if held_out else 'learnt'}{', with a skin tone' if toned else ''}"
+        print(f"judge  {len(some)} real pictures {kind}: {agreement.results()['retrieval']:.3f}")
+
+
 def write_teacher(teacher: LlamaGen, vq: LlamaGenVQ, folder: Path) -> None:
     """The folder of the teacher, weights in float16."""
     config = {
@@ -349,7 +366,7 @@ def main() -> None:
     """Train what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, required=True, help="folder of their files")
-    parser.add_argument("--out", type=Path, default=Path("ddray/models/bundled"))
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji/models"))
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="states of stages")
     parser.add_argument("--only", choices=("encoder", "tokenizer", "judge", "teacher"))
     parser.add_argument("--init", type=Path, help="a teacher's folder to begin with")
@@ -381,6 +398,7 @@ def main() -> None:
     if to_do("judge", args.out / "emoji-judge"):
         towers = train_judge(train, vq, encoder, args.work, args.judge_steps)
         write_judge(towers, held, args.out / "emoji-judge")
+        tell_judge(args.out / "emoji-judge", pictures)
     if to_do("teacher", args.out / "emoji-llamagen"):
         learnt, unseen = (rows_of(part, vq, encoder) for part in (train, held))
         start = None if args.init is None else load_folder(args.init)[1]

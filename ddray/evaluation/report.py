@@ -51,7 +51,8 @@ _PUBLISHED = (
 _COLUMNS = 10  # of pictures that no heading names
 _HEADLINES = 4
 # What the headline tells of images beside their distance, whichever is there.
-_BESIDE = ("class_accuracy", "inception_score", "precision", "recall")
+_BESIDE = ("class_accuracy", *(f"retrieval_{judge}" for judge in ("emoji", "clip")))
+_BESIDE += ("inception_score", "precision", "recall")
 
 
 def _quality_table(summary: Mapping[str, Any]) -> Table:
@@ -196,7 +197,7 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     if summary["speed"]:
         rows = summary["speed"]
         note = _transport_note(summary["transport"])
-        tables.append(Table("Speed, class to pixels", speed_columns(rows), rows, note))
+        tables.append(Table("Speed, to pixels", speed_columns(rows), rows, note))
     if summary["worst_classes"]:
         tables.append(_worst_table(summary["worst_classes"]))
     return tables

@@ -13,7 +13,7 @@ from ddray.text.encoder import TextEncoder
 from ddray.text.t5 import FLAN_T5_XL, T5TextEncoder, encoder_width, t5_config, t5_flops
 from ddray.text.words import FAMILY, WordEncoder
 
-BUNDLED_ENCODERS = {"emoji-words": "vectors of word pieces, for the captions of emoji-llamagen"}
+BUNDLED_ENCODERS = {"emoji-words": "vectors of word pieces, for the names of emoji"}
 """What comes inside the package."""
 _BUNDLED = Path(__file__).parent.parent / "models" / "bundled"
 
