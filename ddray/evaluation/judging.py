@@ -61,8 +61,8 @@ def refuse_broken(features: FeatureSet, skip: bool) -> dict[str, int]:
 
 def measured_reference(
     features: FeatureSet, judge: Judge
-) -> tuple[Reference | None, npt.NDArray[np.float16] | None]:
-    """What a judge compares with: statistics, and float16 features [M, D] where metrics take some.
+) -> tuple[Reference | None, npt.NDArray[np.floating] | None]:
+    """What a judge compares with: statistics, and features float [M, D] where metrics take some.
 
     Raises:
         ShardError: if features are missing or damaged.
@@ -77,7 +77,7 @@ def measured_reference(
         if not len(shard):
             continue
         if kinds & {"kernel", "manifold"}:
-            rows.append(shard.layers[POOL].astype(np.float16))
+            rows.append(shard.layers[POOL])
         if reference.statistics or "frechet" not in kinds:
             continue
         layers = {POOL, SPATIAL} & shard.layers.keys()

@@ -210,13 +210,13 @@ class ShardFeatures:
 class Measurement:
     """Metrics of images that come shard by shard, in order; memory does not grow with their number.
 
-    Only kernel distances, precision and its like keep a float16 row of every image.
+    Only kernel distances, precision and its like keep a float32 row of every image.
 
     Args:
         metrics: names of METRICS, all of one network.
         count: images that there will be.
         reference: of real images; None where no metric takes one.
-        reference_features: pooled features float16 [M, D] of real images
+        reference_features: pooled features float [M, D] of real images
             (`Reference.pool_features`), where a metric takes them.
         splits: of the Inception Score, "adm" or "torch-fidelity".
         embed: of captions, by the network of the metrics; where they take captions.
@@ -228,7 +228,7 @@ class Measurement:
         metrics: Collection[str],
         count: int,
         reference: Reference | None = None,
-        reference_features: npt.NDArray[np.float16] | None = None,
+        reference_features: npt.NDArray[np.floating] | None = None,
         *,
         splits: str = "adm",
         embed: Embed | None = None,
@@ -243,7 +243,7 @@ class Measurement:
         }
         self._statistics: dict[str, FeatureStatistics] = {}
         self._keeps_rows = bool(kinds & {"kernel", "manifold"})
-        self._rows: list[npt.NDArray[np.float16]] = []
+        self._rows: list[npt.NDArray[np.float32]] = []
         self._splits = SPLITS[splits](count) if "score" in kinds else None
         self._score: ScoreSums | None = None
         self._judges_classes, self._right = "accuracy" in kinds, 0
@@ -277,7 +277,7 @@ class Measurement:
             own = FeatureSums.of(torch.from_numpy(shard.layers[layer]))
             self._sums[layer] = own if sums is None else sums + own
         if self._keeps_rows:
-            self._rows.append(shard.layers[POOL].astype(np.float16))
+            self._rows.append(shard.layers[POOL])
         if self._splits is not None:
             ids = self._splits[self.done : self.done + len(shard)]
             num_splits = int(self._splits.max()) + 1
