@@ -106,6 +106,7 @@ def test_pictures_are_drawn_by_concept_first(job):
     assert all(pictures[a].concept == pictures[b].concept for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_killed_goes_on_bit_for_bit(job, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "STATE_EVERY", 4)
     pictures = some_pictures(job)
