@@ -268,6 +268,7 @@ def _cases() -> Iterator[Any]:
         yield pytest.param(reader, id=reader)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", _cases())
 def test_a_foreign_file_is_refused_in_one_line_by_every_reader(reader: str, tmp_path: Path) -> None:
     for name, (data, said) in FOREIGN.items():

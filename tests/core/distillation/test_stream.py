@@ -130,6 +130,7 @@ def test_one_lane_uses_every_row_equally_often(trajectories: TrajectorySet) -> N
     assert Counter(indices.ravel().tolist()) == dict.fromkeys(range(57), 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "shard_rows", "lanes"), [(57, 10, 8), (5, 10, 2), (3, 1, 8)])
 def test_rows_differ_little_in_how_often_they_are_used(
     tmp_path: Path, count: int, shard_rows: int, lanes: int
@@ -308,6 +309,7 @@ def test_a_small_set_is_read_once(trajectories: TrajectorySet, world: int) -> No
     assert sorted(counting.read) == list(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "shard_rows"), [(57, 10), (5, 10), (1, 1), (3, 1)])
 @pytest.mark.parametrize("batch_size", [1, 16, 96])
 def test_no_batch_is_short(tmp_path: Path, count: int, shard_rows: int, batch_size: int) -> None:

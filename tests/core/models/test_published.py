@@ -67,6 +67,7 @@ def test_an_exported_file_gives_the_same_model(folder, tmp_path):
     assert there.fingerprint == here.fingerprint == written["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_file_without_what_follows_from_the_sizes_is_enough(folder):
     whole = dict(load(folder).model.state_dict())
     constants = getattr(load(folder).model, "constants", dict)()
