@@ -148,21 +148,21 @@ class Generators:
             return getattr(self, generator.kind)
         return self.teacher
 
-    def asked_by(
-        self, generator: Generator, rows: range
-    ) -> npt.NDArray[np.int64] | list[str] | None:
-        """Classes [N] or captions that a generator's images were asked for by; None of anyone's."""
-        if generator.kind in SOURCES:
+    def labels(self, generator: Generator, rows: range) -> npt.NDArray[np.int64] | None:
+        """The classes that a generator's images were asked for by [N]; None for captions."""
+        if self.plan.conditioning != "class" or generator.kind in SOURCES:
             return None
-        if self.plan.conditioning == "text":
-            if generator.kind == "transport" and self.trajectories is not None:
-                return [str(x) for x in self.trajectories.rows(rows.start, rows.stop)[1]]
-            return [str(caption) for caption in self.told(rows)]
         if generator.kind == "reconstruction":
             return self._digits.labels[rows.start : rows.stop].numpy()
         if generator.kind == "transport" and self.trajectories is not None:
             return self.trajectories.plan.label(np.asarray(rows)).astype(np.int64)
         return self.plan.label(np.asarray(rows))
+
+    def captions(self, generator: Generator, rows: range) -> list[str]:
+        """The captions that a generator's images were asked for by, N of them."""
+        if generator.kind == "transport" and self.trajectories is not None:
+            return [*self.trajectories.rows(rows.start, rows.stop)[1]]
+        return [str(caption) for caption in self.told(rows)]
 
     def content(self, generator: Generator, rows: range) -> Tensor:
         """Tokens [B, L] or codes [B, L, E] of some of a generator's images."""

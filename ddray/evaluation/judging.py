@@ -209,11 +209,14 @@ class Judgement:
                     embed=embed,
                     device=device,
                 )
-                for shard, asked in self._shards(row, judge.extractor):
+                for shard, images in self._shards(row, judge.extractor):
+                    labels = generators.labels(row, images)
+                    # Captions lie in files, perhaps with their features: read where they are used.
+                    asked = labels if embed is None else generators.captions(row, images)
                     measurement.add(shard, asked)
-                    if not number and isinstance(asked, np.ndarray) and POOL in shard.layers:
+                    if not number and labels is not None and POOL in shard.layers:
                         means = self._means.setdefault(row.name, ClassMeans(features.plan.classes))
-                        means.add(shard.layers[POOL], asked)
+                        means.add(shard.layers[POOL], labels)
                 by_row[row.name] |= measurement.results()
                 by_row[row.name]["warnings"] += measurement.warnings()
         self.quality = list(by_row.values())
@@ -233,9 +236,9 @@ class Judgement:
 
     def _shards(
         self, row: Generator, extractor: Extractor
-    ) -> Iterator[tuple[ShardFeatures, npt.NDArray[np.int64] | list[str] | None]]:
+    ) -> Iterator[tuple[ShardFeatures, range]]:
         for shard in self._features.shards(row, extractor):
-            yield shard, self._generators.asked_by(row, range(shard.first, shard.end))
+            yield shard, range(shard.first, shard.end)
 
     def worst_classes(self, names: Sequence[str | None]) -> dict[str, list[dict[str, Any]]]:
         """The ten classes of each row whose images are furthest from the teacher's.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddray.errors import ConfigError
 
 CHOICES = 100
-_BLOCK = 1000
+_BLOCK = 100  # images: a hundred embeddings each, of CLIP 80 MB in float64
 
 Embed = Callable[[Sequence[str]], Tensor]
 """Captions to embeddings float [U, D], which are compared with those of images by their angle."""

@@ -291,7 +291,7 @@ class Measurement:
         if self._agreement is not None:
             if asked is None:
                 raise ConfigError("agreement takes the captions that images were asked for by")
-            self._agreement.add(shard.layers[POOL], [str(caption) for caption in asked])
+            self._agreement.add(shard.layers[POOL], [*map(str, asked)])
         self.done += len(shard)
 
     def results(self) -> dict[str, float]:
