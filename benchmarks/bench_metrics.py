@@ -2,12 +2,11 @@
 
     python benchmarks/bench_metrics.py [--images 2000] [--beside pytorch-fid] [--device cuda]
 
-Ours is the command `ddray evaluate --samples`, once by the resize of each of the others; `--beside`
-is for one of them alone. Weights
-are random ones in the layout of the published file, unless --inception names it: what is compared
-are programs, and they must agree whatever the weights. Images are two sets of coloured clouds in
-8-bit PNG; KID takes 1000 of each. Needs the extra `evaluation`. pytorch-fid fails with SciPy 1.18,
-where its row is left out.
+Ours is the command `ddray evaluate --samples`, once by the resize of each of the others, or of the
+one that `--beside` names. Weights are random ones in the layout of the published file, unless
+--inception names it: what is compared are programs, and they must agree whatever the weights.
+Images are two sets of coloured clouds in 8-bit PNG; KID takes 1000 of each. Needs the extra
+`evaluation`. pytorch-fid fails with SciPy 1.18, where its row is left out.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from ddray.errors import ConfigError
 HUB = "hf://"
 S3 = "s3://"
 _FILE = "file://"
-_BUNDLED = Path(__file__).parent / "models" / "bundled"
+BUNDLED = Path(__file__).parent / "models" / "bundled"
 _FORMS = "give a path, file:///path or s3://bucket/prefix"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 # Without a slash it may be the name of a file, but hardly is.
@@ -90,7 +90,7 @@ def local_file(path: str | os.PathLike[str]) -> str:
 def is_bundled(name: str) -> bool:
     """Whether a name is that of a model inside the package."""
     is_word = name and "/" not in name and not name.startswith(".")
-    return bool(is_word) and (_BUNDLED / name / "tokenizer.safetensors").is_file()
+    return bool(is_word) and (BUNDLED / name / "tokenizer.safetensors").is_file()
 
 
 def same_place(earlier: object, now: object) -> bool:

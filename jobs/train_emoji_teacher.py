@@ -219,8 +219,8 @@ class Rows(NamedTuple):
 
     Attributes:
         tokens_NL: int64 [N, L] of every picture.
-        captions: features of all ways to ask for them.
-        first_N: where a picture's ways begin.
+        captions: features of all ways to ask for them, picture by picture.
+        ways: how many there are of each.
     """
 
     tokens_NL: Tensor

@@ -12,17 +12,28 @@ LOWER, HIGHER = "lower is better", "higher is better"
 ARROWS = {LOWER: "↓", HIGHER: "↑"}
 _WIDE = 4  # metrics, above which a table has arrows for words
 _FORMATS = {
-    **{"frechet": ".2f", "kernel": ".5f", "manifold": ".3f", "score": ".1f"},
-    **{"agreement": ".1f", "retrieval": ".3f"},
+    "frechet": ".2f",
+    "kernel": ".5f",
+    "manifold": ".3f",
+    "score": ".1f",
+    "agreement": ".1f",
+    "retrieval": ".3f",
 }
 _NETWORKS = {
-    **{"efficientnet": "EfficientNet", "dinov2": "DINOv2", "clip": "CLIP"},
-    **{"digits": "digits", "emoji": "emoji"},
+    "efficientnet": "EfficientNet",
+    "dinov2": "DINOv2",
+    "clip": "CLIP",
+    "digits": "digits",
+    "emoji": "emoji",
 }
 _KEPT = ("fd_digits", "class_accuracy")
 _LABELS = {
-    **{"fid": "FID", "sfid": "sFID", "inception_score": "IS", "kid": "KID"},
-    **{"clip_score": "CLIP score", "emoji_score": "emoji score"},
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "IS",
+    "kid": "KID",
+    "clip_score": "CLIP score",
+    "emoji_score": "emoji score",
 }
 _HEADS = {"fd": "FD", "kd": "KD"}
 

@@ -51,8 +51,14 @@ _PUBLISHED = (
 _COLUMNS = 10  # of pictures that no heading names
 _HEADLINES = 4
 # What the headline tells of images beside their distance, whichever is there.
-_BESIDE = ("class_accuracy", *(f"retrieval_{judge}" for judge in ("emoji", "clip")))
-_BESIDE += ("inception_score", "precision", "recall")
+_BESIDE = (
+    "class_accuracy",
+    "retrieval_emoji",
+    "retrieval_clip",
+    "inception_score",
+    "precision",
+    "recall",
+)
 
 
 def _quality_table(summary: Mapping[str, Any]) -> Table:

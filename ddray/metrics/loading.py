@@ -8,8 +8,13 @@ from ddray.errors import ConfigError
 from ddray.metrics.network import FeatureNetwork
 
 NETWORKS = (
-    *("inception", "inception-tensorflow", "efficientnet", "dinov2", "clip"),
-    *("digits", "emoji"),
+    "inception",
+    "inception-tensorflow",
+    "efficientnet",
+    "dinov2",
+    "clip",
+    "digits",
+    "emoji",
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ddray.errors import CheckpointError, ConfigError, one_line
+from ddray.locations import BUNDLED
 from ddray.method.masked_decoding import Masked
 from ddray.method.model import Tokenizer
 from ddray.method.student import Student
@@ -42,7 +43,6 @@ from ddray.storage.checkpoint import (
 Source = str | Path | Mapping[str, Any]
 """Weights: a file, or a state dict in memory."""
 
-BUNDLED = Path(__file__).parent / "bundled"
 METRIC_FOLDER = BUNDLED / "digits-classifier"
 EMOJI_JUDGE = BUNDLED / "emoji-judge"
 BUNDLED_JUDGES = {"digits": METRIC_FOLDER, "emoji": EMOJI_JUDGE}

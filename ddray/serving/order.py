@@ -13,7 +13,7 @@ from ddray.errors import ConfigError
 from ddray.method.schedule import TEACHER_ALONE, TeacherStages, parse_schedule
 from ddray.serving.api import MAX_CAPTION, ImageRequest, ModelCard, RequestError, clip, show
 from ddray.serving.image_file import QUALITY, ImageFormat
-from ddray.storage.caption_file import clean_caption
+from ddray.storage.caption_file import is_empty
 
 EXAMPLE_CAPTIONS = (
     "a red bicycle by the sea",
@@ -214,8 +214,7 @@ def _unfit(caption: str) -> str | None:
     if not 0 < len(caption) <= MAX_CAPTION or _NO_TEXT & set(map(unicodedata.category, caption)):
         return f"a caption of 1 to {MAX_CAPTION} characters on one line"
     # An encoder would refuse it, and the whole batch with it.
-    read = clean_caption(caption)
-    if all(unicodedata.category(letter) == "Cf" for letter in read):
+    if is_empty(caption):
         return "a caption that says something beside markup, addresses and invisible characters"
     return None
 

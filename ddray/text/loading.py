@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddray.errors import CheckpointError, ConfigError
-from ddray.locations import S3
+from ddray.locations import BUNDLED, S3
 from ddray.storage.checkpoint import read_config
 from ddray.text.encoder import TextEncoder
 from ddray.text.t5 import FLAN_T5_XL, T5TextEncoder, encoder_width, t5_config, t5_flops
@@ -15,7 +15,6 @@ from ddray.text.words import FAMILY, WordEncoder
 
 BUNDLED_ENCODERS = {"emoji-words": "vectors of word pieces, for the names of emoji"}
 """What comes inside the package."""
-_BUNDLED = Path(__file__).parent.parent / "models" / "bundled"
 
 
 def own_encoder(config: Mapping[str, Any]) -> str:
@@ -33,13 +32,13 @@ def own_captions(config: Mapping[str, Any], *, held_out: bool = False) -> str | 
     encoder = own_encoder(config)
     if encoder not in BUNDLED_ENCODERS:
         return None
-    return str(_BUNDLED / encoder / ("held-out.txt" if held_out else "captions.txt"))
+    return str(BUNDLED / encoder / ("held-out.txt" if held_out else "captions.txt"))
 
 
 def _words(source: str) -> str | None:
     """Folder of a table of words; None where the source is something else."""
     if source in BUNDLED_ENCODERS:
-        return str(_BUNDLED / source)
+        return str(BUNDLED / source)
     if not Path(source).is_dir() and not source.startswith(S3):
         return None
     try:
@@ -124,7 +123,7 @@ def caption_cost(source: str, positions: int) -> CaptionCost:
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if its config cannot be read.
     """
-    if folder := _words(source):
-        return CaptionCost(0, positions * int(read_config(folder)["width"]))
+    if _words(source):
+        return CaptionCost(0, positions * features_width(source))
     config = t5_config(source)
     return CaptionCost(t5_flops(config, positions), positions * int(config["d_model"]))

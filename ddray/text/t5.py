@@ -59,10 +59,15 @@ def encoder_width(source: str) -> int:
         ConfigError: without the package transformers.
         CheckpointError: for a source that holds no T5, or cannot be reached.
     """
+    return int(_loaded_config(source)["d_model"])
+
+
+def _loaded_config(source: str) -> dict[str, Any]:
     with _loading(source):
         from transformers import AutoConfig
 
-        return int(AutoConfig.from_pretrained(hub_location(source)).d_model)
+        config: dict[str, Any] = AutoConfig.from_pretrained(hub_location(source)).to_dict()
+        return {name: config[name] for name in _PUBLISHED[FLAN_T5_XL]}
 
 
 def t5_config(source: str) -> Mapping[str, Any]:
@@ -72,13 +77,7 @@ def t5_config(source: str) -> Mapping[str, Any]:
         ConfigError: without the package transformers.
         CheckpointError: for a source that holds no T5, or cannot be reached.
     """
-    if source in _PUBLISHED:
-        return _PUBLISHED[source]
-    with _loading(source):
-        from transformers import AutoConfig
-
-        config: Mapping[str, Any] = AutoConfig.from_pretrained(hub_location(source)).to_dict()
-        return {name: config[name] for name in _PUBLISHED[FLAN_T5_XL]}
+    return _PUBLISHED.get(source) or _loaded_config(source)
 
 
 def t5_flops(config: Mapping[str, Any], positions: int) -> int:
