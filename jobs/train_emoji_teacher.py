@@ -33,7 +33,7 @@ from teacher_training import (
     report,
     restart_dead_codes,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddray.method.conditioning import Captions, choose, left_padded
 from ddray.metrics.caption_agreement import CaptionAgreement
@@ -44,9 +44,12 @@ from ddray.metrics.pixels import eight_bit
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.storage.checkpoint import load_folder, load_into, save_folder
-from ddray.text.words import WordEncoder, words
+from ddray.text.averaging import AveragingConfig, AveragingEncoder, DeepAveraging, read_averaging
+from ddray.text.words import WordEncoder
+from ddray.text.words import words as words_of
 
 WORD_WIDTH, POSITION_WIDTH, LENGTH = 112, 16, 16
+CODES, POSITIONS = 512, 8
 DEFAULT_CFG = 2.0
 EXAMPLES = [
     "red apple",
@@ -61,12 +64,12 @@ STATE_EVERY = 200
 
 
 def new_tokenizer() -> LlamaGenVQ:
-    """64 tokens of 1024 unit codes for 32 x 32 pixels."""
+    """64 tokens of 512 unit codes for 32 x 32 pixels."""
     return LlamaGenVQ(
         LlamaGenVQConfig(
-            codebook_size=1024,
+            codebook_size=CODES,
             codebook_embed_dim=8,
-            z_channels=32,
+            z_channels=64,
             ch=32,
             ch_mult=(1, 2, 2),
             num_res_blocks=1,
@@ -74,18 +77,44 @@ def new_tokenizer() -> LlamaGenVQ:
     )
 
 
-def new_teacher() -> LlamaGen:
+@torch.no_grad()
+def look_near(vq: LlamaGenVQ) -> None:
+    """Leave out of an encoder what looks at the whole picture, for good.
+
+    Otherwise every token tells of all the picture, the white corners too: fewer errors of pixels,
+    but tokens that nobody can foretell.
+    """
+    encoder = vq.encoder
+    for part in (*encoder.mid, *encoder.conv_blocks[-1].attn):
+        for parameter in part.parameters():
+            parameter.requires_grad_(False).zero_()
+
+
+def new_text() -> DeepAveraging:
+    """A summary of 256 numbers."""
+    return DeepAveraging(
+        AveragingConfig(
+            words="emoji-words",
+            max_words=LENGTH,
+            word_width=WORD_WIDTH + POSITION_WIDTH,
+            hidden=512,
+            width=256,
+        )
+    )
+
+
+def new_teacher(text: AveragingConfig) -> LlamaGen:
     """Six blocks of width 192."""
     return LlamaGen(
         LlamaGenConfig(
             dim=192,
             n_layer=6,
             n_head=6,
-            vocab_size=1024,
+            vocab_size=CODES,
             num_classes=1,
             block_size=64,
-            cls_token_num=LENGTH,
-            caption_dim=WORD_WIDTH + POSITION_WIDTH,
+            cls_token_num=POSITIONS,
+            caption_dim=text.width,
             multiple_of=64,
         )
     )
@@ -110,7 +139,7 @@ def make_encoder(packages: Path, pictures: list[Picture], folder: Path) -> None:
     kept = [p for p in kept if p.removeprefix("_").isascii()]
     vectors = all_PW[[plain[p] for p in kept]].float()
     whole = WordEncoder(kept, vectors, length=LENGTH, position_width=POSITION_WIDTH)
-    known = sorted({word for picture in pictures for word in words(picture.name)})
+    known = sorted({word for picture in pictures for word in words_of(picture.name)})
     features, mask = whole(known)
     of_words = features[mask.bool()][:, : vectors.shape[1]]
     spread = sum(x.T @ x / len(x) for x in (of_words, vectors))
@@ -190,6 +219,7 @@ def train_tokenizer(pictures: list[Picture], work: Path, steps: int) -> LlamaGen
     """VQ autoencoder: squared and absolute error, edges as well; dead codes revived."""
     torch.manual_seed(2)
     vq = new_tokenizer().to(DEVICE)
+    look_near(vq)
     codes = vq.quantize.embedding.weight
     optimizer, schedule = optimise(vq, 2e-3, steps)
     images = pixels(pictures)
@@ -229,47 +259,159 @@ class Rows(NamedTuple):
 
 
 @torch.no_grad()
-def rows_of(pictures: list[Picture], vq: LlamaGenVQ, encoder: WordEncoder) -> Rows:
-    """Tokens and caption features of pictures."""
+def tokens_of(pictures: list[Picture], vq: LlamaGenVQ) -> Tensor:
+    """Tokens int64 [N, L] of pictures."""
     images = pixels(pictures).float() / 127.5 - 1
-    tokens = torch.cat([vq.encode(part.to(DEVICE)) for part in images.split(256)])
+    return torch.cat([vq.encode(part.to(DEVICE)) for part in images.split(256)])
+
+
+def rows_of(pictures: list[Picture], tokens_NL: Tensor, encode: AveragingEncoder) -> Rows:
+    """Tokens and caption features of pictures."""
     asked = [caption for picture in pictures for caption in picture.captions()]
-    captions = left_padded(encoder(asked), LENGTH, encoder.width, torch.device(DEVICE))
-    return Rows(tokens, captions, len(pictures[0].captions()))
+    features, mask = encode(asked)
+    captions = left_padded((features, mask), *features.shape[1:], torch.device(DEVICE))
+    return Rows(tokens_NL, captions, len(pictures[0].captions()))
 
 
-def nats(model: LlamaGen, rows: Rows, numbers: Tensor, ways: Tensor) -> Tensor:
-    """Mean negative log-likelihood of a token; a caption that is asked for in way -1 is dropped."""
-    tokens = rows.tokens_NL[numbers]
-    told = rows.captions[numbers * rows.ways + ways.clamp_min(0)]
-    cond = choose((ways < 0).to(tokens.device), model.null(told), told)
-    logits = model(cond, tokens)
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+class Grid(nn.Module):
+    """Logits of all tokens from a caption's features at once: what the features are trained by.
+
+    Args:
+        features: D, numbers of a caption.
+        tokens: of an image.
+        codes: V.
+    """
+
+    def __init__(self, features: int, tokens: int, codes: int, width: int = 64):
+        super().__init__()
+        self.cells = nn.Sequential(
+            nn.Linear(features, tokens * width),
+            nn.Unflatten(1, (tokens, width)),
+            nn.LayerNorm(width),
+            nn.SiLU(),
+            nn.Linear(width, codes),
+        )
+        self.place_LV = nn.Parameter(torch.zeros(tokens, codes))
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """[B, L, V]."""
+        out: Tensor = self.cells(F.dropout(features_BD, 0.1, self.training))
+        return out + self.place_LV
+
+
+def train_text(
+    train: list[Picture], tokens_NL: Tensor, words: WordEncoder, work: Path, steps: int
+) -> DeepAveraging:
+    """Captions to all tokens of their pictures at once: cross entropy.
+
+    What is learnt of a picture from its caption alone is learnt here, by a network a hundredth as
+    dear as the teacher; the teacher learns the rest.
+    """
+    torch.manual_seed(3)
+    text = new_text()
+    grid = Grid(text.config.width, tokens_NL.shape[1], CODES)
+    both = nn.ModuleList((text, grid)).to(DEVICE)
+    optimizer, schedule = optimise(both, 2e-3, steps)
+    draw = Draw(train, seed=3)
+    asked = [caption for picture in train for caption in picture.captions()]
+    ways = len(asked) // len(train)
+    features, mask = words(asked)
+    states = States(work / "text.pt", draw, model=both, optimizer=optimizer, schedule=schedule)
+    for step in states.steps(steps):
+        numbers = draw.rows(256)
+        told = numbers * ways + torch.randint(ways, (len(numbers),), generator=draw.random)
+        logits = grid(text(features[told], mask[told]))
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens_NL[numbers].flatten())
+        descend(loss, both, optimizer, schedule)
+        report("text", step, steps, nats=loss)
+    return text.eval()
+
+
+def nats(model: LlamaGen, rows: Rows, numbers: Tensor, told: Captions, known_NL: Tensor) -> Tensor:
+    """Mean negative log-likelihood of a token.
+
+    Args:
+        model: the teacher.
+        rows: pictures.
+        numbers: which of them.
+        told: their captions.
+        known_NL: what is seen of the tokens before.
+    """
+    logits = model(told, known_NL)
+    return F.cross_entropy(logits.flatten(0, 1), rows.tokens_NL[numbers].flatten())
+
+
+@torch.no_grad()
+def held_out_nats(model: LlamaGen, held: Rows) -> tuple[Tensor, Tensor]:
+    """Nats of some held-out pictures by their own full captions, and by those of others."""
+    numbers = torch.arange(0, len(held.tokens_NL), 4)
+    told = held.captions[numbers * held.ways + held.ways - 1]
+    astray = held.captions[numbers.roll(1) * held.ways + held.ways - 1]
+    known = held.tokens_NL[numbers]
+    own, others = (nats(model, held, numbers, captions, known) for captions in (told, astray))
+    return own, others
+
+
+@torch.no_grad()
+def begin(model: LlamaGen) -> None:
+    """Initial weights: each layer keeps the size of what it gets, as small models need it.
+
+    All embeddings of tokens have a part in common, so that attention by place alone, whatever the
+    tokens are, can be learnt from the first step: LlamaGen has no other positions.
+    """
+    model.init_weights()
+    for name, layer in model.layers.named_modules():
+        if isinstance(layer, nn.Linear):
+            added = name.endswith(("wo", "w2"))
+            scale = (2 * len(model.layers)) ** -0.5 if added else 1.0
+            layer.weight.normal_(std=scale * layer.weight.shape[1] ** -0.5)
+    caption = model.cls_embedding.cap_proj
+    for layer in (caption.fc1, caption.fc2):
+        layer.weight.normal_(std=layer.weight.shape[1] ** -0.5)
+    model.tok_embeddings.weight.normal_().add_(torch.randn(model.config.dim))
+
+
+def corrupted(tokens_NL: Tensor, random: torch.Generator) -> Tensor:
+    """Tokens of which up to half, another share in every row, are replaced by any others.
+
+    So that a picture is told by its caption and not by its first tokens alone, and what was drawn
+    wrongly is mended behind it (as in Infinity, Han et al., arXiv 2412.04431).
+    """
+    share = 0.5 * torch.rand(len(tokens_NL), 1, generator=random)
+    wrong = torch.rand(tokens_NL.shape, generator=random) < share
+    others = torch.randint(CODES, tokens_NL.shape, generator=random)
+    return torch.where(wrong.to(tokens_NL.device), others.to(tokens_NL.device), tokens_NL)
 
 
 def train_teacher(
-    train: Rows, held: Rows, draw: Draw, start: Mapping[str, Tensor] | None, work: Path, steps: int
+    model: LlamaGen,
+    train: Rows,
+    held: Rows,
+    draw: Draw,
+    start: Mapping[str, Tensor] | None,
+    work: Path,
+    steps: int,
 ) -> LlamaGen:
-    """Next-token cross entropy; one caption in ten is dropped."""
+    """Next-token cross entropy behind corrupted tokens; one caption in ten is dropped."""
     torch.manual_seed(4)
-    model = new_teacher()
-    model.init_weights()
+    begin(model)
     if start is not None:
         load_into(model, start, "the weights to begin with")
     model.to(DEVICE)
     optimizer, schedule = optimise(model, 2e-3 if start is None else 1e-3, steps)
     states = States(work / "teacher.pt", draw, model=model, optimizer=optimizer, schedule=schedule)
-    some = torch.arange(0, len(held.tokens_NL), 4)
     for step in states.steps(steps):
         numbers = draw.rows(32)
-        ways = torch.randint(train.ways, (32,), generator=draw.random)
-        ways = ways.masked_fill(torch.rand(32, generator=draw.random) < 0.1, -1)
-        loss = nats(model, train, numbers, ways)
+        ways = torch.randint(train.ways, (len(numbers),), generator=draw.random)
+        told = train.captions[numbers * train.ways + ways]
+        dropped = torch.rand(len(numbers), generator=draw.random) < 0.1
+        told = choose(dropped.to(DEVICE), model.null(told), told)
+        known = corrupted(train.tokens_NL[numbers], draw.random)
+        loss = nats(model, train, numbers, told, known)
         descend(loss, model, optimizer, schedule)
         if step % 500 == 499 or step == steps - 1:
-            with torch.no_grad():
-                last = nats(model, held, some, torch.full_like(some, held.ways - 1))
-            print(f"teacher  held-out nats {last:.3f}", flush=True)
+            own, others = held_out_nats(model, held)
+            print(f"teacher  held out: {own:.3f} nats, {others:.3f} by others' captions")
         report("teacher", step, steps, nats=loss)
     return model.eval()
 
@@ -355,7 +497,7 @@ def write_teacher(teacher: LlamaGen, vq: LlamaGenVQ, folder: Path) -> None:
         "family": "llamagen",
         **asdict(teacher.config),
         "default_cfg": DEFAULT_CFG,
-        "text_encoder": "emoji-words",
+        "text_encoder": "emoji-text",
         "example_captions": EXAMPLES,
         "tokenizer": asdict(vq.config),
     }
@@ -368,9 +510,10 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True, help="folder of their files")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/models"))
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="states of stages")
-    parser.add_argument("--only", choices=("encoder", "tokenizer", "judge", "teacher"))
+    parser.add_argument("--only", choices=("words", "tokenizer", "text", "judge", "teacher"))
     parser.add_argument("--init", type=Path, help="a teacher's folder to begin with")
-    parser.add_argument("--tokenizer-steps", type=int, default=2000)
+    parser.add_argument("--tokenizer-steps", type=int, default=2500)
+    parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--teacher-steps", type=int, default=20000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -384,11 +527,11 @@ def main() -> None:
         return args.only == stage if args.only else not (folder / "config.json").exists()
 
     words_folder, vq_folder = args.out / "emoji-words", args.work / "tokenizer"
-    if to_do("encoder", words_folder):
+    if to_do("words", words_folder):
         make_encoder(args.packages, train, words_folder)
         write_captions(train, words_folder / "captions.txt", 20_000, seed=6)
         write_captions(held, words_folder / "held-out.txt", 5_000, seed=7)
-    encoder = WordEncoder.load(words_folder, length=LENGTH, device=DEVICE)
+    words = WordEncoder.load(words_folder, length=LENGTH, device=DEVICE)
     if to_do("tokenizer", vq_folder):
         vq = train_tokenizer(train, args.work, args.tokenizer_steps)
         save_folder(vq_folder, {"family": "tokenizer"}, model=half(vq.cpu(), STATISTICS))
@@ -396,14 +539,26 @@ def main() -> None:
     load_into(vq, load_folder(vq_folder)[1], str(vq_folder), STATISTICS)
     vq.to(DEVICE)
     if to_do("judge", args.out / "emoji-judge"):
-        towers = train_judge(train, vq, encoder, args.work, args.judge_steps)
+        towers = train_judge(train, vq, words, args.work, args.judge_steps)
         write_judge(towers, held, args.out / "emoji-judge")
         tell_judge(args.out / "emoji-judge", pictures)
+    learnt, unseen = (tokens_of(part, vq) for part in (train, held))
+    if to_do("text", args.out / "emoji-text"):
+        text = train_text(train, learnt, words, args.work, args.text_steps)
+        text.save(args.out / "emoji-text")
     if to_do("teacher", args.out / "emoji-llamagen"):
-        learnt, unseen = (rows_of(part, vq, encoder) for part in (train, held))
+        text = read_averaging(args.out / "emoji-text").to(DEVICE)
+        encode = AveragingEncoder(text, words, length=POSITIONS)
         start = None if args.init is None else load_folder(args.init)[1]
-        draw = Draw(train, seed=4)
-        teacher = train_teacher(learnt, unseen, draw, start, args.work, args.teacher_steps)
+        teacher = train_teacher(
+            new_teacher(text.config),
+            rows_of(train, learnt, encode),
+            rows_of(held, unseen, encode),
+            Draw(train, seed=4),
+            start,
+            args.work,
+            args.teacher_steps,
+        )
         write_teacher(teacher, vq, args.out / "emoji-llamagen")
 
 

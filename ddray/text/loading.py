@@ -9,12 +9,18 @@ import torch
 from ddray.errors import CheckpointError, ConfigError
 from ddray.locations import BUNDLED, S3
 from ddray.storage.checkpoint import read_config
+from ddray.text import averaging, words
+from ddray.text.averaging import AveragingEncoder, DeepAveraging, read_averaging
 from ddray.text.encoder import TextEncoder
 from ddray.text.t5 import FLAN_T5_XL, T5TextEncoder, encoder_width, t5_config, t5_flops
-from ddray.text.words import FAMILY, WordEncoder
+from ddray.text.words import WordEncoder
 
-BUNDLED_ENCODERS = {"emoji-words": "vectors of word pieces, for the names of emoji"}
+BUNDLED_ENCODERS = {
+    "emoji-words": "vectors of word pieces, for the names of emoji",
+    "emoji-text": "what the names of emoji mean, from the vectors of their words",
+}
 """What comes inside the package."""
+_EMOJI_CAPTIONS = BUNDLED / "emoji-words"
 
 
 def own_encoder(config: Mapping[str, Any]) -> str:
@@ -29,14 +35,13 @@ def own_captions(config: Mapping[str, Any], *, held_out: bool = False) -> str | 
         config: of the model.
         held_out: whether of those that its training saw none of, or of those that it saw.
     """
-    encoder = own_encoder(config)
-    if encoder not in BUNDLED_ENCODERS:
+    if own_encoder(config) not in BUNDLED_ENCODERS:
         return None
-    return str(BUNDLED / encoder / ("held-out.txt" if held_out else "captions.txt"))
+    return str(_EMOJI_CAPTIONS / ("held-out.txt" if held_out else "captions.txt"))
 
 
-def _words(source: str) -> str | None:
-    """Folder of a table of words; None where the source is something else."""
+def _own_folder(source: str) -> str | None:
+    """Folder of an encoder of ddray's own; None where the source is something else."""
     if source in BUNDLED_ENCODERS:
         return str(BUNDLED / source)
     if not Path(source).is_dir() and not source.startswith(S3):
@@ -45,7 +50,7 @@ def _words(source: str) -> str | None:
         family = read_config(source)["family"]
     except CheckpointError:  # the config of a T5 names no family
         return None
-    return source if family == FAMILY else None
+    return source if family in (words.FAMILY, averaging.FAMILY) else None
 
 
 def load_text_encoder(
@@ -54,7 +59,7 @@ def load_text_encoder(
     """Load an encoder.
 
     Args:
-        source: bundled name, folder (path or URI) of a table of words, folder or Hub name of a T5.
+        source: bundled name, folder (path or URI) that ddray wrote, folder or Hub name of a T5.
         length: T, caption positions of the model that reads the features.
         device: where they shall be.
 
@@ -62,9 +67,27 @@ def load_text_encoder(
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if it cannot be loaded.
     """
-    if folder := _words(source):
-        return WordEncoder.load(folder, length=length, device=device)
-    return T5TextEncoder(source, length=length, device=device)
+    folder = _own_folder(source)
+    if folder is None:
+        return T5TextEncoder(source, length=length, device=device)
+    if read_config(folder)["family"] == averaging.FAMILY:
+        network = read_averaging(folder).to(device)
+        return AveragingEncoder(network, words_below(network, device=device), length=length)
+    return WordEncoder.load(folder, length=length, device=device)
+
+
+def words_below(network: DeepAveraging, *, device: str | torch.device = "cpu") -> WordEncoder:
+    """The table of word vectors that a network reads.
+
+    Raises:
+        CheckpointError: if it is not there, or none of its width.
+    """
+    sizes = network.config
+    table = _own_folder(sizes.words) or sizes.words
+    found = WordEncoder.load(table, length=sizes.max_words, device=device)
+    if found.width != sizes.word_width:
+        raise CheckpointError(f"{table} has words of width {found.width}, not {sizes.word_width}")
+    return found
 
 
 def features_width(source: str) -> int:
@@ -77,7 +100,7 @@ def features_width(source: str) -> int:
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if its config cannot be read.
     """
-    folder = _words(source)
+    folder = _own_folder(source)
     return int(read_config(folder)["width"]) if folder else encoder_width(source)
 
 
@@ -123,7 +146,9 @@ def caption_cost(source: str, positions: int) -> CaptionCost:
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if its config cannot be read.
     """
-    if _words(source):
-        return CaptionCost(0, positions * features_width(source))
+    if folder := _own_folder(source):
+        is_averaging = read_config(folder)["family"] == averaging.FAMILY
+        flops = read_averaging(folder).config.flops if is_averaging else 0
+        return CaptionCost(flops, positions * features_width(source))
     config = t5_config(source)
     return CaptionCost(t5_flops(config, positions), positions * int(config["d_model"]))
