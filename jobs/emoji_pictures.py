@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -149,6 +150,23 @@ def read_pictures(folder: Path, side: int = SIDE) -> list[Picture]:
                 image = on_white(data, side)
                 pictures.append(Picture(name, called.get(concept, concept), style, image))
     return pictures
+
+
+def pixels(pictures: list[Picture]) -> Tensor:
+    """Images uint8 [N, 3, 32, 32] of some pictures."""
+    return torch.from_numpy(np.stack([picture.image_HWC for picture in pictures])).movedim(3, 1)
+
+
+def moved(images: Tensor, random: torch.Generator, *, mirrored: bool = True) -> Tensor:
+    """Images at most two pixels off, white from outside, perhaps half of them mirrored; [-1, 1]."""
+    if mirrored:
+        turned = torch.rand(len(images), 1, 1, 1, generator=random) < 0.5
+        images = torch.where(turned, images.flip(3), images)
+    padded = F.pad(images.float() / 127.5 - 1, (2, 2, 2, 2), value=1.0)
+    top, left = torch.randint(5, (2, len(images)), generator=random)
+    rows, columns = (start[:, None] + torch.arange(SIDE) for start in (top, left))
+    number = torch.arange(len(images))[:, None, None]
+    return padded.movedim(1, 3)[number, rows[:, :, None], columns[:, None]].movedim(3, 1)
 
 
 class Draw:

@@ -2,7 +2,9 @@
 
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from ddray.models.llamagen_vq import LlamaGenVQ
 
+STATE_EVERY = 200
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -77,6 +80,47 @@ def descend(
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     schedule.step()
+
+
+class States:
+    """What a stage was when it was last written down.
+
+    Args:
+        file: where.
+        parts: what has `state_dict` and `load_state_dict`.
+        draw: of the rows; has `state_dict` and `load_state_dict` too.
+    """
+
+    def __init__(self, file: Path, draw: Any, **parts: Any):
+        self._file, self._parts, self._draw = file, parts, draw
+
+    def begin(self) -> int:
+        """The step to go on with, everything being as it was; 0 where nothing is written."""
+        if not self._file.exists():
+            return 0
+        state = torch.load(self._file, weights_only=True)
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self._draw.load_state_dict(state["draw"])
+        torch.set_rng_state(state["random"])
+        return int(state["step"])
+
+    def write(self, step: int) -> None:
+        """Write all down, whole or not at all."""
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".new")
+        drawn = self._draw.state_dict()
+        state = {"step": step, "draw": drawn, "random": torch.get_rng_state(), **parts}
+        torch.save(state, unfinished)
+        unfinished.replace(self._file)
+
+    def steps(self, stop: int) -> Iterator[int]:
+        """The steps that are left; the state is written now and then."""
+        for step in range(self.begin(), stop):
+            yield step
+            if step % STATE_EVERY == STATE_EVERY - 1 or step == stop - 1:
+                self.write(step + 1)
 
 
 def report(stage: str, step: int, steps: int, **values: Tensor) -> None:

@@ -13,19 +13,19 @@ captions, which the judge finds for one image in ten.
 import argparse
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from emoji_pictures import SIDE, Draw, Picture, package, read_pictures
+from emoji_judge_training import tell_judge, train_judge, write_judge
+from emoji_pictures import Draw, Picture, moved, package, pixels, read_pictures
 from safetensors.torch import load as parse_safetensors
 from teacher_training import (
     DEVICE,
+    States,
     descend,
     half,
     optimise,
@@ -36,11 +36,6 @@ from teacher_training import (
 from torch import Tensor, nn
 
 from ddray.method.conditioning import Captions, choose, left_padded
-from ddray.metrics.caption_agreement import CaptionAgreement
-from ddray.metrics.efficientnet import EfficientNet
-from ddray.metrics.emoji_judge import EmojiJudge, EmojiTowers
-from ddray.metrics.network import POOL
-from ddray.metrics.pixels import eight_bit
 from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.storage.checkpoint import load_folder, load_into, save_folder
@@ -60,7 +55,6 @@ EXAMPLES = [
     "flag japan",
 ]
 STATISTICS = frozenset({"quantize.codebook_used"})
-STATE_EVERY = 200
 
 
 def new_tokenizer() -> LlamaGenVQ:
@@ -150,64 +144,6 @@ def make_encoder(packages: Path, pictures: list[Picture], folder: Path) -> None:
     kept_share = float((of_words @ turn).square().sum() / of_words.square().sum())
     print(f"{len(kept)} pieces; {kept_share:.3f} of the squares of {len(known)} words kept")
     WordEncoder(kept, told, length=LENGTH, position_width=POSITION_WIDTH).save(folder)
-
-
-class States:
-    """What a stage was when it was last written down.
-
-    Args:
-        file: where.
-        parts: what has `state_dict` and `load_state_dict`.
-        draw: of the pictures.
-    """
-
-    def __init__(self, file: Path, draw: Draw, **parts: Any):
-        self._file, self._parts, self._draw = file, parts, draw
-
-    def begin(self) -> int:
-        """The step to go on with, everything being as it was; 0 where nothing is written."""
-        if not self._file.exists():
-            return 0
-        state = torch.load(self._file, weights_only=True)
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-        self._draw.load_state_dict(state["draw"])
-        torch.set_rng_state(state["random"])
-        return int(state["step"])
-
-    def write(self, step: int) -> None:
-        """Write all down, whole or not at all."""
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._file.with_suffix(".new")
-        drawn = self._draw.state_dict()
-        state = {"step": step, "draw": drawn, "random": torch.get_rng_state(), **parts}
-        torch.save(state, unfinished)
-        unfinished.replace(self._file)
-
-    def steps(self, stop: int) -> Iterator[int]:
-        """The steps that are left; the state is written now and then."""
-        for step in range(self.begin(), stop):
-            yield step
-            if step % STATE_EVERY == STATE_EVERY - 1 or step == stop - 1:
-                self.write(step + 1)
-
-
-def pixels(pictures: list[Picture]) -> Tensor:
-    """Images uint8 [N, 3, 32, 32] of some pictures."""
-    return torch.from_numpy(np.stack([picture.image_HWC for picture in pictures])).movedim(3, 1)
-
-
-def moved(images: Tensor, random: torch.Generator, *, mirrored: bool = True) -> Tensor:
-    """Images at most two pixels off, white from outside, perhaps half of them mirrored; [-1, 1]."""
-    if mirrored:
-        turned = torch.rand(len(images), 1, 1, 1, generator=random) < 0.5
-        images = torch.where(turned, images.flip(3), images)
-    padded = F.pad(images.float() / 127.5 - 1, (2, 2, 2, 2), value=1.0)
-    top, left = torch.randint(5, (2, len(images)), generator=random)
-    rows, columns = (start[:, None] + torch.arange(SIDE) for start in (top, left))
-    number = torch.arange(len(images))[:, None, None]
-    return padded.movedim(1, 3)[number, rows[:, :, None], columns[:, None]].movedim(3, 1)
 
 
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -416,79 +352,10 @@ def train_teacher(
     return model.eval()
 
 
-def train_judge(
-    pictures: list[Picture], vq: LlamaGenVQ, encoder: WordEncoder, work: Path, steps: int
-) -> EmojiTowers:
-    """Pictures to their captions among those of a batch, and back.
-
-    Every second batch is of pictures as tokens show them. Two variants of each concept are in a
-    batch, so that tones and styles must be told apart.
-    """
-    torch.manual_seed(5)
-    towers = EmojiTowers(encoder.width).to(DEVICE)
-    optimizer, schedule = optimise(towers, 1e-3, steps)
-    seen = pixels(pictures), as_tokens_show(pictures, vq)
-    asked = [picture.captions() for picture in pictures]
-    draw = Draw(pictures, seed=5)
-    states = States(work / "judge.pt", draw, model=towers, optimizer=optimizer, schedule=schedule)
-    for step in states.steps(steps):
-        numbers = draw.rows(96, each=2)
-        ways = torch.randint(3, (len(numbers),), generator=draw.random).tolist()
-        captions = [asked[number][way] for number, way in zip(numbers.tolist(), ways, strict=True)]
-        batch = moved(seen[step % 2][numbers], draw.random, mirrored=False)
-        batch = batch + 0.05 * torch.randn(batch.shape, generator=draw.random)
-        told = towers.captions(*encoder(captions))
-        likeness = towers.pictures(batch.to(DEVICE)) @ told.T * towers.log_scale.exp()
-        # Variants may be asked for by the same words.
-        same = torch.tensor([[a == b for b in captions] for a in captions], device=DEVICE).float()
-        wanted = same / same.sum(1, keepdim=True)
-        loss = F.cross_entropy(likeness, wanted) + F.cross_entropy(likeness.T, wanted)
-        descend(loss, towers, optimizer, schedule)
-        report("judge", step, steps, nats=loss / 2)
-    return towers.eval()
-
-
-@torch.no_grad()
-def as_tokens_show(pictures: list[Picture], vq: LlamaGenVQ) -> Tensor:
-    """Reconstructions uint8 [N, 3, 32, 32] by the tokenizer."""
-    shown = []
-    for part in pixels(pictures).split(256):
-        tokens = vq.encode(part.to(DEVICE) / 127.5 - 1)
-        shown.append(eight_bit((vq.decode(vq.codebook[tokens]) + 1) / 2).cpu())
-    return torch.cat(shown)
-
-
-def write_reference(held: list[Picture], file: Path) -> None:
-    """Features of the held-out pictures, by the network that `fd_efficientnet` is defined on."""
-    network = EfficientNet()
-    found = network(pixels(held))[POOL].half().numpy()
-    np.savez_compressed(file, features=found, network=network.name, extractor=network.fingerprint)
-
-
 def write_captions(pictures: list[Picture], file: Path, count: int, seed: int) -> None:
     """Captions drawn by concept, one a line, all that is known of a picture in each."""
     numbers = Draw(pictures, seed).rows(count).tolist()
     file.write_text("".join(f"{pictures[number].captions()[-1]}\n" for number in numbers))
-
-
-def write_judge(towers: EmojiTowers, held: list[Picture], folder: Path) -> None:
-    """The folder of the judge, and beside it the real pictures as features."""
-    width = towers.captions.word.in_features
-    card = {"family": "emoji-judge", "text_encoder": "emoji-words", "word_width": width}
-    save_folder(folder, card, model=half(towers.cpu()))
-    write_reference(held, folder / "held-out.npz")
-
-
-def tell_judge(folder: Path, pictures: list[Picture]) -> None:
-    """Print how many real pictures the judge finds by their full caption, among a hundred."""
-    judge = EmojiJudge(folder)
-    for held_out, toned in product((False, True), repeat=2):
-        some = [p for p in pictures if (p.held_out, "skin tone" in p.name) == (held_out, toned)]
-        agreement = CaptionAgreement(judge.of_captions)
-        found = judge(pixels(some))[POOL].numpy()
-        agreement.add(found, [picture.captions()[-1] for picture in some])
-        kind = f"{'held out' if held_out else 'learnt'}{', with a skin tone' if toned else ''}"
-        print(f"judge  {len(some)} real pictures {kind}: {agreement.results()['retrieval']:.3f}")
 
 
 def write_teacher(teacher: LlamaGen, vq: LlamaGenVQ, folder: Path) -> None:

@@ -38,6 +38,14 @@ def job(monkeypatch):
 
 
 @pytest.fixture
+def pieces(job):
+    """What trainings share."""
+    import teacher_training
+
+    return teacher_training
+
+
+@pytest.fixture
 def packages(tmp_path):
     """A folder of packages as they are published, of five pictures each."""
     with zipfile.ZipFile(tmp_path / "emoji-2.0-py3-none-any.whl", "w") as wheel:
@@ -107,8 +115,8 @@ def test_pictures_are_drawn_by_concept_first(job):
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_killed_goes_on_bit_for_bit(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "STATE_EVERY", 4)
+def test_a_stage_that_was_killed_goes_on_bit_for_bit(job, pieces, tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "STATE_EVERY", 4)
     pictures = some_pictures(job)
 
     def weights(file, stops):
@@ -138,3 +146,33 @@ def test_moved_pictures_are_white_from_outside(job):
     assert {*moved.unique().tolist()} == {-1.0, 1.0}
     white = (moved == 1).flatten(1).any(1)
     assert 0.8 < white.float().mean() < 1  # one in 25 is moved nowhere
+
+
+def test_an_encoder_that_looks_near_passes_its_middle_by(job):
+    vq = job.new_tokenizer()
+    job.look_near(vq)
+    h = torch.randn(2, 64, 8, 8)
+    assert torch.equal(vq.encoder.mid(h), h)
+    vq.latents(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is None for parameter in vq.encoder.mid.parameters())
+    assert vq.encoder.conv_in.weight.grad.any()
+
+
+def test_up_to_half_of_the_tokens_before_are_wrong(job):
+    tokens = torch.full((4000, 64), 7)
+    wrong = (job.corrupted(tokens, torch.Generator().manual_seed(0)) != tokens).float().mean(1)
+    assert wrong.mean() == pytest.approx(0.25, abs=0.01)
+    assert wrong.max() < 0.8
+    assert wrong.min() == 0
+
+
+@torch.no_grad()
+def test_layers_of_a_new_teacher_keep_the_size_of_what_they_get(job):
+    model = job.new_teacher(job.new_text().config)
+    job.begin(model)
+    x = torch.randn(8, 192)
+    for layer in (model.layers[0].attention.wqkv, model.layers[5].feed_forward.w1):
+        assert float(layer(x).std()) == pytest.approx(1, abs=0.1)
+    common = model.tok_embeddings.weight.mean(0)
+    assert float(common.std()) == pytest.approx(1, abs=0.2)
+    assert not model.output.weight.any()
