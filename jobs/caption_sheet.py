@@ -1,0 +1,89 @@
+"""One sheet of captions and what is made of each: by the teacher, in two steps and in one.
+
+    python jobs/caption_sheet.py --student emoji-llamagen-dd --out docs/emoji.png
+
+The captions are not chosen: the first that the training saw, then the first of the held-out ones.
+"""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import ddray
+from ddray.method.model import Model
+from ddray.report.pictures import to_uint8
+from ddray.text.loading import load_text_encoder, own_captions, own_encoder
+
+COLUMNS, SIDE, FONT, LINES, GAP = 6, 64, 11, 2, 8
+PAPER, INK, FAINT = "#ffffff", "#222222", "#777777"
+
+
+def distinct_lines(file: str | Path, count: int) -> list[str]:
+    """The first different lines of a file."""
+    return [*dict.fromkeys(Path(file).read_text().splitlines())][:count]
+
+
+def images_of(model: Model, captions: list[str], schedule: str | None) -> Tensor:
+    """Images of a teacher, or of a student by a schedule, from seed 0."""
+    sizes = model.model.config
+    condition = load_text_encoder(own_encoder(model.config), length=sizes.cls_token_num)(captions)
+    if schedule is None:
+        tokens = model.sample(condition, seed=0, cfg=model.config["default_cfg"])
+    else:
+        tokens = model.generate(condition, seed=0, schedule=schedule)
+    return model.decode(tokens)
+
+
+def sheet(captions: list[str], rows: list[Tensor], names: list[str]) -> Image.Image:
+    """A cell for every caption: its images side by side, the caption below.
+
+    Args:
+        captions: one a cell.
+        rows: images [N, 3, H, W] in [0, 1] of each generator.
+        names: of the generators.
+    """
+    font = ImageFont.load_default(FONT)
+    width = len(rows) * SIDE + GAP
+    height = SIDE + LINES * (FONT + 3) + GAP
+    high = -(-len(captions) // COLUMNS) * height + FONT + 2 * GAP
+    page = Image.new("RGB", (COLUMNS * width + GAP, high), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, GAP // 2), f"each from left to right: {', '.join(names)}", FAINT, font)
+    pixels = [to_uint8(images) for images in rows]
+    for number, caption in enumerate(captions):
+        left = GAP + number % COLUMNS * width
+        top = FONT + 2 * GAP + number // COLUMNS * height
+        for k, images in enumerate(pixels):
+            tile = Image.fromarray(images[number]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            page.paste(tile, (left + k * SIDE, top))
+        lines = textwrap.wrap(caption, width=int(2 * len(rows) * SIDE / FONT))[:LINES]
+        draw.text((left + 2, top + SIDE + 2), "\n".join(lines), INK, font)
+    return page
+
+
+def main() -> None:
+    """Make the images, then the sheet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", default="emoji-llamagen")
+    parser.add_argument("--student", help="absent = the teacher alone")
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--out", type=Path, default=Path("runs/captions.png"))
+    args = parser.parse_args()
+    teacher = ddray.load_teacher(args.teacher)
+    files = [own_captions(teacher.config, held_out=held_out) for held_out in (False, True)]
+    captions = [line for file in files if file for line in distinct_lines(file, args.count // 2)]
+    rows, names = [images_of(teacher, captions, None)], [f"teacher, {teacher.num_tokens} steps"]
+    if args.student:
+        student = ddray.load_student(args.student)
+        second = ",".join(map(str, student.config["schedule"]))
+        rows += [images_of(student, captions, schedule) for schedule in (second, "0")]
+        names += ["2 steps", "1 step"]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet(captions, rows, names).save(args.out)
+
+
+if __name__ == "__main__":
+    main()
