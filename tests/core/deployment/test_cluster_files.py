@@ -177,25 +177,11 @@ def merged(base: Any, more: Any) -> Any:
 
 def with_efa() -> dict[str, Any]:
     """What `EFA` tells its reader to make of the growing cluster."""
-    config = merged(load(GROWING), load(EFA))
-    del config["available_node_types"]["training"]["node_config"]["SecurityGroupIds"]
-    return config
+    return merged(load(GROWING), load(EFA))
 
 
-def test_efa_is_a_card_of_its_own_for_each_interface_in_one_subnet_and_group(run_instances):
-    training = with_efa()["available_node_types"]["training"]
-    node_config = training["node_config"]
-    assert faults_of(node_config, run_instances) == ""
-    assert node_config["Placement"] == {"GroupName": "ddray-training"}
-    cards = node_config["NetworkInterfaces"]
-    assert [card["NetworkCardIndex"] for card in cards] == [*range(32)]
-    # Only the first card has the machine's primary interface.
-    assert [card["DeviceIndex"] for card in cards] == [0] + [1] * 31
-    assert {card["InterfaceType"] for card in cards} == {"efa"}
-    places = {(card["SubnetId"], *card["Groups"]) for card in cards}
-    groups = load(GROWING)["available_node_types"]["head"]["node_config"]["SecurityGroupIds"]
-    assert places == {("subnet-0123456789abcdef0", *groups)}
-    options = training["docker"]["worker_run_options"]
+def test_efa_is_for_the_training_pool_alone():
+    options = with_efa()["available_node_types"]["training"]["docker"]["worker_run_options"]
     assert {"--env FI_PROVIDER=efa", "--env FI_EFA_USE_DEVICE_RDMA=1"} < {*options}
     # Nodes without EFA are as they were.
     assert "worker_run_options" not in str(load(GROWING))
@@ -291,8 +277,8 @@ def test_a_job_that_does_not_fit_is_noticed():
 def test_nobody_is_let_in_by_default(name):
     for _, node_type in node_types(name):
         config = node_type["node_config"]
-        assert config["SecurityGroupIds"]  # else Ray opens port 22 to everybody
-        assert config["IamInstanceProfile"]["Arn"]  # else Ray makes a role that may do anything
+        assert config["LaunchTemplate"]  # has the security group; else Ray opens port 22 to all
+        assert config["IamInstanceProfile"]["Name"]  # else Ray makes a role that may do anything
         assert config["MetadataOptions"]["HttpTokens"] == "required"
         # Else Ray takes an image of 2022, whose driver knows no CUDA 13.
         assert re.match(r"(ami-|resolve:ssm:/aws/service/deeplearning/)", config["ImageId"])
@@ -342,13 +328,15 @@ def test_placeholders_are_listed_at_the_head(name):
     text = (ROOT / name).read_text()
     head = text[: text.index("\ncluster_name:")]
     assert all(not line or line.startswith("#") for line in head.splitlines())
-    listed = head[head.index("Replace before use") :]
+    listed = head[head.index("What is yours here") :]
     rest = yaml.safe_dump(load(name))
     used = re.findall(
-        r"registry\.example\.com/ddray|\d{12}(?=:)|sg-\w+|us-west-2|192\.0\.2\.\d+|~/\.ssh/\w+",
+        r"registry\.example\.com/ddray|us-west-2|192\.0\.2\.\d+|~/\.ssh/\w+",
         rest,
     )
     assert IMAGE in used
+    # Ids are of one account: what has one is named by the stack instead.
+    assert re.findall(r"\b(?:\d{12}|(?:sg|subnet|lt|vpc|ami|cr)-[0-9a-f]{8,})\b", rest) == []
     assert [value for value in set(used) if value not in listed] == []
 
 
