@@ -22,8 +22,8 @@ from botocore.validate import ParamValidator
 import ddray
 from ddray.runtime.cluster.capacity import NODE_POOL_LABEL
 from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
-from tests.core.deployment.ec2 import instance_types
 from tests.core.deployment.kuberay import cluster, quantity
+from tests.core.deployment.machines import instance_types
 from tests.paths import ROOT
 
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"

@@ -5,7 +5,6 @@ import re
 import pytest
 import yaml
 
-from tests.core.deployment.ec2 import instance_types
 from tests.core.deployment.kuberay import (
     BUILDS,
     KUBERAY,
@@ -22,6 +21,7 @@ from tests.core.deployment.kuberay import (
     service,
     templates,
 )
+from tests.core.deployment.machines import allocatable, instance_types
 
 CAPACITY = "karpenter.sh/capacity-type"
 README = (ROOT / "cluster" / "README.md").read_text("utf-8")
@@ -35,26 +35,6 @@ def documents_of(name: str) -> list[Document]:
 
 
 # Room
-
-
-def allocatable(instance_type: str) -> dict[str, float]:
-    """What EKS leaves to pods of a machine: CPUs, bytes of memory, GPUs.
-
-    Kept are kube-reserved as EKS's nodeadm computes it, the eviction threshold, and of memory what
-    hypervisor and kernel take, for which Karpenter counts 7.5 %.
-    """
-    machine = instance_types()[instance_type]
-    cpus = machine["VCpuInfo"]["DefaultVCpus"]
-    shares = [0.06, 0.01, 0.005, 0.005] + [0.0025] * (cpus - 4)
-    network = machine["NetworkInfo"]
-    card = network["NetworkCards"][network["DefaultNetworkCardIndex"]]
-    most_pods = card["MaximumNetworkInterfaces"] * (network["Ipv4AddressesPerInterface"] - 1) + 2
-    seen_mib = machine["MemoryInfo"]["SizeInMiB"] * (1 - 0.075)
-    return {
-        "cpu": cpus - sum(shares[:cpus]),
-        "memory": (seen_mib - (255 + 11 * most_pods) - 100) * 2**20,
-        "nvidia.com/gpu": sum(gpu["Count"] for gpu in machine.get("GpuInfo", {}).get("Gpus", [])),
-    }
 
 
 def asked(*pods: Document) -> dict[str, float]:
@@ -78,7 +58,7 @@ def fits(wanted: dict[str, float], instance_type: str) -> bool:
     )
 
 
-def machines() -> dict[str, list[str]]:
+def named_machines() -> dict[str, list[str]]:
     """The instance types that the README names for each pool, and for heads."""
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (`[^|]*`) \|", README, re.MULTILINE)
     return {pool: re.findall(r"`([\w.-]+)`", cell) for pool, cell in rows}
@@ -100,8 +80,8 @@ def test_a_machine_has_what_eks_leaves_of_it() -> None:
 def test_pods_fit_on_every_machine_that_is_named_for_their_pool(name: str) -> None:
     (spec,) = ray_specs(build(name))
     for group in spec["workerGroupSpecs"]:
-        assert machines()[group["groupName"]]
-        for instance_type in machines()[group["groupName"]]:
+        assert named_machines()[group["groupName"]]
+        for instance_type in named_machines()[group["groupName"]]:
             assert fits(asked(group["template"]), instance_type), instance_type
 
 
@@ -111,12 +91,12 @@ def test_a_head_fits_with_redis_on_its_machine(name: str) -> None:
     (redis,) = of_kind(build("base"), "Deployment")
     autoscaler = {"spec": {"containers": [spec["autoscalerOptions"]]}}
     wanted = asked(spec["headGroupSpec"]["template"], autoscaler, redis["spec"]["template"])
-    (instance_type,) = machines()["head"]
+    (instance_type,) = named_machines()["head"]
     assert fits(wanted, instance_type)
 
 
 def test_trainings_have_gpus_of_80_gb() -> None:
-    for instance_type in machines()["training"]:
+    for instance_type in named_machines()["training"]:
         (gpu,) = instance_types()[instance_type]["GpuInfo"]["Gpus"]
         assert gpu["MemoryInfo"]["SizeInMiB"] >= 80 * 1024
 
@@ -125,7 +105,7 @@ def test_every_machine_that_is_named_is_one_of_ec2s() -> None:
     files = [ROOT / "ray-cluster.yaml", *(ROOT / "cluster").rglob("*.*")]
     text = "\n".join(path.read_text("utf-8") for path in files if path.is_file())
     named = set(re.findall(r"\b[a-z]+\d[\w-]*\.(?:\d*x?large|metal)\b", text))
-    assert {one for pool in machines().values() for one in pool} < named
+    assert {one for pool in named_machines().values() for one in pool} < named
     assert named <= {*instance_types()}
 
 
