@@ -4,8 +4,6 @@ What Ray itself says of the files is asked in a subprocess: core tests import no
 """
 
 import copy
-import gzip
-import importlib.util
 import json
 import re
 import shutil
@@ -24,6 +22,8 @@ from botocore.validate import ParamValidator
 import ddray
 from ddray.runtime.cluster.capacity import NODE_POOL_LABEL
 from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
+from tests.core.deployment.kuberay import cluster, quantity
+from tests.core.deployment.machines import instance_types
 from tests.paths import ROOT
 
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
@@ -140,14 +140,6 @@ def node_types(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def machines() -> dict[str, Any]:
-    """EC2's own description of its instance types, as moto keeps it."""
-    folder = Path(str(importlib.util.find_spec("moto").origin)).parent
-    path = folder / "ec2" / "resources" / "instance_types.json.gz"
-    return json.loads(gzip.decompress(path.read_bytes()))
-
-
-@pytest.fixture(scope="module")
 def run_instances() -> Any:
     """The shape of EC2's RunInstances, which Ray does not look at before it calls it."""
     model = botocore.session.get_session().get_service_model("ec2")
@@ -188,8 +180,8 @@ def test_efa_is_for_the_training_pool_alone():
 
 
 @pytest.mark.parametrize("name", ON_AWS)
-def test_resources_are_those_of_the_machines(name, machines):
-    head = load(name)["head_node_type"]
+def test_resources_are_those_of_the_machines(name):
+    machines, head = instance_types(), load(name)["head_node_type"]
     for kind, node_type in node_types(name):
         has, machine = node_type["resources"], machines[node_type["node_config"]["InstanceType"]]
         if name == GROWING and kind == head:
@@ -248,11 +240,28 @@ def room(types: dict[str, Any], job: dict[str, Any]) -> int:
     return total
 
 
+def on_kubernetes() -> dict[str, Any]:
+    """The pools of overlays/prod, written as the node types of `ray up`."""
+    types = {}
+    for group in cluster("overlays/prod")["spec"]["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        types[group["groupName"]] = {
+            "resources": {
+                "CPU": quantity(limits["cpu"]),
+                "GPU": quantity(limits.get("nvidia.com/gpu", 0)),
+            },
+            "labels": group["labels"],
+            "max_workers": group["maxReplicas"],
+        }
+    return types
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_the_cluster_holds_what_the_job_asks_for(path):
     job = yaml.safe_load(path.read_text())
     least, most = workers_of(job)
     assert room(dict(node_types(GROWING)), job) >= most
+    assert room(on_kubernetes(), job) >= most
     # Written for eight GPUs, it runs on the one machine too, where there are no pools.
     if least <= 8:
         assert room(dict(node_types(SINGLE)), job | {"node_pool": None}) >= least
