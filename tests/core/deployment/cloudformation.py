@@ -1,19 +1,24 @@
 """Reading the stack of cluster/aws."""
 
+import functools
 from typing import Any
 
 import yaml
 
 from tests.paths import ROOT
 
-STACK = ROOT / "cluster" / "aws" / "ddray.yaml"
+STACK = ROOT / "cluster" / "aws" / "stack.yaml"
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml's, where there is one.
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):
     """Takes `!Ref x` for what CloudFormation does: {"Ref": "x"}."""
 
 
-def _function(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> dict[str, Any]:
+def _function(loader: Any, tag: str, node: yaml.Node) -> dict[str, Any]:
     value: Any
     if isinstance(node, yaml.MappingNode):
         value = loader.construct_mapping(node, deep=True)
@@ -27,6 +32,7 @@ def _function(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> dict[str, A
 _Loader.add_multi_constructor("!", _function)
 
 
+@functools.cache
 def template() -> dict[str, Any]:
     return yaml.load(STACK.read_text("utf-8"), _Loader)
 

@@ -15,8 +15,9 @@ from tests.core.deployment.kuberay import (
     of_kind,
     problems,
     read,
-    walk,
+    templates,
 )
+from tests.core.deployment.test_kuberay_pods import asked, fits
 from tests.paths import ROOT
 
 EKS = ROOT / "cluster" / "eks"
@@ -39,10 +40,10 @@ def types_of(group: dict[str, Any]) -> list[str]:
 
 
 def pods(name: str) -> list[Document]:
-    """Of a build, or of the jobs, which none builds."""
+    """Templates of a build, or of the jobs, which none builds."""
     files = sorted(KUBERAY.glob("jobs/*.yaml"))
     documents = build(name) if name != "jobs" else [one for path in files for one in read(path)]
-    return [owner for document in documents for owner in walk(document) if "containers" in owner]
+    return [template for document in documents for _, template in templates(document)]
 
 
 def tolerates(tolerations: list[dict[str, Any]], taint: dict[str, Any]) -> bool:
@@ -54,25 +55,27 @@ def tolerates(tolerations: list[dict[str, Any]], taint: dict[str, Any]) -> bool:
     )
 
 
-def may_stand_on(pod: Document, group: dict[str, Any]) -> bool:
+def may_stand_on(spec: Document, group: dict[str, Any]) -> bool:
     """By labels and taints."""
-    return pod.get("nodeSelector", {}).items() <= group["labels"].items() and all(
-        tolerates(pod.get("tolerations", []), taint) for taint in group.get("taints", [])
+    return spec.get("nodeSelector", {}).items() <= group["labels"].items() and all(
+        tolerates(spec.get("tolerations", []), taint) for taint in group.get("taints", [])
     )
 
 
 @pytest.mark.parametrize("name", [*ON_EKS, "jobs"])
 def test_there_is_a_group_for_every_pod_and_no_other_takes_it(name: str) -> None:
-    for pod in pods(name):
-        groups = [group["name"] for group in node_groups() if may_stand_on(pod, group)]
-        assert groups == [pod.get("nodeSelector", {}).get(POOL, "heads")], pod
-        gpus = {
-            container.get("resources", {}).get("requests", {}).get(GPU, "0")
-            for container in pod["containers"]
-        }
-        (group,) = [one for one in node_groups() if one["name"] in groups]
-        tainted = GPU in {taint["key"] for taint in group.get("taints", [])}
-        assert tainted == (gpus != {"0"})
+    found = pods(name)
+    assert found
+    for pod in found:
+        spec = pod["spec"]
+        groups = [group for group in node_groups() if may_stand_on(spec, group)]
+        wanted = spec.get("nodeSelector", {}).get(POOL, "heads")
+        assert [group["name"] for group in groups] == [wanted], spec
+        for instance_type in types_of(groups[0]):
+            assert fits(asked(pod), instance_type), instance_type
+        # Machines with GPUs are for those who use them.
+        tainted = GPU in {taint["key"] for taint in groups[0].get("taints", [])}
+        assert tainted == (asked(pod)[GPU] > 0)
 
 
 def test_a_pod_that_has_no_node_is_noticed() -> None:
