@@ -4,6 +4,7 @@ What Ray itself says of the files is asked in a subprocess: core tests import no
 """
 
 import copy
+import importlib.util
 import json
 import re
 import shutil
@@ -277,6 +278,44 @@ def test_a_job_that_does_not_fit_is_noticed():
     assert room(types, job | {"num_gpus": 0.5}) == 8 * 16
     assert room(types, {"use_gpu": True, "threads": 100, "node_pool": "training"}) == 8
     assert room(types, {"node_pool": None, "threads": 16}) == 8 * 12 + 8 * 12 + 4
+
+
+@pytest.mark.parametrize("name", ON_AWS)
+def test_objects_spill_to_the_machines_own_disks(name):
+    options = [option.split() for option in load(name)["docker"]["run_options"]]
+    (spill,) = [one.split("=") for flag, one in options if one.startswith("RAY_object_spilling")]
+    (volume,) = [one.split(":") for flag, one in options if flag == "--volume"]
+    assert spill == ["RAY_object_spilling_directory", volume[1]]
+    # Where AWS's machine images mount the disks; made for the user whom the container runs as.
+    assert volume[0].startswith("/opt/dlami/nvme/")
+    made = load(name)["initialization_commands"][-1]
+    assert made.endswith(f'sudo install -d -o "$USER" {volume[0]}')
+    ray = Path(str(importlib.util.find_spec("ray").origin)).parent
+    assert f'"{spill[0]}"' in (ray / "_private" / "node.py").read_text()
+
+
+@pytest.mark.parametrize("name", ON_AWS)
+@pytest.mark.parametrize(
+    ("registry", "login"),
+    [
+        (
+            "111122223333.dkr.ecr.eu-west-1.amazonaws.com",
+            "login --username AWS --password-stdin 111122223333.dkr.ecr.eu-west-1.amazonaws.com: "
+            "ecr get-login-password --region eu-west-1",
+        ),
+        ("ghcr.io/me", None),
+    ],
+)
+def test_machines_log_in_to_a_registry_of_amazons(name, registry, login, tmp_path):
+    for tool, does in (("aws", 'echo "$@"'), ("docker", 'echo "$@: $(cat)" > login')):
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / tool).chmod(0o755)
+    (command,) = [one for one in load(name)["initialization_commands"] if "ecr" in one]
+    own = command.replace(IMAGE.partition("/")[0], registry)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    subprocess.run(["bash", "-c", own], cwd=tmp_path, env={"PATH": path}, check=True)
+    said = tmp_path / "login"
+    assert (said.read_text().strip() if said.exists() else None) == login
 
 
 # Who may come in
