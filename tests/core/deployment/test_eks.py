@@ -1,5 +1,6 @@
 """The files of cluster/eks: a node for every pod of cluster/kuberay, and what stands beside."""
 
+import functools
 import json
 from typing import Any
 
@@ -27,6 +28,7 @@ GPU = "nvidia.com/gpu"
 ON_EKS = [name for name in BUILDS if name not in ("overlays/dev", "base")]
 
 
+@functools.cache
 def load(name: str) -> dict[str, Any]:
     return yaml.safe_load((EKS / name).read_text("utf-8"))
 
