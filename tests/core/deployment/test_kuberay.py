@@ -308,6 +308,9 @@ def test_what_a_job_starts_is_in_the_image(name: str) -> None:
     model = "digits" if digits or name == "evaluate" else "llamagen-b"
     config = f"jobs/configs/{model}-{stage}.yaml"
     assert found["spec"]["entrypoint"] == f"python jobs/{stage}.py --config {config}"
+    # Those of the digits read and write the disk of overlays/dev, whose node has another image.
+    (image,) = images([found])
+    assert image.startswith("ddray:" if model == "digits" else PLACEHOLDER)
     for file in (f"jobs/{stage}.py", config):
         assert (ROOT / file).is_file(), file
     dockerfile = (ROOT / "cluster" / "Dockerfile").read_text("utf-8")
