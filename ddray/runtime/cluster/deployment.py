@@ -58,15 +58,14 @@ def write_config(
     folder = _empty_folder(out)
     names = {BUCKET: bucket, REGISTRY: registry, REGION: region}
     names |= dict.fromkeys(ACCOUNTS, account) if account else {}
-    written = 0
-    for path in list(_files()):
+    files = list(_files())
+    for path in files:
         copy = folder / path.relative_to(CHECKOUT)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(_renamed(path.read_text("utf-8"), names, account), "utf-8")
-        written += 1
+        copy.write_text(_renamed(path.read_text("utf-8"), names), "utf-8")
     return {
         "out": str(folder),
-        "files": written,
+        "files": len(files),
         "image": f"{registry}/ddray:{ddray.__version__}",
         "bucket": f"s3://{bucket}",
         "region": region,
@@ -74,14 +73,14 @@ def write_config(
     }
 
 
-def _renamed(text: str, names: dict[str, str], account: str | None) -> str:
-    if account is None:
+def _renamed(text: str, names: dict[str, str]) -> str:
+    if not names.keys() >= {*ACCOUNTS}:
         # Such a line says which role a service account has.
         lines = text.splitlines(keepends=True)
         text = "".join(line for line in lines if not any(one in line for one in ACCOUNTS))
-    for placeholder, name in names.items():
-        text = text.replace(placeholder, name)
-    return text
+    # At once, since a name may hold a placeholder: a bucket is often called after its region.
+    placeholders = re.compile("|".join(map(re.escape, names)))
+    return placeholders.sub(lambda found: names[found[0]], text)
 
 
 def _check_names(bucket: str, registry: str, region: str, account: str | None) -> None:

@@ -71,7 +71,10 @@ def test_every_placeholder_is_in_the_files_and_none_in_the_copies(own: Path) -> 
 
 def test_copies_say_the_same_with_other_names(own: Path) -> None:
     files = {name: text for name, text in texts(own).items() if name.endswith(".yaml")}
-    read = {name: [*yaml.load_all(t, yaml.BaseLoader)] for name, t in files.items() if "!" not in t}
+    # libyaml's, where there is one. The stack has tags of its own.
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    del files["cluster/aws/stack.yaml"]
+    read = {name: [*yaml.load_all(text, loader)] for name, text in files.items()}
     assert len(read) > 60
     (growing,) = read["ray-cluster.yaml"]
     assert growing["provider"]["region"] == OWN["region"]
@@ -80,6 +83,16 @@ def test_copies_say_the_same_with_other_names(own: Path) -> None:
     assert sample["out"] == f"s3://{OWN['bucket']}/sets/llamagen-b"
     (cluster,) = read["cluster/eks/cluster.yaml"]
     assert cluster["metadata"]["region"] == OWN["region"]
+
+
+def test_names_that_hold_a_placeholder_stay_as_they_are(tmp_path: Path) -> None:
+    bucket, registry = f"mine-{REGION}", f"{ACCOUNTS[0]}.dkr.ecr.{REGION}.amazonaws.com"
+    write_config(bucket, registry, "eu-central-1", str(tmp_path), account="444455556666")
+    growing = yaml.safe_load((tmp_path / "ray-cluster.yaml").read_text("utf-8"))
+    assert growing["docker"]["image"] == f"{registry}/ddray:{ddray.__version__}"
+    assert growing["provider"]["region"] == "eu-central-1"
+    sample = yaml.safe_load((tmp_path / "jobs/configs/var-d16-sample.yaml").read_text("utf-8"))
+    assert sample["out"] == f"s3://{bucket}/sets/var-d16"
 
 
 @pytest.mark.parametrize("account", [None, "444455556666"])
