@@ -91,6 +91,7 @@ def _parser(whole: bool = False) -> argparse.ArgumentParser:
             _add_job(stub, verb)
     _add_inspect(verbs.add_parser("inspect", help="what a set holds, and whether it is whole"))
     _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
+    _add_cluster(verbs.add_parser("cluster", help="files of clusters, with your names in them"))
     export = verbs.add_parser(
         "export", help="weights in the container of published files, or as a model folder"
     )
@@ -138,6 +139,23 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("name", help="name or model folder")
     verify.add_argument("--checkpoint", help="file of the network")
     verify.add_argument("--tokenizer", help="file of the tokenizer")
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    config = actions.add_parser(
+        "config",
+        help="write a copy of ray-cluster.yaml, cluster/ and jobs/ with the names of yours",
+    )
+    config.add_argument("--bucket", required=True, help="name of your bucket, without s3://")
+    config.add_argument(
+        "--registry", required=True, help="where you push images to: what goes before /ddray"
+    )
+    config.add_argument("--region", required=True, help="of AWS, such as eu-central-1")
+    config.add_argument("--out", required=True, help="folder to write: a new one, or empty")
+    config.add_argument(
+        "--account", help="of AWS, twelve digits (default: the registry's, if it is Amazon's)"
+    )
 
 
 def _config_class(verb: str) -> Any:
@@ -318,6 +336,20 @@ def _models(arguments: argparse.Namespace) -> None:
         print_json(verify(arguments.name, arguments.checkpoint, arguments.tokenizer))
 
 
+def _cluster(arguments: argparse.Namespace) -> None:
+    from ddray.runtime.cluster.deployment import write_config
+
+    print_json(
+        write_config(
+            arguments.bucket,
+            arguments.registry,
+            arguments.region,
+            arguments.out,
+            arguments.account,
+        )
+    )
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from ddray.models.published import export
 
@@ -408,7 +440,12 @@ def _run(argv: Sequence[str]) -> int:
     if verb not in _JOBS:
         if rest:
             _parser().error(f"unrecognized arguments: {' '.join(rest)}")
-        others = {"models": _models, "export": _export, "completion": _completion}
+        others = {
+            "models": _models,
+            "cluster": _cluster,
+            "export": _export,
+            "completion": _completion,
+        }
         if verb == "inspect":
             from ddray.runtime.inspecting import inspect
 

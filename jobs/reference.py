@@ -1,6 +1,6 @@
 """Statistics of real images, with which generated ones are compared.
 
-    ray job submit --working-dir jobs -- python reference.py s3://bucket/real --out s3://bucket/r.npz
+    ray job submit --working-dir jobs -- python reference.py s3://YOUR+BUCKET/real --out s3://YOUR+BUCKET/r.npz
 
 The flags are those of `ddray reference`. A job that is stopped goes on where it was.
 """

@@ -1,6 +1,6 @@
 """Put students behind HTTP on the cluster, for as long as the job runs: Ray Serve.
 
-    ray job submit --no-wait --working-dir jobs -- python serve.py --student s3://bucket/run/student
+    ray job submit --no-wait --working-dir jobs -- python serve.py --student s3://YOUR+BUCKET/run/student
 
 The flags are those of `ddray serve`. `ray job stop` lets what was begun be
 answered, then ends the service.

@@ -11,7 +11,7 @@ from ddray.config.base import Job, Locations, ModelNames, NodePool, WaitS
 class DoctorConfig(Job):
     """`ddray doctor`: whether this machine and every node of the cluster can do the work."""
 
-    EXAMPLE: ClassVar[str] = "ddray doctor --model digits-var --uri s3://bucket/runs"
+    EXAMPLE: ClassVar[str] = "ddray doctor --model digits-var --uri s3://YOUR+BUCKET/runs"
     HEADINGS: ClassVar[Mapping[str, str]] = {"What to look at": "model"}
 
     model: ModelNames = Field(

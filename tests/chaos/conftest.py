@@ -49,8 +49,8 @@ def serve() -> Iterator[Callable[..., Service]]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head of one CPU, to which this process is connected."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A head of one CPU, or as many as the parameter says, to which this process is connected."""
     # Not tmp_path: the names of Ray's sockets below it would be too long.
     temp_dir = tempfile.mkdtemp(prefix="ddr", dir="/tmp")
     # There Cluster notes its address, wherever its own folder is, and does not make the folder.
@@ -58,7 +58,7 @@ def cluster() -> Iterator[Cluster]:
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
-            "num_cpus": 1,
+            "num_cpus": getattr(request, "param", 1),
             "include_dashboard": False,
             "object_store_memory": 100 * 2**20,
             "temp_dir": temp_dir,

@@ -156,7 +156,7 @@ def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) ->
     assert shown == capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["inspect", "models"])
+@pytest.mark.parametrize("verb", ["cluster", "inspect", "models"])
 def test_the_other_verbs_have_help_too(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])

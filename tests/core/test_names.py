@@ -182,3 +182,13 @@ def test_functions_that_the_walks_name_are_where_they_say():
 )
 def test_what_is_not_there_is_noticed(dotted, missing):
     assert missing_part(dotted) == missing
+
+
+def test_no_text_that_is_run_or_typed_names_a_bucket_that_is_somebodys():
+    # What the tests make for themselves, and how a URI looks, as the code's messages have it.
+    shown = [(name, text) for name, text in texts() if not name.startswith(("tests/", "ddray/"))]
+    named = {
+        (name, found) for name, text in shown for found in re.findall(r"s3://(\w[\w.+-]*)", text)
+    }
+    # No bucket's name may hold a plus.
+    assert {pair for pair in named if "+" not in pair[1]} == {("docs/storage.md", "bucket")}

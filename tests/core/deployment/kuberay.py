@@ -1,7 +1,8 @@
 """Reading and checking the Kubernetes manifests.
 
-KubeRay's fields are those of kuberay-schema.json; the rules between them are its operator's
-(ray-operator/controllers/ray/utils/validation.go), as far as its features are on by default.
+Fields of KubeRay are those of kuberay-schema.json, all others those of kubernetes_validate. The
+rules between them are of KubeRay's operator (ray-operator/controllers/ray/utils/validation.go), as
+far as its features are on by default.
 """
 
 import copy
@@ -15,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import kubernetes_validate
 import yaml
 from kubernetes_validate.utils import schema_contents
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from referencing import Registry, Resource
 
 from tests.paths import ROOT
@@ -36,6 +36,8 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 # What KubeRay makes of a name, "-serve-svc", must fit into 63; a cluster that it names gets 6 more.
 _LONGEST = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
 _UNITS = {"m": 1e-3, "": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+# What Kubernetes reads as a number, which kubernetes_validate takes for any text.
+_QUANTITY = r"^[+-]?(\d+\.?\d*|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?$"
 
 Document = dict[str, Any]
 
@@ -86,7 +88,7 @@ def ray_specs(documents: list[Document]) -> list[Document]:
 
 def groups(spec: Document) -> list[Document]:
     """The head's group, then those of workers."""
-    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]
 
 
 def pool_of(spec: Document, name: str) -> Document:
@@ -110,49 +112,86 @@ def walk(value: object) -> Iterator[dict[str, Any]]:
             yield from walk(child)
 
 
+def templates(document: Document) -> Iterator[tuple[str, Document]]:
+    """Templates of the pods that an object makes, each with the name of its group."""
+    kind, spec = document["kind"], document.get("spec", {})
+    if kind == "Deployment" and spec:
+        yield document.get("metadata", {}).get("name", ""), spec["template"]
+    if "submitterPodTemplate" in spec:
+        yield "submitter", spec["submitterPodTemplate"]
+    key = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(kind)
+    ray = spec if kind == "RayCluster" else spec.get(key, {})
+    if ray:
+        for group in groups(ray):
+            yield group.get("groupName", "head"), group["template"]
+
+
 @functools.cache
-def _validator(kind: str) -> jsonschema.Draft202012Validator:
+def _core() -> Document:
+    """Schemas of Kubernetes itself: with its quantities as it reads them, and null for nothing."""
     folder = f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict"
-    core = schema_contents(f"{folder}/_definitions.json", KUBERNETES)
-    registry = Resource.from_contents(core) @ Registry()
-    return jsonschema.Draft202012Validator(
-        {"$defs": SCHEMA["$defs"], "$ref": f"#/$defs/{kind}"}, registry=registry
-    )
+    core: Document = schema_contents(f"{folder}/_definitions.json", KUBERNETES)
+    for schema in walk(core["$defs"]):
+        if isinstance(schema.get("type"), list):
+            schema["type"].remove("null")
+    quantity = {"type": ["string", "number"], "pattern": _QUANTITY}
+    core["$defs"]["io.k8s.apimachinery.pkg.api.resource.Quantity"] = quantity
+    return core
 
 
 @functools.cache
-def _core_problem(text: str) -> str | None:
-    try:
-        kubernetes_validate.validate(json.loads(text), KUBERNETES, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        return f"{'/'.join(map(str, error.path))}: {error.message}"
-    return None
+def _references() -> dict[tuple[str, str], str]:
+    """Where the schema of each apiVersion and kind stands."""
+    found = {}
+    for name, schema in _core()["$defs"].items():
+        for of in schema.get("x-kubernetes-group-version-kind", []):
+            version = f"{of['group']}/{of['version']}".removeprefix("/")
+            found[version, of["kind"]] = f"{_core()['$id']}#/$defs/{name}"
+    for name, schema in SCHEMA["$defs"].items():
+        if "kind" in schema.get("properties", {}):
+            found[schema["properties"]["apiVersion"]["const"], name] = f"#/$defs/{name}"
+    return found
+
+
+@functools.cache
+def _validator(reference: str) -> jsonschema.Draft202012Validator:
+    registry = Resource.from_contents(_core()) @ Registry()
+    schema = {"$defs": SCHEMA["$defs"], "$ref": reference}
+    return jsonschema.Draft202012Validator(schema, registry=registry)
 
 
 def problems(document: Document) -> list[str]:
     """What Kubernetes or KubeRay would have against an object."""
-    kind = document["kind"]
-    if kind not in SCHEMA["$defs"]:
-        found = _core_problem(json.dumps(document))
-        return [found] if found else []
+    document = _without_nulls(document)
+    named = (str(document.get("apiVersion")), str(document.get("kind")))
+    if named not in _references():
+        return [f"{named[1]} of {named[0]}: no such kind"]
     errors = [
         f"{'/'.join(map(str, error.path))}: {error.message}"
-        for error in _validator(kind).iter_errors(document)
+        for error in _validator(_references()[named]).iter_errors(document)
     ]
     if errors:
         return errors
-    name, spec = document["metadata"]["name"], document["spec"]
+    metadata, kind = document.get("metadata", {}), named[1]
+    name = metadata.get("name", "")
     if len(name) > _LONGEST.get(kind, 253) or not _DNS1035.fullmatch(name):
         errors.append(f"metadata/name: {name} is too long or no DNS label")
-    errors += [
-        f"a container without an image: {container}"
-        for owner in walk(spec)
-        for container in owner.get("containers", [])
-        if not container.get("image")
-    ]
-    annotations = document["metadata"].get("annotations", {})
+    for of, template in templates(document):
+        containers = template.get("spec", {}).get("containers", [])
+        if not containers:
+            errors.append(f"{of}: a pod without a container")
+        errors += [f"{of}: a container without an image" for c in containers if not c.get("image")]
     rules = {"RayCluster": cluster_rules, "RayJob": job_rules, "RayService": service_rules}
-    return errors + [*rules[kind](spec, annotations)] if kind in rules else errors
+    if errors or kind not in rules:
+        return errors
+    return [*rules[kind](document["spec"], metadata.get("annotations", {}))]
+
+
+def _without_nulls(value: Any) -> Any:
+    """As the API server reads it: a key without a value is not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def cluster_rules(spec: Document, annotations: Document) -> Iterator[str]:
@@ -161,7 +200,11 @@ def cluster_rules(spec: Document, annotations: Document) -> Iterator[str]:
     environment = {e["name"] for e in head["template"]["spec"]["containers"][0].get("env", [])}
     started = head.get("rayStartParams", {})
     automatic = spec.get("enableInTreeAutoscaling", False)
-    version = Version(spec.get("rayVersion", "0"))
+    try:
+        version = Version(spec.get("rayVersion", "0"))
+    except InvalidVersion:
+        yield f"rayVersion: {spec['rayVersion']} is no version"
+        return
     second = (
         automatic and scaler.get("version", "v2" if version >= Version("2.47") else "v1") == "v2"
     )
@@ -258,15 +301,24 @@ def job_rules(spec: Document, annotations: Document) -> Iterator[str]:
         yield "backoffLimit must be 0 in InteractiveMode"
     if mode == "SidecarMode" and spec.keys() & {"submitterPodTemplate", "submitterConfig"}:
         yield "SidecarMode has no submitter"
-    if not isinstance(yaml.safe_load(spec.get("runtimeEnvYAML", "{}")), dict):
+    if not _holds_object(spec.get("runtimeEnvYAML", "{}")):
         yield "runtimeEnvYAML must be an object"
     if "rayClusterSpec" in spec:
         yield from cluster_rules(spec["rayClusterSpec"], annotations)
 
 
+def _holds_object(text: str) -> bool:
+    try:
+        return isinstance(yaml.safe_load(text), dict)
+    except yaml.YAMLError:
+        return False
+
+
 def service_rules(spec: Document, annotations: Document) -> Iterator[str]:
     """Rules of ValidateRayServiceSpec."""
     ray, strategy = spec["rayClusterConfig"], spec.get("upgradeStrategy", {})
+    if not _holds_object(spec.get("serveConfigV2", "{}")):
+        yield "serveConfigV2 must be an object"
     if ray.get("authOptions", {}).get("enableK8sTokenAuth"):
         yield "enableK8sTokenAuth is not for services"
     if "upgradeStrategy" in ray:

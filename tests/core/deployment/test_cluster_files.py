@@ -4,7 +4,6 @@ What Ray itself says of the files is asked in a subprocess: core tests import no
 """
 
 import copy
-import gzip
 import importlib.util
 import json
 import re
@@ -24,6 +23,8 @@ from botocore.validate import ParamValidator
 import ddray
 from ddray.runtime.cluster.capacity import NODE_POOL_LABEL
 from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
+from tests.core.deployment.kuberay import cluster, quantity
+from tests.core.deployment.machines import instance_types
 from tests.paths import ROOT
 
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
@@ -140,14 +141,6 @@ def node_types(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def machines() -> dict[str, Any]:
-    """EC2's own description of its instance types, as moto keeps it."""
-    folder = Path(str(importlib.util.find_spec("moto").origin)).parent
-    path = folder / "ec2" / "resources" / "instance_types.json.gz"
-    return json.loads(gzip.decompress(path.read_bytes()))
-
-
-@pytest.fixture(scope="module")
 def run_instances() -> Any:
     """The shape of EC2's RunInstances, which Ray does not look at before it calls it."""
     model = botocore.session.get_session().get_service_model("ec2")
@@ -177,33 +170,19 @@ def merged(base: Any, more: Any) -> Any:
 
 def with_efa() -> dict[str, Any]:
     """What `EFA` tells its reader to make of the growing cluster."""
-    config = merged(load(GROWING), load(EFA))
-    del config["available_node_types"]["training"]["node_config"]["SecurityGroupIds"]
-    return config
+    return merged(load(GROWING), load(EFA))
 
 
-def test_efa_is_a_card_of_its_own_for_each_interface_in_one_subnet_and_group(run_instances):
-    training = with_efa()["available_node_types"]["training"]
-    node_config = training["node_config"]
-    assert faults_of(node_config, run_instances) == ""
-    assert node_config["Placement"] == {"GroupName": "ddray-training"}
-    cards = node_config["NetworkInterfaces"]
-    assert [card["NetworkCardIndex"] for card in cards] == [*range(32)]
-    # Only the first card has the machine's primary interface.
-    assert [card["DeviceIndex"] for card in cards] == [0] + [1] * 31
-    assert {card["InterfaceType"] for card in cards} == {"efa"}
-    places = {(card["SubnetId"], *card["Groups"]) for card in cards}
-    groups = load(GROWING)["available_node_types"]["head"]["node_config"]["SecurityGroupIds"]
-    assert places == {("subnet-0123456789abcdef0", *groups)}
-    options = training["docker"]["worker_run_options"]
+def test_efa_is_for_the_training_pool_alone():
+    options = with_efa()["available_node_types"]["training"]["docker"]["worker_run_options"]
     assert {"--env FI_PROVIDER=efa", "--env FI_EFA_USE_DEVICE_RDMA=1"} < {*options}
     # Nodes without EFA are as they were.
     assert "worker_run_options" not in str(load(GROWING))
 
 
 @pytest.mark.parametrize("name", ON_AWS)
-def test_resources_are_those_of_the_machines(name, machines):
-    head = load(name)["head_node_type"]
+def test_resources_are_those_of_the_machines(name):
+    machines, head = instance_types(), load(name)["head_node_type"]
     for kind, node_type in node_types(name):
         has, machine = node_type["resources"], machines[node_type["node_config"]["InstanceType"]]
         if name == GROWING and kind == head:
@@ -262,11 +241,28 @@ def room(types: dict[str, Any], job: dict[str, Any]) -> int:
     return total
 
 
+def on_kubernetes() -> dict[str, Any]:
+    """The pools of overlays/prod, written as the node types of `ray up`."""
+    types = {}
+    for group in cluster("overlays/prod")["spec"]["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        types[group["groupName"]] = {
+            "resources": {
+                "CPU": quantity(limits["cpu"]),
+                "GPU": quantity(limits.get("nvidia.com/gpu", 0)),
+            },
+            "labels": group["labels"],
+            "max_workers": group["maxReplicas"],
+        }
+    return types
+
+
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_the_cluster_holds_what_the_job_asks_for(path):
     job = yaml.safe_load(path.read_text())
     least, most = workers_of(job)
     assert room(dict(node_types(GROWING)), job) >= most
+    assert room(on_kubernetes(), job) >= most
     # Written for eight GPUs, it runs on the one machine too, where there are no pools.
     if least <= 8:
         assert room(dict(node_types(SINGLE)), job | {"node_pool": None}) >= least
@@ -284,6 +280,44 @@ def test_a_job_that_does_not_fit_is_noticed():
     assert room(types, {"node_pool": None, "threads": 16}) == 8 * 12 + 8 * 12 + 4
 
 
+@pytest.mark.parametrize("name", ON_AWS)
+def test_objects_spill_to_the_machines_own_disks(name):
+    options = [option.split() for option in load(name)["docker"]["run_options"]]
+    (spill,) = [one.split("=") for flag, one in options if one.startswith("RAY_object_spilling")]
+    (volume,) = [one.split(":") for flag, one in options if flag == "--volume"]
+    assert spill == ["RAY_object_spilling_directory", volume[1]]
+    # Where AWS's machine images mount the disks; made for the user whom the container runs as.
+    assert volume[0].startswith("/opt/dlami/nvme/")
+    made = load(name)["initialization_commands"][-1]
+    assert made.endswith(f'sudo install -d -o "$USER" {volume[0]}')
+    ray = Path(str(importlib.util.find_spec("ray").origin)).parent
+    assert f'"{spill[0]}"' in (ray / "_private" / "node.py").read_text()
+
+
+@pytest.mark.parametrize("name", ON_AWS)
+@pytest.mark.parametrize(
+    ("registry", "login"),
+    [
+        (
+            "111122223333.dkr.ecr.eu-west-1.amazonaws.com",
+            "login --username AWS --password-stdin 111122223333.dkr.ecr.eu-west-1.amazonaws.com: "
+            "ecr get-login-password --region eu-west-1",
+        ),
+        ("ghcr.io/me", None),
+    ],
+)
+def test_machines_log_in_to_a_registry_of_amazons(name, registry, login, tmp_path):
+    for tool, does in (("aws", 'echo "$@"'), ("docker", 'echo "$@: $(cat)" > login')):
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / tool).chmod(0o755)
+    (command,) = [one for one in load(name)["initialization_commands"] if "ecr" in one]
+    own = command.replace(IMAGE.partition("/")[0], registry)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    subprocess.run(["bash", "-c", own], cwd=tmp_path, env={"PATH": path}, check=True)
+    said = tmp_path / "login"
+    assert (said.read_text().strip() if said.exists() else None) == login
+
+
 # Who may come in
 
 
@@ -291,8 +325,8 @@ def test_a_job_that_does_not_fit_is_noticed():
 def test_nobody_is_let_in_by_default(name):
     for _, node_type in node_types(name):
         config = node_type["node_config"]
-        assert config["SecurityGroupIds"]  # else Ray opens port 22 to everybody
-        assert config["IamInstanceProfile"]["Arn"]  # else Ray makes a role that may do anything
+        assert config["LaunchTemplate"]  # has the security group; else Ray opens port 22 to all
+        assert config["IamInstanceProfile"]["Name"]  # else Ray makes a role that may do anything
         assert config["MetadataOptions"]["HttpTokens"] == "required"
         # Else Ray takes an image of 2022, whose driver knows no CUDA 13.
         assert re.match(r"(ami-|resolve:ssm:/aws/service/deeplearning/)", config["ImageId"])
@@ -342,13 +376,15 @@ def test_placeholders_are_listed_at_the_head(name):
     text = (ROOT / name).read_text()
     head = text[: text.index("\ncluster_name:")]
     assert all(not line or line.startswith("#") for line in head.splitlines())
-    listed = head[head.index("Replace before use") :]
+    listed = head[head.index("What is yours here") :]
     rest = yaml.safe_dump(load(name))
     used = re.findall(
-        r"registry\.example\.com/ddray|\d{12}(?=:)|sg-\w+|us-west-2|192\.0\.2\.\d+|~/\.ssh/\w+",
+        r"registry\.example\.com/ddray|us-west-2|192\.0\.2\.\d+|~/\.ssh/\w+",
         rest,
     )
     assert IMAGE in used
+    # Ids are of one account: what has one is named by the stack instead.
+    assert re.findall(r"\b(?:\d{12}|(?:sg|subnet|lt|vpc|ami|cr)-[0-9a-f]{8,})\b", rest) == []
     assert [value for value in set(used) if value not in listed] == []
 
 

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import botocore.session
 import pytest
 import yaml
+from botocore import xform_name
 
 from ddray.cli import main
 from ddray.models.catalog import PUBLISHED
+from tests.core.deployment.cloudformation import template
+from tests.core.deployment.machines import instance_types
 from tests.paths import ROOT
 
 GUIDE = ROOT / "docs" / "cluster.md"
@@ -123,3 +127,91 @@ def test_gpu_hours_are_those_of_a_dry_run_and_of_the_configs(
         line for line in GUIDE.read_text().splitlines() if line.lower().startswith(f"| {model} ")
     )
     assert [cell.strip() for cell in row.split("|")][3:5] == hours
+
+
+# AWS and EKS
+
+# Of the command line of AWS alone, which is no package here.
+NO_OPERATIONS = {"cloudformation deploy", "ecr get-login-password", "s3 rb"}
+QUOTAS = {
+    ("P", False): "L-417A185B",
+    ("G", False): "L-DB2E81BA",
+    ("G", True): "L-3819A6DF",
+    ("M", False): "L-1216C47A",
+    ("M", True): "L-34B43A08",
+}
+
+
+def test_quotas_are_what_full_pools_take() -> None:
+    taken = dict.fromkeys(QUOTAS.values(), 0)
+    for kind in yaml.safe_load((ROOT / "ray-cluster.yaml").read_text())[
+        "available_node_types"
+    ].values():
+        machine = kind["node_config"]["InstanceType"]
+        spot = "InstanceMarketOptions" in kind["node_config"]
+        vcpus = instance_types()[machine]["VCpuInfo"]["DefaultVCpus"]
+        taken[QUOTAS[machine[0].upper(), spot]] += vcpus * kind.get("max_workers", 1)
+    rows = re.findall(r"^\| [^|]+ \| `(L-\w+)` \| (\d+) \|", GUIDE.read_text(), re.MULTILINE)
+    assert {code: int(vcpus) for code, vcpus in rows} == taken
+    groups = {
+        group["name"]: group["maxSize"]
+        * instance_types()[group["instanceType"]]["VCpuInfo"]["DefaultVCpus"]
+        for group in yaml.safe_load((ROOT / "cluster" / "eks" / "cluster.yaml").read_text())[
+            "managedNodeGroups"
+        ]
+        if group["name"] in ("heads", "serving")
+    }
+    said = re.search(r"another quota: (\d+)\s+vCPUs .*? and (\d+) of", GUIDE.read_text(), re.DOTALL)
+    assert said and (int(said[1]), int(said[2])) == (groups["serving"], groups["heads"])
+
+
+def test_the_stack_takes_what_the_guide_gives_it() -> None:
+    known = template()["Parameters"]
+    (deploy,) = _of("aws cloudformation deploy")
+    given = set(re.findall(r" (\w+)=", deploy.partition("--parameter-overrides")[2])) - {"Name"}
+    needed = {name for name, told in known.items() if "Default" not in told}
+    assert needed <= given <= set(known)
+    others = set(re.findall(r"[` ]([A-Z][a-z]\w+)=[\w.]", GUIDE.read_text().partition(deploy)[2]))
+    assert {"SpotRole", "CapacityBlock", "ReservedMachines"} <= others - {"Name"} <= set(known)
+
+
+@pytest.mark.slow
+def test_commands_of_aws_are_operations_with_their_flags() -> None:
+    session, told = botocore.session.get_session(), set()
+    for command in re.findall(r"\baws [^|)\n]*", "\n".join(commands())):
+        _, service, operation, *words = command.split()
+        told.add(f"{service} {operation}")
+        if f"{service} {operation}" in NO_OPERATIONS:
+            continue
+        model = session.get_service_model(service)
+        (name,) = [one for one in model.operation_names if xform_name(one, "-") == operation]
+        members = model.operation_model(name).input_shape.members
+        flags = {word for word in words if word.startswith("--")}
+        assert flags - {"--query", "--output"} <= {f"--{xform_name(one, '-')}" for one in members}
+    assert told > NO_OPERATIONS
+
+
+def test_own_names_are_written_by_the_command_of_the_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = _of("ddray cluster config")
+    monkeypatch.chdir(tmp_path)
+    # As it stands there, it names no bucket.
+    assert main(shlex.split(line)[1:]) == 2
+    assert main(shlex.split(line.replace("YOUR+BUCKET", "mine"))[1:]) == 0
+    config = yaml.safe_load((tmp_path / "mine" / "ray-cluster.yaml").read_text())
+    (registry,) = _of("export REGISTRY=")
+    assert config["docker"]["image"].startswith(registry.partition("=")[2])
+
+
+def test_charts_and_clusters_are_made_and_ended_from_files_that_there_are() -> None:
+    for line in _of("helm install", "eksctl"):
+        for file in re.findall(r"--(?:values|config-file) (\S+)", line):
+            assert (ROOT / file).is_file(), line
+    repositories = {line.split()[3] for line in _of("helm repo add")}
+    charts = {line.split()[3].partition("/")[0] for line in _of("helm install")}
+    assert charts == repositories
+    created, deleted = _of("eksctl create"), _of("eksctl delete")
+    assert len(created) == len(deleted) == 1
+    (operator,) = _of("helm install kuberay-operator")
+    assert operator in (ROOT / "cluster" / "README.md").read_text()

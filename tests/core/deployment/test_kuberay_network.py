@@ -90,7 +90,7 @@ def test_policies_budgets_and_monitors_select_pods_that_there_are() -> None:
         for kind in ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor")
         for one in of_kind(documents, kind)
     }
-    assert len(selectors) == 11
+    assert len(selectors) == 9
     for name, selector in selectors.items():
         selected = [sort for sort, pod in pods().items() if selects(selector, pod["labels"])]
         assert selected, name
@@ -130,14 +130,22 @@ def test_nobody_connects_but_who_must() -> None:
         assert may_connect(peer, every["redis"], 6379) == (name in heads)
 
 
-def test_budgets_are_of_a_kind_that_kuberays_pods_can_have() -> None:
-    budgets = of_kind(build("base"), "PodDisruptionBudget")
-    # Pods without a controller that Kubernetes knows have neither percentages nor maxUnavailable.
-    assert [one["spec"].get("minAvailable") for one in budgets] == [1, 1, 1]
-    covered = {
-        sort
-        for one in budgets
-        for sort, pod in pods().items()
-        if selects(one["spec"]["selector"], pod["labels"])
+def test_budgets_keep_the_service_and_let_every_drain_through() -> None:
+    least = {
+        f"{name}/{group.get('groupName', 'headgroup')}": group.get("minReplicas", 1)
+        for name, ray in (
+            ("ddray", cluster("base")["spec"]),
+            ("ddray-serving", service()["spec"]["rayClusterConfig"]),
+        )
+        for group in groups(ray)
     }
-    assert covered == {"ddray/headgroup", "ddray-serving/headgroup", "ddray-serving/serving"}
+    covered = []
+    for budget in of_kind(build("base"), "PodDisruptionBudget"):
+        # Pods without a controller that Kubernetes knows have no percentages and no maxUnavailable.
+        keep = budget["spec"]["minAvailable"]
+        selector = budget["spec"]["selector"]
+        for sort, pod in pods().items():
+            if selects(selector, pod["labels"]):
+                covered.append(sort)
+                assert 1 <= keep < least[sort], "a node that is drained would wait for ever"
+    assert covered == ["ddray-serving/serving"]
