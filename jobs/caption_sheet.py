@@ -7,15 +7,17 @@ The captions are not chosen: the first that the training saw, then the first of 
 
 import argparse
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import ddray
-from ddray.method.model import Model
+from ddray.errors import ConfigError
 from ddray.report.pictures import to_uint8
-from ddray.text.loading import load_text_encoder, own_captions, own_encoder
+from ddray.text.loading import own_captions
 
 COLUMNS, SIDE, FONT, LINES, GAP = 6, 64, 11, 2, 8
 PAPER, INK, FAINT = "#ffffff", "#222222", "#777777"
@@ -26,15 +28,16 @@ def distinct_lines(file: str | Path, count: int) -> list[str]:
     return [*dict.fromkeys(Path(file).read_text().splitlines())][:count]
 
 
-def images_of(model: Model, captions: list[str], schedule: str | None) -> Tensor:
-    """Images of a teacher, or of a student by a schedule, from seed 0."""
-    sizes = model.model.config
-    condition = load_text_encoder(own_encoder(model.config), length=sizes.cls_token_num)(captions)
-    if schedule is None:
-        tokens = model.sample(condition, seed=0, cfg=model.config["default_cfg"])
-    else:
-        tokens = model.generate(condition, seed=0, schedule=schedule)
-    return model.decode(tokens)
+def own_lines(config: Mapping[str, Any], count: int) -> list[str]:
+    """Captions of a bundled model: half of them held out.
+
+    Raises:
+        ConfigError: for another model.
+    """
+    files = [own_captions(config, held_out=held_out) for held_out in (False, True)]
+    if None in files:
+        raise ConfigError("only bundled models bring captions: give --captions FILE")
+    return [line for file in files for line in distinct_lines(str(file), count // 2)]
 
 
 def sheet(captions: list[str], rows: list[Tensor], names: list[str]) -> Image.Image:
@@ -69,18 +72,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default="emoji-llamagen")
     parser.add_argument("--student", help="absent = the teacher alone")
+    parser.add_argument("--captions", type=Path, help="a file, one a line; absent = the teacher's")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path("runs/captions.png"))
     args = parser.parse_args()
     teacher = ddray.load_teacher(args.teacher)
-    files = [own_captions(teacher.config, held_out=held_out) for held_out in (False, True)]
-    captions = [line for file in files if file for line in distinct_lines(file, args.count // 2)]
-    rows, names = [images_of(teacher, captions, None)], [f"teacher, {teacher.num_tokens} steps"]
+    if args.captions:
+        captions = distinct_lines(args.captions, args.count)
+    else:
+        captions = own_lines(teacher.config, args.count)
+    tokens = teacher.sample(captions, seed=0, cfg=teacher.default_cfg)
+    rows, names = [teacher.decode(tokens)], [f"teacher, {len(teacher.stages)} steps"]
     if args.student:
         student = ddray.load_student(args.student)
-        second = ",".join(map(str, student.config["schedule"]))
-        rows += [images_of(student, captions, schedule) for schedule in (second, "0")]
-        names += ["2 steps", "1 step"]
+        learnt = student.config["schedule"]
+        for steps in range(len(learnt), 0, -1):
+            schedule = ",".join(map(str, learnt[:steps]))
+            codes = student.generate(captions, seed=0, schedule=schedule)
+            rows.append(student.decode(codes))
+            names.append("1 step" if steps == 1 else f"{steps} steps")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(captions, rows, names).save(args.out)
 

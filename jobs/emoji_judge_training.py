@@ -34,7 +34,10 @@ def train_judge(
     seen = pixels(pictures), as_tokens_show(pictures, vq)
     asked = [picture.captions() for picture in pictures]
     draw = Draw(pictures, seed=5)
-    states = States(work / "judge.pt", draw, model=towers, optimizer=optimizer, schedule=schedule)
+    run = {"steps": steps, "pictures": len(pictures)}
+    states = States(
+        work / "judge.pt", run, draw, model=towers, optimizer=optimizer, schedule=schedule
+    )
     for step in states.steps(steps):
         numbers = draw.rows(96, each=2)
         ways = torch.randint(3, (len(numbers),), generator=draw.random).tolist()
@@ -73,8 +76,10 @@ def write_judge(towers: EmojiTowers, held: list[Picture], folder: Path) -> None:
     """The folder of the judge, and beside it the real pictures as features."""
     width = towers.captions.word.in_features
     card = {"family": "emoji-judge", "text_encoder": "emoji-words", "word_width": width}
-    save_folder(folder, card, model=half(towers.cpu()))
+    # The folder's config comes last, and says that all is there.
+    folder.mkdir(parents=True, exist_ok=True)
     write_reference(held, folder / "held-out.npz")
+    save_folder(folder, card, model=half(towers.cpu()))
 
 
 def tell_judge(folder: Path, pictures: list[Picture]) -> None:

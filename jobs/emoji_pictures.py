@@ -86,13 +86,18 @@ def plain(name: str) -> str:
     return " ".join(words(name.replace("_", " ")))
 
 
+def _version(file: Path) -> list[int]:
+    """The numbers in a file's name, which begin with its version."""
+    return [*map(int, re.findall(r"\d+", file.name))]
+
+
 def package(folder: Path, pattern: str) -> Path:
     """The newest file of a package in a folder.
 
     Raises:
         ConfigError: if there is none.
     """
-    found = sorted(folder.glob(pattern))
+    found = sorted(folder.glob(pattern), key=_version)
     if not found:
         raise ConfigError(f"{folder} lacks {pattern}; the head of {Path(__file__).name} says how")
     return found[-1]

@@ -1,8 +1,9 @@
 """What the trainings of all bundled teachers share: tokenizers, steps, float16 files."""
 
+import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddray.errors import ConfigError
 from ddray.models.llamagen_vq import LlamaGenVQ
 
 STATE_EVERY = 200
@@ -87,22 +89,31 @@ class States:
 
     Args:
         file: where.
+        run: what the training depends on; the states of another one are refused.
         parts: what has `state_dict` and `load_state_dict`.
         draw: of the rows; has `state_dict` and `load_state_dict` too.
     """
 
-    def __init__(self, file: Path, draw: Any, **parts: Any):
-        self._file, self._parts, self._draw = file, parts, draw
+    def __init__(self, file: Path, run: Mapping[str, Any], draw: Any, **parts: Any):
+        self._file, self._run, self._parts, self._draw = file, dict(run), parts, draw
 
     def begin(self) -> int:
-        """The step to go on with, everything being as it was; 0 where nothing is written."""
+        """The step to go on with, everything being as it was; 0 where nothing is written.
+
+        Raises:
+            ConfigError: if what is written is of another run.
+        """
         if not self._file.exists():
             return 0
-        state = torch.load(self._file, weights_only=True)
+        state = torch.load(self._file, weights_only=True, map_location="cpu")
+        if state["run"] != self._run:
+            raise ConfigError(f"{self._file} is of {state['run']}, not of {self._run}: delete it")
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self._draw.load_state_dict(state["draw"])
         torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
         return int(state["step"])
 
     def write(self, step: int) -> None:
@@ -111,7 +122,14 @@ class States:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._file.with_suffix(".new")
         drawn = self._draw.state_dict()
-        state = {"step": step, "draw": drawn, "random": torch.get_rng_state(), **parts}
+        state = {
+            "run": self._run,
+            "step": step,
+            "draw": drawn,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            **parts,
+        }
         torch.save(state, unfinished)
         unfinished.replace(self._file)
 
@@ -121,6 +139,16 @@ class States:
             yield step
             if step % STATE_EVERY == STATE_EVERY - 1 or step == stop - 1:
                 self.write(step + 1)
+
+
+def forget(file: Path) -> None:
+    """Delete the states of a stage whose outcome is saved."""
+    file.unlink(missing_ok=True)
+
+
+def digest(tensor: Tensor) -> str:
+    """What a tensor is known by."""
+    return hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def report(stage: str, step: int, steps: int, **values: Tensor) -> None:

@@ -4,10 +4,6 @@
 
 Where the packages come from stands at the head of jobs/emoji_pictures.py. Each stage is skipped
 where it is in the output folder; one that was killed goes on from the last of its states in --work.
-
-Words and judge are bundled. The teacher is not: after 4000 steps it had 0.75 nats a token on
-pictures that it learnt and 5.7 on others, so it knows them by their first tokens, not by their
-captions, which the judge finds for one image in ten.
 """
 
 import argparse
@@ -27,6 +23,8 @@ from teacher_training import (
     DEVICE,
     States,
     descend,
+    digest,
+    forget,
     half,
     optimise,
     quantise_llamagen,
@@ -40,6 +38,7 @@ from ddray.models.llamagen import LlamaGen, LlamaGenConfig
 from ddray.models.llamagen_vq import LlamaGenVQ, LlamaGenVQConfig
 from ddray.storage.checkpoint import load_folder, load_into, save_folder
 from ddray.text.averaging import AveragingConfig, AveragingEncoder, DeepAveraging, read_averaging
+from ddray.text.loading import EMOJI
 from ddray.text.words import WordEncoder
 from ddray.text.words import words as words_of
 
@@ -161,7 +160,10 @@ def train_tokenizer(pictures: list[Picture], work: Path, steps: int) -> LlamaGen
     images = pixels(pictures)
     draw = Draw(pictures, seed=2)
     used = torch.zeros(len(codes), device=DEVICE)
-    states = States(work / "tokenizer.pt", draw, model=vq, optimizer=optimizer, schedule=schedule)
+    run = {"steps": steps, "pictures": len(pictures)}
+    states = States(
+        work / "tokenizer.pt", run, draw, model=vq, optimizer=optimizer, schedule=schedule
+    )
     for step in states.steps(steps):
         batch = moved(images[draw.rows(32)], draw.random).to(DEVICE)
         quantised = quantise_llamagen(vq, batch)
@@ -252,7 +254,8 @@ def train_text(
     asked = [caption for picture in train for caption in picture.captions()]
     ways = len(asked) // len(train)
     features, mask = words(asked)
-    states = States(work / "text.pt", draw, model=both, optimizer=optimizer, schedule=schedule)
+    run = {"steps": steps, "tokens": digest(tokens_NL)}
+    states = States(work / "text.pt", run, draw, model=both, optimizer=optimizer, schedule=schedule)
     for step in states.steps(steps):
         numbers = draw.rows(256)
         told = numbers * ways + torch.randint(ways, (len(numbers),), generator=draw.random)
@@ -335,7 +338,14 @@ def train_teacher(
         load_into(model, start, "the weights to begin with")
     model.to(DEVICE)
     optimizer, schedule = optimise(model, 2e-3 if start is None else 1e-3, steps)
-    states = States(work / "teacher.pt", draw, model=model, optimizer=optimizer, schedule=schedule)
+    run = {
+        "steps": steps,
+        "tokens": digest(train.tokens_NL),
+        "captions": digest(train.captions.features_BTD[:, 0]),
+    }
+    states = States(
+        work / "teacher.pt", run, draw, model=model, optimizer=optimizer, schedule=schedule
+    )
     for step in states.steps(steps):
         numbers = draw.rows(32)
         ways = torch.randint(train.ways, (len(numbers),), generator=draw.random)
@@ -365,6 +375,7 @@ def write_teacher(teacher: LlamaGen, vq: LlamaGenVQ, folder: Path) -> None:
         **asdict(teacher.config),
         "default_cfg": DEFAULT_CFG,
         "text_encoder": "emoji-text",
+        "images": EMOJI,
         "example_captions": EXAMPLES,
         "tokenizer": asdict(vq.config),
     }
@@ -395,24 +406,29 @@ def main() -> None:
 
     words_folder, vq_folder = args.out / "emoji-words", args.work / "tokenizer"
     if to_do("words", words_folder):
-        make_encoder(args.packages, train, words_folder)
+        # The folder's config comes last, and says that all is there.
+        words_folder.mkdir(parents=True, exist_ok=True)
         write_captions(train, words_folder / "captions.txt", 20_000, seed=6)
         write_captions(held, words_folder / "held-out.txt", 5_000, seed=7)
+        make_encoder(args.packages, train, words_folder)
     words = WordEncoder.load(words_folder, length=LENGTH, device=DEVICE)
     if to_do("tokenizer", vq_folder):
         vq = train_tokenizer(train, args.work, args.tokenizer_steps)
         save_folder(vq_folder, {"family": "tokenizer"}, model=half(vq.cpu(), STATISTICS))
+        forget(args.work / "tokenizer.pt")
     vq = new_tokenizer()
     load_into(vq, load_folder(vq_folder)[1], str(vq_folder), STATISTICS)
     vq.to(DEVICE)
     if to_do("judge", args.out / "emoji-judge"):
         towers = train_judge(train, vq, words, args.work, args.judge_steps)
         write_judge(towers, held, args.out / "emoji-judge")
+        forget(args.work / "judge.pt")
         tell_judge(args.out / "emoji-judge", pictures)
     learnt, unseen = (tokens_of(part, vq) for part in (train, held))
     if to_do("text", args.out / "emoji-text"):
         text = train_text(train, learnt, words, args.work, args.text_steps)
         text.save(args.out / "emoji-text")
+        forget(args.work / "text.pt")
     if to_do("teacher", args.out / "emoji-llamagen"):
         text = read_averaging(args.out / "emoji-text").to(DEVICE)
         encode = AveragingEncoder(text, words, length=POSITIONS)
@@ -427,6 +443,7 @@ def main() -> None:
             args.teacher_steps,
         )
         write_teacher(teacher, vq, args.out / "emoji-llamagen")
+        forget(args.work / "teacher.pt")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ddray.metrics.measurement import METRICS, OF_CAPTIONS, check_metrics
 from ddray.metrics.network import FeatureNetwork
 from ddray.metrics.reference import Reference
 from ddray.models.zoo import BUNDLED_JUDGES, EMOJI_REFERENCE
-from ddray.text.loading import BUNDLED_ENCODERS, own_encoder
+from ddray.text.loading import makes_emoji
 
 _REFERENCE_FILES = (".npz", ".pth", ".pt")
 
@@ -73,7 +73,7 @@ class Judges:
     @property
     def is_emoji(self) -> bool:
         """Whether images are the emoji that the bundled judge knows."""
-        return self._model is not None and own_encoder(self._model.config) in BUNDLED_ENCODERS
+        return self._model is not None and makes_emoji(self._model.config)
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:

@@ -84,7 +84,9 @@ def left_padded(cond: Any, length: int, width: int, device: torch.device) -> Cap
     """
     pair = isinstance(cond, tuple | list) and len(cond) == 2
     if not pair or not all(hasattr(part, "shape") for part in cond):
-        raise ConfigError("captions are a pair: features [B, T, D] and mask [B, T]")
+        raise ConfigError(
+            "captions are a list of texts, or a pair: features [B, T, D] and mask [B, T]"
+        )
     features, mask = (torch.as_tensor(part, device=device) for part in cond)
     if features.dim() != 3 or features.shape[2] != width or features.shape[:2] != mask.shape:
         raise ConfigError(

@@ -75,7 +75,7 @@ class Masked(Model):
         """Tokens of images in so many passes of the network.
 
         Args:
-            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            cond_B: class ids [B]; for a text model texts, or (features [B, T, D], mask [B, T]).
             steps: passes K, from 1 to L; guidance doubles the work of each.
             seed: together with `index` decides every draw.
             index: sample indices [B]; None = 0..B-1.

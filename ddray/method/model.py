@@ -3,7 +3,7 @@
 Shapes: B batch, L all tokens, V codebook size, E code width.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal
@@ -16,6 +16,9 @@ from ddray.method.conditioning import Condition, class_ids, left_padded
 from ddray.method.graphs import Graphs, Pass
 from ddray.method.seeding import index_tensor
 from ddray.storage.checkpoint import fingerprint
+
+Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""A text encoder: captions to features [B, T, D], padded on the right, and mask [B, T]."""
 
 
 class Tokenizer:
@@ -93,7 +96,11 @@ class Tokenizer:
 
 
 class Model:
-    """What teacher and student share: a network, its tokenizer, its config."""
+    """What teacher and student share: a network, its tokenizer, its config.
+
+    Attributes:
+        open_encoder: loads the text encoder that the model was trained with, where it has one.
+    """
 
     def __init__(self, model: Any, tokenizer: Tokenizer, config: dict[str, Any], name: str):
         self.model = model
@@ -105,6 +112,7 @@ class Model:
         self.num_tokens = sum(self.stages)
         self.num_classes: int = model.config.num_classes
         self.conditioning: Literal["class", "text"] = model.conditioning
+        self.open_encoder: Callable[[], Encode] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -155,16 +163,35 @@ class Model:
             )
         return self.tokenizer.encode(images)
 
+    @cached_property
+    def encoder(self) -> Encode:
+        """The text encoder that the model was trained with, loaded when it is first asked for.
+
+        Raises:
+            ConfigError: if the model was built without one, or its package is missing.
+            CheckpointError: if it cannot be loaded.
+        """
+        if self.open_encoder is None:
+            raise ConfigError(f"{self.name} has no text encoder here: give features and mask")
+        return self.open_encoder()
+
     def condition(self, cond_B: Any) -> Condition:
-        """What the network takes for class ids [B] or, for a text model, (features, mask).
+        """What the network takes for class ids [B] or, for a text model, captions.
+
+        Args:
+            cond_B: ids; or a list of texts, which the model's own encoder reads, or (features,
+                mask) of any.
 
         Raises:
             ConfigError: for an id outside 0..num_classes (num_classes is the null class), or
-                captions of another size.
+                captions of another size or without text.
+            CheckpointError: if the text encoder cannot be loaded.
         """
         if self.conditioning == "class":
             return class_ids(cond_B, self.num_classes, self.device)
         sizes = self.model.config
+        if isinstance(cond_B, list | tuple) and cond_B and isinstance(cond_B[0], str):
+            cond_B = self.encoder(cond_B)
         return left_padded(cond_B, sizes.cls_token_num, sizes.caption_dim, self.device)
 
     def replayed(self, kind: Hashable, work: Pass, *given: Tensor) -> tuple[Tensor, ...]:

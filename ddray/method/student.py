@@ -92,7 +92,7 @@ class Student(Model):
 
         Args:
             x_BLE: float [B, L, E], codes of the first t stages, noise behind them.
-            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            cond_B: class ids [B]; for a text model texts, or (features [B, T, D], mask [B, T]).
             t_B: number of leading stages that are data [B].
 
         Returns:
@@ -122,7 +122,7 @@ class Student(Model):
         """Images' codes in one jump per entry of the schedule.
 
         Args:
-            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            cond_B: class ids [B]; for a text model texts, or (features [B, T, D], mask [B, T]).
             noise: float [B, L, E]; None = `noise(seed, index)`.
             index: sample indices [B]; None = 0..B-1.
             seed: run seed.

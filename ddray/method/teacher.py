@@ -22,8 +22,8 @@ from ddray.method.guidance import check_filters, draw, filter_logits
 from ddray.method.model import Model
 from ddray.method.seeding import standard_normal, uniforms
 
-AskedFor = Sequence[int] | Tensor | tuple[Tensor, Tensor]
-"""Class ids [B], or caption features float [B, T, D] and their mask [B, T], right-padded."""
+AskedFor = Sequence[int] | Sequence[str] | Tensor | tuple[Tensor, Tensor]
+"""Class ids [B]; or captions: texts, or features float [B, T, D] and mask [B, T], right-padded."""
 
 
 SAMPLING = {
@@ -101,7 +101,7 @@ class Teacher(Model):
         """Teacher-forced logits with guidance, before temperature and filters.
 
         Args:
-            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            cond_B: class ids [B]; for a text model texts, or (features [B, T, D], mask [B, T]).
             tokens_BL: int64 [B, L].
             cfg: guidance as the family means it; None = off.
 
@@ -139,7 +139,7 @@ class Teacher(Model):
         tokens drawn independently of one another: K - n + 1 passes in place of K.
 
         Args:
-            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            cond_B: class ids [B]; for a text model texts, or (features [B, T, D], mask [B, T]).
             cfg: guidance as the family means it; None = off.
             cfg_interval: guide the first cfg_interval + 2 stages only; -1 = all.
             top_k: codes kept, 0 = off, 1 = greedy.
@@ -189,7 +189,7 @@ class Teacher(Model):
         `sample`'s.
 
         Args:
-            cond_B: class ids [B], or for a text model (features [B, T, D], mask [B, T]).
+            cond_B: class ids [B]; for a text model texts, or (features [B, T, D], mask [B, T]).
             index_B: sample indices [B].
             seed: run seed of the noise.
             cfg: as in `sample`.

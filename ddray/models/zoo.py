@@ -6,15 +6,16 @@ Models are built on the meta device and take the loaded tensors over, so weights
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ddray.errors import CheckpointError, ConfigError, one_line
 from ddray.locations import BUNDLED
 from ddray.method.masked_decoding import Masked
-from ddray.method.model import Tokenizer
+from ddray.method.model import Model, Tokenizer
 from ddray.method.student import Student
 from ddray.method.teacher import Teacher
 from ddray.models.catalog import BUNDLED_MODELS, PUBLISHED
@@ -39,6 +40,9 @@ from ddray.storage.checkpoint import (
     read_config,
     read_weights,
 )
+from ddray.text.loading import load_text_encoder, own_encoder
+
+M = TypeVar("M", bound=Model)
 
 Source = str | Path | Mapping[str, Any]
 """Weights: a file, or a state dict in memory."""
@@ -223,6 +227,15 @@ def image_side(config: Mapping[str, Any], name: str = "the given model") -> int:
     return math.isqrt(last) * codec.config.patch
 
 
+def _reading(model: M) -> M:
+    """The model; one of captions with the way to the text encoder that it was trained with."""
+    if model.conditioning == "text":
+        length = model.model.config.cls_token_num
+        source = own_encoder(model.config)
+        model.open_encoder = partial(load_text_encoder, source, length=length, device=model.device)
+    return model
+
+
 def load_teacher(
     spec: str | Path | Mapping[str, Any],
     *,
@@ -253,7 +266,7 @@ def load_teacher(
     network, codec, config, name = _build(
         "teacher", spec, checkpoint, tokenizer, device, dtype, decode_dtype
     )
-    return Teacher(network, codec, config, name)
+    return _reading(Teacher(network, codec, config, name))
 
 
 def load_student(
@@ -269,7 +282,7 @@ def load_student(
     network, codec, config, name = _build(
         "student", spec, checkpoint, tokenizer, device, dtype, decode_dtype
     )
-    return Student(network, codec, config, name)
+    return _reading(Student(network, codec, config, name))
 
 
 def load_masked(
@@ -285,7 +298,7 @@ def load_masked(
     network, codec, config, name = _build(
         "masked model", spec, checkpoint, tokenizer, device, dtype, decode_dtype
     )
-    return Masked(network, codec, config, name)
+    return _reading(Masked(network, codec, config, name))
 
 
 def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
@@ -306,7 +319,8 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
     network = family.network(sizes_of(family.config, sizes, "the student"))
     network.to(teacher.device)
     network.init_from_teacher(teacher.model, teacher.codebook)
-    card = _card(teacher, "default_cfg", "class_names", "example_captions", "text_encoder")
+    told = ("default_cfg", "class_names", "example_captions", "text_encoder", "images")
+    card = _card(teacher, *told)
     return network, {
         "family": family_name,
         **sizes,
@@ -367,7 +381,7 @@ def new_masked(teacher: Teacher) -> tuple[MaskedTransformer, dict[str, Any]]:
     if network.conditioning == "text":
         null_TD: torch.Tensor = network.cls_embedding.uncond_embedding  # type: ignore[assignment]
         null_TD.copy_(teacher.model.cls_embedding.uncond_embedding)
-    card = _card(teacher, "class_names", "text_encoder")
+    card = _card(teacher, "class_names", "text_encoder", "images")
     return network, {
         "family": "masked",
         **asdict(sizes),

@@ -29,7 +29,7 @@ from ddray.runtime.training.worker import STUDENT_FOLDER
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import read_config
 from ddray.storage.run_folder import claim
-from ddray.text.loading import own_captions
+from ddray.text.loading import makes_emoji
 
 T = TypeVar("T")
 
@@ -103,12 +103,12 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         "minutes": round(minutes, 2),
         "peak_memory_gb": round(gigabytes, 2),
     }
-    of_captions = own_captions(read_config(evaluating.student)) is not None
+    of_emoji = makes_emoji(read_config(evaluating.student))
     report = build_report(
         evaluated,
         pictures,
         evaluation.columns,
-        title=f"Distilled Decoding on {'emoji' if of_captions else 'real digits'}",
+        title=f"Distilled Decoding on {'emoji' if of_emoji else 'real digits'}",
         subtitle=f"{config.teacher}, distilled on this machine into a student of "
         f"one and two steps: {sampling.count} trajectories, "
         f"{distilling.steps} steps of {distilling.batch_size}",

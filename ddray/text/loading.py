@@ -20,12 +20,19 @@ BUNDLED_ENCODERS = {
     "emoji-text": "what the names of emoji mean, from the vectors of their words",
 }
 """What comes inside the package."""
+EMOJI = "emoji"
+"""What configs of models that were trained on the bundled emoji say of their images."""
 _EMOJI_CAPTIONS = BUNDLED / "emoji-words"
 
 
 def own_encoder(config: Mapping[str, Any]) -> str:
     """The encoder that a model was trained with, as its config says; else LlamaGen's."""
     return str(config.get("text_encoder") or FLAN_T5_XL)
+
+
+def makes_emoji(config: Mapping[str, Any]) -> bool:
+    """Whether a model was trained on the bundled emoji, or distilled from one that was."""
+    return config.get("images") == EMOJI
 
 
 def own_captions(config: Mapping[str, Any], *, held_out: bool = False) -> str | None:
@@ -35,7 +42,7 @@ def own_captions(config: Mapping[str, Any], *, held_out: bool = False) -> str | 
         config: of the model.
         held_out: whether of those that its training saw none of, or of those that it saw.
     """
-    if own_encoder(config) not in BUNDLED_ENCODERS:
+    if not makes_emoji(config):
         return None
     return str(_EMOJI_CAPTIONS / ("held-out.txt" if held_out else "captions.txt"))
 

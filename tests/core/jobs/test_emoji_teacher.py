@@ -127,7 +127,7 @@ def test_a_stage_that_was_killed_goes_on_bit_for_bit(job, pieces, tmp_path, monk
             optimizer, schedule = job.optimise(model, 0.1, 10)
             draw = job.Draw(pictures, seed=1)
             parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-            for step in job.States(file, draw, **parts).steps(10):
+            for step in job.States(file, {"steps": 10}, draw, **parts).steps(10):
                 if step == stop:
                     break
                 rows = draw.rows(8).float()[:, None] / 1000 + torch.rand(8, 3)
@@ -137,6 +137,8 @@ def test_a_stage_that_was_killed_goes_on_bit_for_bit(job, pieces, tmp_path, monk
     whole = weights(tmp_path / "whole.pt", [10])
     again = weights(tmp_path / "again.pt", [3, 6, 9, 10])
     assert all(torch.equal(again[name], value) for name, value in whole.items())
+    with pytest.raises(ConfigError, match=r"again.pt is of \{'steps': 10\}, not of \{'steps': 4\}"):
+        job.States(tmp_path / "again.pt", {"steps": 4}, job.Draw(pictures, seed=1)).begin()
 
 
 def test_moved_pictures_are_white_from_outside(job):
@@ -176,3 +178,9 @@ def test_layers_of_a_new_teacher_keep_the_size_of_what_they_get(job):
     common = model.tok_embeddings.weight.mean(0)
     assert float(common.std()) == pytest.approx(1, abs=0.2)
     assert not model.output.weight.any()
+
+
+def test_the_newest_package_is_taken(job, tmp_path):
+    for version in ("2.9.0", "2.10.0", "2.14.1"):
+        (tmp_path / f"emoji-{version}-py3-none-any.whl").touch()
+    assert job.package(tmp_path, "emoji-*.whl").name == "emoji-2.14.1-py3-none-any.whl"

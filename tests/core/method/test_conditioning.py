@@ -101,7 +101,10 @@ def test_a_student_reads_its_caption_but_not_the_padding(teacher):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ([0, 1], r"captions are a pair: features \[B, T, D\] and mask \[B, T\]"),
+        (
+            [0, 1],
+            r"captions are a list of texts, or a pair: features \[B, T, D\] and mask \[B, T\]",
+        ),
         (
             captions([2], width=4),
             r"captions are \[1, 5, 4\] with mask \[1, 5\], expected \[B, T, 3\]",
