@@ -49,7 +49,7 @@ def sheet(captions: list[str], rows: list[Tensor], names: list[str]) -> Image.Im
         names: of the generators.
     """
     font = ImageFont.load_default(FONT)
-    width = len(rows) * SIDE + GAP
+    width = max(2, len(rows)) * SIDE + GAP
     height = SIDE + LINES * (FONT + 3) + GAP
     high = -(-len(captions) // COLUMNS) * height + FONT + 2 * GAP
     page = Image.new("RGB", (COLUMNS * width + GAP, high), PAPER)
@@ -62,7 +62,7 @@ def sheet(captions: list[str], rows: list[Tensor], names: list[str]) -> Image.Im
         for k, images in enumerate(pixels):
             tile = Image.fromarray(images[number]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             page.paste(tile, (left + k * SIDE, top))
-        lines = textwrap.wrap(caption, width=int(2 * len(rows) * SIDE / FONT))[:LINES]
+        lines = textwrap.wrap(caption, width=int(1.8 * (width - GAP) / FONT))[:LINES]
         draw.text((left + 2, top + SIDE + 2), "\n".join(lines), INK, font)
     return page
 

@@ -78,6 +78,7 @@ _CARD_FIELDS = {
     "class_names",
     "example_captions",
     "text_encoder",
+    "images",
     "schedule",
     "split",
     "code_precision",
