@@ -40,9 +40,8 @@ def drill(folder: Path, stage: str, begun: Callable[[], object], *flags: object)
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(ray_head(dashboard_port=port))
         environment = {**first.environment, "RAY_ADDRESS": first.dashboard}
-        submitting = subprocess.Popen(
-            command, env=environment, stdout=printed.open("wb"), stderr=subprocess.STDOUT
-        )
+        out = stack.enter_context(printed.open("wb"))
+        submitting = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
         stack.callback(submitting.kill)
 
         def alive() -> bool:
