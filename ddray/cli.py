@@ -91,7 +91,7 @@ def _parser(whole: bool = False) -> argparse.ArgumentParser:
             _add_job(stub, verb)
     _add_inspect(verbs.add_parser("inspect", help="what a set holds, and whether it is whole"))
     _add_models(verbs.add_parser("models", help="models that ddray knows by name"))
-    _add_cluster(verbs.add_parser("cluster", help="files of clusters, with your names in them"))
+    _add_cluster(verbs.add_parser("cluster", help="files of clusters, jobs that outlive a head"))
     export = verbs.add_parser(
         "export", help="weights in the container of published files, or as a model folder"
     )
@@ -156,6 +156,16 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     config.add_argument(
         "--account", help="of AWS, twelve digits (default: the registry's, if it is Amazon's)"
     )
+    submit = actions.add_parser(
+        "submit",
+        help="a job to the cluster at RAY_ADDRESS, and again whenever it is lost with its head",
+    )
+    submit.add_argument("--submission-id", required=True, help="name of the job")
+    submit.add_argument("--working-dir", required=True, help="folder that goes with it")
+    submit.add_argument(
+        "--most-lost", type=int, default=10, help="how often it may be lost (default: 10)"
+    )
+    submit.add_argument("entrypoint", nargs="+", help="the command, after --")
 
 
 def _config_class(verb: str) -> Any:
@@ -337,6 +347,16 @@ def _models(arguments: argparse.Namespace) -> None:
 
 
 def _cluster(arguments: argparse.Namespace) -> None:
+    if arguments.action == "submit":
+        from ddray.runtime.cluster.submission import submit
+
+        submit(
+            arguments.entrypoint,
+            arguments.submission_id,
+            arguments.working_dir,
+            arguments.most_lost,
+        )
+        return
     from ddray.runtime.cluster.deployment import write_config
 
     print_json(

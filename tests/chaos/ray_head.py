@@ -131,6 +131,7 @@ def ray_head(
     num_cpus: int = 3,
     ip: str = "127.0.0.1",
     port: int | None = None,
+    dashboard_port: int | None = None,
     prefix: Sequence[str] = (),
     **variables: str,
 ) -> Iterator[RayHead]:
@@ -141,11 +142,12 @@ def ray_head(
         num_cpus: of the head's node.
         ip: at which it listens.
         port: of the GCS; None = a free one.
+        dashboard_port: of the dashboard; None = a free one.
         prefix: of the command, such as one that enters a network namespace.
         variables: more of its environment.
     """
     folder = Path(tempfile.mkdtemp(prefix="ddr", dir="/tmp"))  # short, for the paths of sockets
-    port, dashboard, agent = port or free_port(), free_port(), free_port()
+    port, dashboard, agent = port or free_port(), dashboard_port or free_port(), free_port()
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DDRAY_"))}
     environment = {
         **kept,

@@ -29,6 +29,9 @@ SCHEMA = json.loads(Path(__file__).with_name("kuberay-schema.json").read_text("u
 KUBERNETES = "1.34"
 BUILDS = ["base", "overlays/dev", "overlays/prod", "overlays/efa", "."]
 """Folders that kustomize builds, below cluster/kuberay; the last is the service and monitoring."""
+OWN_CLUSTER = ["distill", "evaluate", "generate", "sample"]
+"""Stages whose job may have a cluster of its own: folders below cluster/kuberay/own-cluster."""
+QUEUE = "kueue.x-k8s.io/queue-name"
 # libyaml's, where there is one: the dashboard is long.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DNS1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -77,6 +80,12 @@ def service() -> Document:
 
 def job(stage: str) -> Document:
     (found,) = read(KUBERAY / "jobs" / f"{stage}.yaml")
+    return found
+
+
+def job_with_cluster(stage: str) -> Document:
+    """The same with a cluster of its own."""
+    (found,) = build(f"own-cluster/{stage}")
     return found
 
 
@@ -184,7 +193,10 @@ def problems(document: Document) -> list[str]:
     rules = {"RayCluster": cluster_rules, "RayJob": job_rules, "RayService": service_rules}
     if errors or kind not in rules:
         return errors
-    return [*rules[kind](document["spec"], metadata.get("annotations", {}))]
+    errors = [*rules[kind](document["spec"], metadata.get("annotations", {}))]
+    if kind == "RayJob" and QUEUE in metadata.get("labels", {}):
+        errors += queue_rules(document["spec"])
+    return errors
 
 
 def _without_nulls(value: Any) -> Any:
@@ -305,6 +317,21 @@ def job_rules(spec: Document, annotations: Document) -> Iterator[str]:
         yield "runtimeEnvYAML must be an object"
     if "rayClusterSpec" in spec:
         yield from cluster_rules(spec["rayClusterSpec"], annotations)
+
+
+def queue_rules(spec: Document) -> Iterator[str]:
+    """Rules of Kueue's webhook for a RayJob that names a queue, without elastic jobs (an alpha)."""
+    ray = spec.get("rayClusterSpec")
+    if spec.get("clusterSelector") or ray is None:
+        yield "Kueue leaves a job alone that has no cluster of its own"
+        return
+    if not spec.get("shutdownAfterJobFinishes"):
+        yield "Kueue wants shutdownAfterJobFinishes"
+    if ray.get("enableInTreeAutoscaling"):
+        yield "Kueue takes no cluster that grows by itself"
+    names = [group["groupName"] for group in ray.get("workerGroupSpecs", [])]
+    if len(names) > 7 or "head" in names:
+        yield "Kueue takes seven groups of workers, none called head"
 
 
 def _holds_object(text: str) -> bool:

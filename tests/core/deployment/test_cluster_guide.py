@@ -15,6 +15,7 @@ from botocore import xform_name
 from ddray.cli import main
 from ddray.models.catalog import PUBLISHED
 from tests.core.deployment.cloudformation import template
+from tests.core.deployment.kuberay import build
 from tests.core.deployment.machines import instance_types
 from tests.paths import ROOT
 
@@ -33,7 +34,7 @@ def _of(*words: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("line", _of("ray job submit"))
+@pytest.mark.parametrize("line", _of("ray job submit", "ddray cluster submit"))
 def test_a_job_of_the_guide_is_one_with_sound_flags(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,10 +71,7 @@ def test_files_for_ray_up_and_docker_and_kubectl_are_there() -> None:
         if name := re.search(r" (-f|-k) (cluster/\S+)", line):
             assert (ROOT / name[2]).exists(), line
             if name[1] == "-k":
-                kubectl = Path(sys.executable).with_name("kubectl")
-                subprocess.run(
-                    [kubectl, "kustomize", ROOT / name[2]], check=True, capture_output=True
-                )
+                assert build(str(ROOT / name[2])), line
 
 
 def test_every_secret_that_pods_need_is_made_by_a_command_of_the_guide() -> None:

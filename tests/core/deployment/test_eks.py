@@ -10,12 +10,10 @@ import yaml
 from tests.core.deployment.cloudformation import resources, statements
 from tests.core.deployment.kuberay import (
     BUILDS,
-    KUBERAY,
     Document,
     build,
     of_kind,
     problems,
-    read,
     templates,
 )
 from tests.core.deployment.test_kuberay_pods import asked, fits
@@ -42,10 +40,8 @@ def types_of(group: dict[str, Any]) -> list[str]:
 
 
 def pods(name: str) -> list[Document]:
-    """Templates of a build, or of the jobs, which none builds."""
-    files = sorted(KUBERAY.glob("jobs/*.yaml"))
-    documents = build(name) if name != "jobs" else [one for path in files for one in read(path)]
-    return [template for document in documents for _, template in templates(document)]
+    """Templates of a build."""
+    return [template for document in build(name) for _, template in templates(document)]
 
 
 def tolerates(tolerations: list[dict[str, Any]], taint: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """The Kubernetes manifests: valid, in the files and as overlays make them, and true to the rest."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from ddray.config.serving import ServeConfig
 from tests.core.deployment.kuberay import (
     BUILDS,
     KUBERAY,
+    OWN_CLUSTER,
+    QUEUE,
     ROOT,
     SCHEMA,
     Document,
@@ -22,6 +25,7 @@ from tests.core.deployment.kuberay import (
     cluster,
     groups,
     job,
+    job_with_cluster,
     of_kind,
     pool_of,
     problems,
@@ -37,8 +41,12 @@ POOL = "ddray.io/node-pool"
 PLACEHOLDER = "registry.example.com/ddray"
 FILES = sorted(
     [
-        *(path for path in KUBERAY.glob("base/*.yaml") if path.name != "kustomization.yaml"),
-        *KUBERAY.glob("jobs/*.yaml"),
+        *(
+            path
+            for folder in ("base", "jobs")
+            for path in (KUBERAY / folder).glob("*.yaml")
+            if path.name != "kustomization.yaml"
+        ),
         KUBERAY / "overlays" / "dev" / "digits.yaml",
         KUBERAY / "service.yaml",
         KUBERAY / "monitoring.yaml",
@@ -289,7 +297,10 @@ def test_the_service_finds_its_keys_on_every_node() -> None:
 
 
 def test_there_is_a_job_for_every_stage() -> None:
-    assert sorted(path.stem for path in KUBERAY.glob("jobs/*.yaml")) == STAGES
+    assert [path.stem for path in FILES if path.parent.name == "jobs"] == STAGES
+    assert [one["metadata"]["labels"] for one in build("jobs")] == [
+        {"ddray.io/stage": stage} for stage in STAGES
+    ]
     (base,) = {cluster(name)["metadata"]["name"] for name in BUILDS if name != "."}
     for stage in STAGES:
         found = job(stage)
@@ -298,6 +309,60 @@ def test_there_is_a_job_for_every_stage() -> None:
         assert found["spec"]["clusterSelector"] == {"ray.io/cluster": base}
         assert found["spec"]["backoffLimit"] == 0 and "submissionMode" in found["spec"]
         assert f"jobs/{stage}.yaml" in (KUBERAY / "jobs" / f"{stage}.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize("stage", OWN_CLUSTER)
+def test_a_job_with_a_cluster_of_its_own_is_begun_again_by_kuberay(stage: str) -> None:
+    found = job_with_cluster(stage)
+    assert problems(found) == []
+    plain, spec = job(stage), found["spec"]
+    assert found["metadata"].pop("namespace") == "ddray"
+    # Of the same name, so that the two are never there at a time.
+    assert found["metadata"] == plain["metadata"]
+    changed = {
+        *("rayClusterSpec", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"),
+        *("clusterSelector", "deletionStrategy", "entrypoint", "submitterPodTemplate"),
+    }
+    assert {k: v for k, v in spec.items() if k not in changed} == {
+        k: v for k, v in plain["spec"].items() if k not in changed
+    }
+    assert spec["backoffLimit"] >= 3 and spec["shutdownAfterJobFinishes"]
+    # GPUs wait no longer than it takes to look.
+    assert spec["ttlSecondsAfterFinished"] <= 60
+    config = f"jobs/configs/llamagen-b-{stage}.yaml"
+    # Its workers come back after the head, and nothing grows here that a job would wait for.
+    assert spec["entrypoint"] == f"python jobs/{stage}.py --config {config} --set wait_s=600"
+    assert spec["submitterConfig"]["backoffLimit"] >= 2
+    assert images([found]) == {f"{PLACEHOLDER}:{ddray.__version__}{end}" for end in ("", "-cpu")}
+
+
+@pytest.mark.parametrize("stage", OWN_CLUSTER)
+def test_the_cluster_of_a_job_is_that_of_prod_with_as_many_nodes_as_its_config_takes(
+    stage: str,
+) -> None:
+    spec = job_with_cluster(stage)["spec"]["rayClusterSpec"]
+    prod = cluster("overlays/prod")["spec"]
+    (group,) = spec.pop("workerGroupSpecs")
+    config = yaml.safe_load((ROOT / f"jobs/configs/llamagen-b-{stage}.yaml").read_text("utf-8"))
+    assert group["groupName"] == config["node_pool"]
+    gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    workers = int(str(config["workers"]).rpartition(":")[2])
+    assert group["replicas"] == math.ceil(workers * config.get("num_gpus", 1) / gpus)
+    assert group | {"replicas": 0} == pool_of(prod, group["groupName"])
+    assert spec == {key: prod[key] for key in ("authOptions", "headGroupSpec", "rayVersion")}
+
+
+def test_kueue_may_keep_a_job_waiting(tmp_path: Path) -> None:
+    kustomization = {
+        "resources": [os.path.relpath(KUBERAY / "own-cluster" / "sample", tmp_path)],
+        "components": [os.path.relpath(KUBERAY / "components" / "queue", tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    (queued,) = build(str(tmp_path))
+    assert problems(queued) == []
+    assert queued["metadata"]["labels"].pop(QUEUE)
+    assert queued["spec"].pop("suspend") is True
+    assert queued == job_with_cluster("sample")
 
 
 @pytest.mark.parametrize("name", [*STAGES, "digits"])

@@ -7,7 +7,6 @@ import yaml
 
 from tests.core.deployment.kuberay import (
     BUILDS,
-    KUBERAY,
     ROOT,
     Document,
     build,
@@ -17,7 +16,6 @@ from tests.core.deployment.kuberay import (
     pool_of,
     quantity,
     ray_specs,
-    read,
     service,
     templates,
 )
@@ -25,13 +23,6 @@ from tests.core.deployment.machines import allocatable, instance_types
 
 CAPACITY = "karpenter.sh/capacity-type"
 README = (ROOT / "cluster" / "README.md").read_text("utf-8")
-
-
-def documents_of(name: str) -> list[Document]:
-    """Of a build, or the jobs, which none builds."""
-    if name != "jobs":
-        return build(name)
-    return [read(path)[0] for path in sorted(KUBERAY.glob("jobs/*.yaml"))]
 
 
 # Room
@@ -214,7 +205,7 @@ def test_pods_are_such_that_the_namespace_takes_them(name: str) -> None:
     """Kubernetes' pod security standard `restricted`, as far as our pods have its fields."""
     (namespace,) = of_kind(build("base"), "Namespace")
     assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
-    found = [template["spec"] for one in documents_of(name) for _, template in templates(one)]
+    found = [template["spec"] for one in build(name) for _, template in templates(one)]
     assert found
     for pod in found:
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
@@ -227,7 +218,7 @@ def test_pods_are_such_that_the_namespace_takes_them(name: str) -> None:
             assert context["allowPrivilegeEscalation"] is False
             assert context["capabilities"] == {"drop": ["ALL"]}
             assert not any("hostPort" in port for port in container.get("ports", []))
-    for spec in ray_specs(documents_of(name)):
+    for spec in ray_specs(build(name)):
         assert spec["autoscalerOptions"]["securityContext"] == context
 
 
@@ -236,8 +227,8 @@ def test_no_pod_sees_gpus_that_are_not_its_own(name: str) -> None:
     dockerfile = (ROOT / "cluster" / "Dockerfile").read_text("utf-8")
     assert "NVIDIA_VISIBLE_DEVICES=all" in dockerfile
     void = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
-    containers = [spec["autoscalerOptions"] for spec in ray_specs(documents_of(name))]
-    for _, template in [found for one in documents_of(name) for found in templates(one)]:
+    containers = [spec["autoscalerOptions"] for spec in ray_specs(build(name))]
+    for _, template in [found for one in build(name) for found in templates(one)]:
         containers += template["spec"]["containers"]
     for container in containers:
         if not container.get("image", "").startswith("redis:"):

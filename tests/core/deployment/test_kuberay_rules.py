@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from tests.core.deployment.kuberay import (
+    QUEUE,
     Document,
     build,
     cluster,
     job,
+    job_with_cluster,
     of_kind,
     problems,
     service,
@@ -62,6 +64,7 @@ _WRONG_CLUSTERS: list[tuple[str, object, str]] = [
     ("apiVersion", _DELETE, "RayCluster of None: no such kind"),
     ("metadata/title", "ddray", "unexpected"),
 ]
+_DELETED = {"policy": "DeleteSelf", "condition": {"jobStatus": "SUCCEEDED"}}
 _WRONG_JOBS: list[tuple[str, object, str]] = [
     ("spec/entryPoint", "python x.py", "unexpected"),
     ("spec/submissionMode", "K8SJobMode", "not one of"),
@@ -85,6 +88,18 @@ _WRONG_JOBS: list[tuple[str, object, str]] = [
     ("spec/submitterPodTemplate/spec/containers/0/resources/limits/cpu", "x", "does not match"),
     ("metadata/name", "d" * 48, "too long"),
 ]
+_OWN = "spec/rayClusterSpec/"
+_WRONG_QUEUED: list[tuple[str, object, str]] = [
+    ("spec/shutdownAfterJobFinishes", False, "Kueue wants shutdownAfterJobFinishes"),
+    ("spec/shutdownAfterJobFinishes", False, "suspend needs a cluster of its own that is shut"),
+    ("spec/clusterSelector", {"ray.io/cluster": "ddray"}, "Kueue leaves a job alone"),
+    ("spec/deletionStrategy", {"deletionRules": [_DELETED]}, "exclude each other"),
+    (_OWN + "enableInTreeAutoscaling", True, "Kueue takes no cluster that grows by itself"),
+    (_OWN + "workerGroupSpecs/0/groupName", "head", "none called head"),
+    (_OWN + "workerGroupSpecs/0/maxReplicas", _DELETE, "without an autoscaler minReplicas and"),
+    (_OWN + "rayVersion", "2.51.0", "needs rayVersion 2.52"),
+    ("spec/submissionMode", "SidecarMode", "SidecarMode has no submitter"),
+]
 _WRONG_SERVICES: list[tuple[str, object, str]] = [
     ("spec/serveConfig", "", "unexpected"),
     ("spec/serveConfigV2", "applications: [", "serveConfigV2 must be an object"),
@@ -103,9 +118,18 @@ _WRONG_REDIS: list[tuple[str, object, str]] = [
 ]
 
 
+def queued_job() -> Document:
+    """One that waits in a queue of Kueue for a cluster of its own."""
+    found = job_with_cluster("sample")
+    found["metadata"]["labels"][QUEUE] = "ddray"
+    found["spec"]["suspend"] = True
+    return found
+
+
 _RIGHT: dict[str, Callable[[], Document]] = {
     "RayCluster": lambda: cluster("base"),
     "RayJob": lambda: job("sample"),
+    "queued RayJob": queued_job,
     "RayService": service,
     "Deployment": lambda: of_kind(build("base"), "Deployment")[0],
 }
@@ -118,6 +142,7 @@ _RIGHT: dict[str, Callable[[], Document]] = {
         for kind, cases in (
             ("RayCluster", _WRONG_CLUSTERS),
             ("RayJob", _WRONG_JOBS),
+            ("queued RayJob", _WRONG_QUEUED),
             ("RayService", _WRONG_SERVICES),
             ("Deployment", _WRONG_REDIS),
         )
