@@ -1,7 +1,8 @@
 """How well images fit the captions that they were asked for by: similarity, and retrieval.
 
 Retrieval asks which of a hundred captions is nearest to an image: its own, and 99 others of the
-same set, drawn once for all. Chance is 0.01.
+same set, drawn once for all. Chance is 0.01. Captions of one embedding, such as two spellings of
+the same words, are one caption.
 
 Shapes: N images, U different captions, D features of an embedding.
 """
@@ -51,12 +52,13 @@ def retrieved(images: Tensor, captions: Tensor, own: Tensor) -> Tensor:
 
     Args:
         images: embeddings float [N, D].
-        captions: embeddings float [U, D] of different captions.
+        captions: embeddings float [U, D]; equal ones count as one caption.
         own: which of them is the image's, int64 [N].
 
     Returns:
-        bool [N]. With fewer than a hundred captions, of as many as there are.
+        bool [N]. With fewer than a hundred different captions, of as many as there are.
     """
+    captions, own = _different(captions, own)
     # Neighbours in the order of the captions may be variants of one another.
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
     place = order.argsort()
@@ -69,6 +71,14 @@ def retrieved(images: Tensor, captions: Tensor, own: Tensor) -> Tensor:
         others = likeness_NC[:, 1:].amax(1) if len(steps) > 1 else torch.full((len(rows),), -1.0)
         found.append(likeness_NC[:, 0] > others)
     return torch.cat(found)
+
+
+def _different(captions: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Each embedding once, in the order of the first ones, and which of them is each image's."""
+    _, first, which = np.unique(captions.numpy(), axis=0, return_index=True, return_inverse=True)
+    kept = np.sort(first)
+    place = np.searchsorted(kept, first[which.reshape(-1)])
+    return captions[kept], torch.from_numpy(place)[own]
 
 
 class CaptionAgreement:

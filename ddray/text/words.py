@@ -27,15 +27,28 @@ _PIECES = "pieces"
 _VECTORS = "vectors"
 _SEPARATOR = "\n"
 _WORD = re.compile(r"[a-z0-9]+")
+_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215f\u2189]")
+_APOSTROPHE = re.compile("['\u2018\u2019\u02bb-\u02bf]")
+_WITHIN_A_WORD = {"Mn", "Cf"}  # marks, and formats such as the soft hyphen
 
 
 def words(caption: str) -> list[str]:
     """The words of a caption: runs of letters a to z and digits, other letters without their marks.
 
-    What has none of them, such as a caption in another script, has no words.
+    Apostrophes, marks and signs of no width stand within a word; every other sign divides words,
+    and so do letters of other scripts. A caption in another script has no words.
     """
-    letters = unicodedata.normalize("NFKD", caption.lower()).encode("ascii", "ignore").decode()
-    return _WORD.findall(letters.replace("'", ""))
+    # Or "5½" would be 51 and 2.
+    apart = _FRACTION.sub(r" \g<0>", caption.casefold())
+    letters = _APOSTROPHE.sub("", unicodedata.normalize("NFKD", apart))
+    return _WORD.findall("".join(map(_plain, letters)))
+
+
+def _plain(sign: str) -> str:
+    """A sign of ASCII as it is; of others what they leave between their neighbours."""
+    if sign.isascii():
+        return sign
+    return "" if unicodedata.category(sign) in _WITHIN_A_WORD else " "
 
 
 def positions(length: int, width: int) -> Tensor:

@@ -38,10 +38,27 @@ def test_chance_is_one_of_the_choices():
     assert float(few) == pytest.approx(1 / 5, abs=0.02)
 
 
-def test_a_caption_that_says_the_same_as_another_is_not_found():
-    same = torch.ones(2, 3)
-    assert not retrieved(same, same, torch.tensor([0, 1])).any()
-    assert retrieved(same[:1], same[:1], torch.tensor([0])).all()  # of one
+def test_an_image_that_fits_others_as_well_is_not_found():
+    captions = circle(4)
+    assert not retrieved(torch.zeros(4, 2), captions, torch.arange(4)).any()
+    assert retrieved(captions[:1], captions[:1], torch.tensor([0])).all()  # of one
+
+
+def test_two_spellings_of_a_caption_are_one():
+    # In this order: that of the embeddings' numbers is another.
+    captions, images = circle(150), circle(150, turn=0.6)
+    own = torch.arange(150)
+    twice = torch.cat((captions, captions[:90]))
+    spelt = torch.where(own < 90, own + 150, own)
+    assert torch.equal(retrieved(images, twice, spelt), retrieved(images, captions, own))
+    assert retrieved(captions, twice, spelt).all()
+
+
+def test_the_judge_finds_a_caption_in_another_spelling(judge):
+    agreement = CaptionAgreement(judge.of_captions)
+    told = ["red cat", "Red  cat", "blue cat", "RED CAT"]
+    agreement.add(judge.of_captions(told).numpy(), told)
+    assert agreement.results()["retrieval"] == 1
 
 
 def test_parts_and_repeated_captions_are_the_whole():

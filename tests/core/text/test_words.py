@@ -39,6 +39,17 @@ def folder(encoder, tmp_path):
         ("the cat's hat", ["the", "cats", "hat"]),
         ("苹果", []),
         ("a\u200bb", ["ab"]),  # a space of no width divides no word
+        ("co\u00adop e\u0301t", ["coop", "et"]),  # nor does a soft hyphen, nor a mark
+        # All else that is not ASCII does.
+        ("carrot\u2014flat en\u2013dash", ["carrot", "flat", "en", "dash"]),
+        ("sky\u2011blue", ["sky", "blue"]),
+        ("cat\U0001f408dog", ["cat", "dog"]),
+        ("red\u2022blue\u2026green", ["red", "blue", "green"]),
+        ("red\u82f9\u679capple", ["red", "apple"]),
+        ("5½ apples", ["5", "1", "2", "apples"]),
+        ("1\u20442 apple", ["1", "2", "apple"]),
+        ("the cat\u2019s, Hawai\u02bbi", ["the", "cats", "hawaii"]),
+        ("Straße \ufb01sh m²", ["strasse", "fish", "m2"]),
     ],
 )
 def test_words_are_runs_of_plain_letters(caption, found):
