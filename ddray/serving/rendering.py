@@ -62,6 +62,7 @@ class Renderer:
         teacher: for schedules in which it takes part.
         encoder: of captions, for a student of texts; it reads a caption once while that is in use.
         rows: of the largest pass; None = what suits the device.
+        text_encoder: name or folder of the encoder; empty where there is none.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Renderer:
         teacher: Teacher | None = None,
         encoder: TextEncoder | None = None,
         rows: int | None = None,
+        text_encoder: str = "",
     ):
         self.student, self.teacher = student, teacher
+        self._text_encoder = text_encoder
         # Around the encoder and no method: a renderer that held itself would not leave its GPU when
         # it is dropped. Threads that ask for a new caption at once may each encode it, to the same
         # bits.
@@ -117,7 +120,7 @@ class Renderer:
         """
         pixels = decode_dtype or decoder_dtype(dtype)
         loaded = load_student(student, device=device, dtype=dtype, decode_dtype=pixels)
-        encoder = None
+        encoder, source = None, ""
         if loaded.conditioning == "text":
             length = loaded.model.config.cls_token_num
             source = text_encoder or own_encoder(loaded.config)
@@ -126,9 +129,20 @@ class Renderer:
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")
         if not teacher:
-            return cls(loaded, None, encoder, rows)
+            return cls(loaded, None, encoder, rows, source)
         beside = load_teacher(str(name), device=device, dtype=dtype, decode_dtype=pixels)
-        return cls(loaded, beside, encoder, rows)
+        return cls(loaded, beside, encoder, rows, source)
+
+    @property
+    def held(self) -> dict[str, str]:
+        """What decides the rows of a data set, named as in its plan."""
+        codec = self.student.tokenizer
+        return {
+            "student_fingerprint": self.student.fingerprint,
+            "tokenizer_fingerprint": codec.fingerprint,
+            "decode_dtype": str(codec.decode_dtype).removeprefix("torch."),
+            "text_encoder": self._text_encoder,
+        }
 
     @cached_property
     def schedule(self) -> str:

@@ -162,14 +162,7 @@ class StudentReplica:
         """What decides the rows of a student here; None where there is no such student."""
         if model not in self._stock.students:
             return None
-        student = (await self._renderer(model)).student
-        return {
-            "student_fingerprint": student.fingerprint,
-            "tokenizer_fingerprint": student.tokenizer.fingerprint,
-            "decode_dtype": str(student.tokenizer.decode_dtype).removeprefix("torch."),
-            "threads": self._stock.threads,
-            "text_encoder": self._stock.text_encoder or "",
-        }
+        return {**(await self._renderer(model)).held, "threads": self._stock.threads}
 
     async def check_health(self) -> None:
         """Make one image, unless a batch has succeeded just now or is under way.

@@ -1,0 +1,56 @@
+"""Rows of a data set of captions: what of a renderer fits a plan, and how captions are read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddray.config.generation import GenerateConfig
+from ddray.models.zoo import load_student
+from ddray.serving.rendering import Renderer
+from ddray.sets.conditions import open_captions
+from ddray.sets.images.making import make_plan
+from ddray.sets.images.plan import ImagePlan
+from ddray.storage.checkpoint import save_folder
+from ddray.text.words import WordEncoder
+from tests.core.tiny import random_state, student_config, student_state, tokenizer_state
+
+TEXT = {"cls_token_num": 5, "caption_dim": 3}
+
+
+def _write_student(folder: Path, **card: object) -> str:
+    sizes = TEXT if "text_encoder" in card else {}
+    config = {**student_config(**sizes), **card}
+    save_folder(folder, config, model=student_state(**sizes), tokenizer=tokenizer_state())
+    return str(folder)
+
+
+def _write_encoder(folder: Path) -> str:
+    vectors = random_state(torch.nn.Embedding(2, 1))["weight"]
+    WordEncoder(["a", "_a"], vectors, length=5, position_width=2).save(folder)
+    return str(folder)
+
+
+def _plan(student: str, folder: Path, captions: bool, encoder: str | None = None) -> ImagePlan:
+    """As `ddray generate` would have it, of one image."""
+    (folder / "a.jsonl").write_text(json.dumps({"index": 0, "caption": "a red cat"}))
+    given = {"captions": str(folder / "a.jsonl"), "text_encoder": encoder} if captions else {}
+    config, model = GenerateConfig(student=student, count=1, **given), load_student(student)
+    return make_plan(config, model, open_captions(config, model))
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_renderer_holds_what_a_plan_of_its_student_asks_for(told: bool, tmp_path: Path) -> None:
+    """Whether a service was told the encoder of its students, or knows it from their configs."""
+    words = _write_encoder(tmp_path / "words")
+    named = words if not told else "no-encoder-of-this-name"
+    students = {
+        _write_student(tmp_path / "texts", text_encoder=named): True,
+        _write_student(tmp_path / "classes"): False,
+    }
+    for student, of_captions in students.items():
+        plan = _plan(student, tmp_path, of_captions, words if told else None)
+        held = Renderer.load(student, text_encoder=words if told else None).held
+        assert held == {name: getattr(plan, name) for name in held}
+        assert held["text_encoder"] == (words if of_captions else "")
