@@ -11,7 +11,7 @@ Shapes: N images, C channels (1 or 3), H and W pixels, L tokens, E code width.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ _GPU_ROWS = 16
 # Captions whose features are kept. Those of flan-t5-xl, 120 x 2048 in bfloat16, take half a MB.
 _KEPT_CAPTIONS = 256
 
+_EncoderT = TypeVar("_EncoderT")
+
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
@@ -60,7 +62,8 @@ class Renderer:
     Args:
         student: the student.
         teacher: for schedules in which it takes part.
-        encoder: of captions, for a student of texts; it reads a caption once while that is in use.
+        encoder: of captions, for a student of texts; online it reads a caption once while that is
+            in use.
         rows: of the largest pass; None = what suits the device.
         text_encoder: name or folder of the encoder; empty where there is none.
     """
@@ -81,7 +84,8 @@ class Renderer:
         self._encode = None
         if encoder is not None:
             self._encode = lru_cache(_KEPT_CAPTIONS)(partial(_encoded_alone, encoder))
-        self._encodings_told = 0
+        self._encoder = encoder
+        self._encoded_in_bulk, self._encodings_told = 0, 0
         on_cpu = student.device.type == "cpu"
         largest = rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)
         self._largest = 1 << (largest.bit_length() - 1)
@@ -212,13 +216,9 @@ class Renderer:
             ImageJob(prompt, index, order.seed)
             for prompt, index in zip(order.labels.tolist(), order.index.tolist(), strict=True)
         ]
-        given = None
-        if order.features is not None:
-            features_NTD, mask_NT = map(torch.from_numpy, order.features)
-            given = features_NTD, mask_NT
         advice = "make the set anew with a smaller batch_size"
         with in_memory(len(jobs), self.student.device, advice):
-            codes = self._codes(jobs, order.schedule, given)
+            codes = self._codes(jobs, order.schedule, self._asked(order))
             if order.content == "pixels":
                 return _pixels(self.student.decode(codes))
         if not codes.is_floating_point():
@@ -226,23 +226,36 @@ class Renderer:
         tokens: Tensor = self.student.tokenizer.module.nearest(codes)
         return tokens.cpu().numpy()
 
+    def _asked(self, order: RowsOrder) -> AskedFor:
+        """Condition of the rows; their captions are read in one call, each bit follows from that.
+
+        Few captions of a data set come again, and as many calls would wait for weights as often.
+        """
+        if order.features is not None:
+            features_NTD, mask_NT = map(torch.from_numpy, order.features)
+            return features_NTD, mask_NT
+        if self.student.conditioning == "class":
+            return torch.tensor(order.labels.tolist())
+        captions = [str(caption) for caption in order.labels]
+        encoder = self._needed(self._encoder)
+        self._encoded_in_bulk += len(captions)
+        return encoder(captions)
+
     def _pass(self, jobs: Sequence[ImageJob], schedule: str) -> Tensor:
         """Images float32 [N, C, H, W] of one forward pass."""
         advice = "lower max_batch_size, or give dtype=bfloat16"
         with in_memory(len(jobs), self.student.device, advice):
-            return self.student.decode(self._codes(jobs, schedule))
+            condition = self._condition([job.prompt for job in jobs])
+            return self.student.decode(self._codes(jobs, schedule, condition))
 
-    def _codes(
-        self, jobs: Sequence[ImageJob], schedule: str, given: AskedFor | None = None
-    ) -> Tensor:
+    def _codes(self, jobs: Sequence[ImageJob], schedule: str, condition: AskedFor) -> Tensor:
         """Codes float32 [N, L, E], or the teacher's tokens int64 [N, L].
 
         Args:
             jobs: the images.
             schedule: as `images`.
-            given: what the prompts stand for; None = that is to be found out.
+            condition: what the prompts stand for.
         """
-        condition = self._condition([job.prompt for job in jobs]) if given is None else given
         if "teacher" not in schedule:
             return self.student.generate(condition, noise=self._noise(jobs), schedule=schedule)
         assert self.teacher is not None
@@ -264,14 +277,20 @@ class Renderer:
     def _condition(self, prompts: Sequence[int | str]) -> AskedFor:
         if self.student.conditioning == "class":
             return torch.tensor(prompts)
-        if self._encode is None:
-            raise ConfigError(f"{self.student.name} takes captions, which needs a text encoder")
-        features, masks = zip(*(self._encode(str(prompt)) for prompt in prompts), strict=True)
+        encode = self._needed(self._encode)
+        features, masks = zip(*(encode(str(prompt)) for prompt in prompts), strict=True)
         return torch.cat(features), torch.cat(masks)  # copies, also of one: what is kept stays
+
+    def _needed(self, encoder: _EncoderT | None) -> _EncoderT:
+        if encoder is None:
+            raise ConfigError(f"{self.student.name} takes captions, which needs a text encoder")
+        return encoder
 
     def new_encodings(self) -> int:
         """Captions that the encoder has read since this was last asked."""
-        read = self._encode.cache_info().misses if self._encode else 0
+        read = self._encoded_in_bulk
+        if self._encode is not None:
+            read += self._encode.cache_info().misses
         new, self._encodings_told = read - self._encodings_told, read
         return new
 

@@ -1,20 +1,31 @@
 """Rows of a data set of captions: what of a renderer fits a plan, and how captions are read."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from ddray.config.generation import GenerateConfig
 from ddray.models.zoo import load_student
-from ddray.serving.rendering import Renderer
+from ddray.serving.rendering import ImageJob, Renderer
 from ddray.sets.conditions import open_captions
 from ddray.sets.images.making import make_plan
+from ddray.sets.images.orders import RowsOrder
 from ddray.sets.images.plan import ImagePlan
 from ddray.storage.checkpoint import save_folder
 from ddray.text.words import WordEncoder
-from tests.core.tiny import random_state, student_config, student_state, tokenizer_state
+from tests.core.tiny import (
+    DrawnEncoder,
+    random_state,
+    student_config,
+    student_state,
+    tiny_student,
+    tokenizer_state,
+)
 
 TEXT = {"cls_token_num": 5, "caption_dim": 3}
 
@@ -54,3 +65,27 @@ def test_a_renderer_holds_what_a_plan_of_its_student_asks_for(told: bool, tmp_pa
         held = Renderer.load(student, text_encoder=words if told else None).held
         assert held == {name: getattr(plan, name) for name in held}
         assert held["text_encoder"] == (words if of_captions else "")
+
+
+class SociableEncoder(DrawnEncoder):
+    """Features that depend on how many captions are read together."""
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        features, mask = super().__call__(captions)
+        return features * len(captions), mask
+
+
+def test_captions_of_a_batch_are_read_in_one_call_and_those_of_requests_once_each() -> None:
+    student, encoder = tiny_student(**TEXT), SociableEncoder()
+    renderer = Renderer(student, encoder=encoder)
+    words = ["a cat", "red", "on the roof", "a red cat on the", "a cat"]
+    order = RowsOrder("tiny", np.array(words, object), np.arange(5), 7, "0", "tokens")
+    codes = student.generate(SociableEncoder()(words), seed=7, index=range(5))
+    expected = student.tokenizer.module.nearest(codes).numpy()
+    for _ in range(2):
+        np.testing.assert_array_equal(renderer.rows(order), expected)
+    assert encoder.calls == [words, words]
+    assert renderer.new_encodings() == 10
+    renderer.images([ImageJob(word, 0, 7) for word in words], "0")
+    assert sorted(encoder.calls[2:]) == sorted([word] for word in {"a photo", *words})
+    assert renderer.new_encodings() == 5
