@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,21 @@ class ImageJob:
     prompt: int | str = field(repr=False)
     index: int
     seed: int
+
+
+class TextEncoders:
+    """Text encoders of several students: each is held once, and as long as one of them reads it."""
+
+    def __init__(self) -> None:
+        self._held: WeakValueDictionary[tuple[str, int, str], TextEncoder] = WeakValueDictionary()
+
+    def load(self, source: str, *, length: int, device: str | torch.device) -> TextEncoder:
+        """As `load_text_encoder`, but for those that are there."""
+        key = (source, length, str(device))
+        encoder = self._held.get(key)
+        if encoder is None:
+            encoder = self._held[key] = load_text_encoder(source, length=length, device=device)
+        return encoder
 
 
 class Renderer:
@@ -102,6 +118,7 @@ class Renderer:
         *,
         teacher: bool = False,
         text_encoder: str | None = None,
+        encoders: TextEncoders | None = None,
         rows: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "float32",
@@ -113,6 +130,7 @@ class Renderer:
             student: bundled name or model folder.
             teacher: whether to load it.
             text_encoder: of captions; None = the one that the student was trained with.
+            encoders: that other students read already; None = of none.
             rows: see the class.
             device: where to compute.
             dtype: of the networks; "auto" as `load_student` means it.
@@ -128,7 +146,8 @@ class Renderer:
         if loaded.conditioning == "text":
             length = loaded.model.config.cls_token_num
             source = text_encoder or own_encoder(loaded.config)
-            encoder = load_text_encoder(source, length=length, device=loaded.device)
+            shared = encoders or TextEncoders()
+            encoder = shared.load(source, length=length, device=loaded.device)
         name = loaded.config.get("teacher")
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")

@@ -80,7 +80,9 @@ class StudentReplica:
     async def __init__(self, stock: Stock):  # type: ignore[misc]
         import torch
 
-        self._stock = stock
+        from ddray.serving.rendering import TextEncoders
+
+        self._stock, self._text_encoders = stock, TextEncoders()
         # One thread runs the models, so that Serve's event loop stays free to answer health checks
         # and to collect requests. OpenMP's number of threads is set there: it is per thread.
         self._device = ThreadPoolExecutor(1, "device", torch.set_num_threads, (stock.threads,))
@@ -236,6 +238,7 @@ class StudentReplica:
             stock.students[name],
             teacher=stock.teacher,
             text_encoder=stock.text_encoder,
+            encoders=self._text_encoders,
             rows=stock.rows,
             device=stock.device,
             dtype=stock.dtype,

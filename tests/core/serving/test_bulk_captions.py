@@ -1,6 +1,8 @@
 """Rows of a data set of captions: what of a renderer fits a plan, and how captions are read."""
 
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ddray.config.generation import GenerateConfig
 from ddray.models.zoo import load_student
-from ddray.serving.rendering import ImageJob, Renderer
+from ddray.serving.rendering import ImageJob, Renderer, TextEncoders
 from ddray.sets.conditions import open_captions
 from ddray.sets.images.making import make_plan
 from ddray.sets.images.orders import RowsOrder
@@ -65,6 +67,23 @@ def test_a_renderer_holds_what_a_plan_of_its_student_asks_for(told: bool, tmp_pa
         held = Renderer.load(student, text_encoder=words if told else None).held
         assert held == {name: getattr(plan, name) for name in held}
         assert held["text_encoder"] == (words if of_captions else "")
+
+
+def test_students_of_one_encoder_hold_it_once_and_no_longer_than_they_are_there(
+    tmp_path: Path,
+) -> None:
+    words = _write_encoder(tmp_path / "words")
+    students = [_write_student(tmp_path / name, text_encoder=words) for name in "ab"]
+    shared = TextEncoders()
+    renderers = [Renderer.load(student, encoders=shared) for student in students]
+    held = [renderer._encoder for renderer in renderers]
+    assert held[0] is held[1] is shared.load(words, length=5, device="cpu")
+    assert held[0] is not shared.load(words, length=4, device="cpu")
+    assert held[0] is not Renderer.load(students[0])._encoder
+    gone = weakref.ref(held[0])
+    del held, renderers
+    gc.collect()
+    assert gone() is None
 
 
 class SociableEncoder(DrawnEncoder):
