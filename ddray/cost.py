@@ -21,7 +21,8 @@ from ddray.config.evaluation import ROWS, EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.config.serving import ServeConfig
-from ddray.errors import DDRayError, ShardError, StorageError, one_line
+from ddray.errors import CheckpointError, DDRayError, ShardError, StorageError, one_line
+from ddray.locations import BUNDLED
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.sizes import (
@@ -37,7 +38,9 @@ from ddray.models.sizes import (
 from ddray.models.zoo import empty_masked, empty_student
 from ddray.sets.batch_size import batch_size, image_bytes
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from ddray.text.loading import caption_cost, own_encoder
+from ddray.storage import open_storage
+from ddray.storage.checkpoint import MODEL_FILE, read_config
+from ddray.text.loading import BUNDLED_ENCODERS, caption_cost, own_encoder
 
 # Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
 # from NVIDIA's data sheets. The first that fits counts.
@@ -56,6 +59,8 @@ _ASSUMED_SAMPLING_MFU = 0.02
 _EVALUATIONS = 48
 # Of a caption of ten words, with the end of the text.
 _CAPTION_POSITIONS = 15
+# That every published T5 knows.
+_T5_PIECES = 32128
 
 # Bytes that a block keeps for its backward pass, for each position and unit of C; of a logit and
 # what becomes of it in the loss; and of all else. Measured (tests/core/test_cost.py).
@@ -257,7 +262,7 @@ def estimate_generate(config: GenerateConfig) -> dict[str, Any]:
         "shards": -(-config.count // config.shard_rows),
         "batch_size": _batch(config, model.network),
         "forward_passes_per_image": steps,
-        "gigabytes_an_actor": f"{_rounded(model.gigabytes):g} of weights",
+        "gigabytes_an_actor": _weights(model.gigabytes, _encoders(config, [model])),
     }
     if config.content == "tokens":
         told["megabytes"] = _rounded(config.count * sum(model.stages) * model.token_bytes / 1e6)
@@ -290,7 +295,7 @@ def estimate_serve(config: ServeConfig) -> dict[str, Any]:
     number = f"{fewest} to {most}" if fewest < most else str(most)
     told = {
         "replicas": f"{number}, each of {config.threads} CPUs and {config.num_gpus:g} GPUs",
-        "gigabytes_a_replica": f"{_rounded(weights):g} of weights",
+        "gigabytes_a_replica": _weights(weights, _encoders(config, students)),
         "images_admitted_at_a_time": config.admission_limit,
         "forward_passes_per_image": "1 a jump of the request's schedule",
     }
@@ -327,10 +332,41 @@ def estimate_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "forward_passes_of_the_teacher": f"{sum(passes[row] for row in passes if row in wanted)} "
         "for each image",
         "forward_passes_of_the_student": " + ".join(map(str, jumps)) + " for each image",
-        "gigabytes": f"{_rounded(student.gigabytes + teacher.gigabytes):g} of weights",
+        "gigabytes": _weights(student.gigabytes + teacher.gigabytes, _encoders(config, [student])),
         "speed": f"{len(config.speed_batches)} figures a row, each of "
         f"{config.speed_seconds:g} s or 4 runs, whichever is longer",
     }
+
+
+def _encoders(
+    config: GenerateConfig | ServeConfig | EvaluateConfig, models: Sequence[ModelSizes]
+) -> list[str]:
+    """Text encoders that models of captions read, each once, however many read it."""
+    of_captions = [model for model in models if model.network.conditioning == "text"]
+    return sorted({config.text_encoder or own_encoder(model.config) for model in of_captions})
+
+
+def _weights(gigabytes: float, encoders: Sequence[str]) -> str:
+    """Gigabytes of models and of what reads their captions."""
+    try:
+        read = sum(map(_encoder_gigabytes, encoders))
+    except DDRayError as error:
+        return f"{_rounded(gigabytes):g} of weights, without the text encoder: {one_line(error)}"
+    named = f", {_rounded(read):g} of these of {' and '.join(encoders)}" if encoders else ""
+    return f"{_rounded(gigabytes + read):g} of weights{named}"
+
+
+def _encoder_gigabytes(encoder: str) -> float:
+    """Weights of a text encoder where it works: a T5's in bfloat16, ours in float32."""
+    folder = str(BUNDLED / encoder) if encoder in BUNDLED_ENCODERS else encoder
+    try:
+        config = read_config(folder)
+    except CheckpointError:  # a name on the Hub; and the config of a T5 names no family
+        cost = caption_cost(encoder, 1)
+        # A weight is multiplied and added once for a position, and pieces are looked up.
+        return 2 * (cost.flops / 2 + _T5_PIECES * cost.numbers) / 1e9
+    stored = 2 * open_storage(folder).list()[MODEL_FILE] / 1e9  # float16 on the disk
+    return stored + (_encoder_gigabytes(str(config["words"])) if "words" in config else 0.0)
 
 
 def _batch(config: SampleConfig | GenerateConfig, network: nn.Module) -> str:

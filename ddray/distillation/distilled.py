@@ -35,21 +35,30 @@ class DistilledDecoding:
         config: the job, with its schedule.
         teacher: stages and codebook are needed; to begin from, all of it.
         critics: that judge the student's whole sequences.
+        text_encoder: of the set's captions; empty = the model's own.
     """
 
-    def __init__(self, config: DistillConfig, teacher: Teacher, critics: Sequence[Critic] = ()):
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: Teacher,
+        critics: Sequence[Critic] = (),
+        text_encoder: str = "",
+    ):
         assert config.schedule is not None  # the driver has put in the default
         self.critics = critics
         self._config, self._teacher, self._schedule = config, teacher, config.schedule
+        self._text_encoder = text_encoder
         compiled = is_compiled(config, teacher.device)
         self._judge = torch.compile(judged, fullgraph=True) if compiled else judged
 
     def new_network(self) -> tuple[nn.Module, dict[str, Any]]:
         """The student, begun from the teacher or from another student."""
-        if self._config.init is None:
-            network, card = new_student(self._teacher)
+        init, encoder = self._config.init, self._text_encoder
+        if init is None:
+            network, card = new_student(self._teacher, encoder)
         else:
-            network, card = continue_student(self._config.init, self._teacher)
+            network, card = continue_student(init, self._teacher, encoder)
         precision = code_precision(self._config, self._teacher)
         return network, {**card, "schedule": [*self._schedule], "code_precision": precision}
 

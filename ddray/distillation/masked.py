@@ -50,16 +50,17 @@ class MaskedDecoding:
     Args:
         config: the job.
         teacher: sizes and tokenizer are needed.
+        text_encoder: of the set's captions; empty = the teacher's own.
     """
 
     critics: Sequence[Critic] = ()
 
-    def __init__(self, config: DistillConfig, teacher: Teacher):
-        self._config, self._teacher = config, teacher
+    def __init__(self, config: DistillConfig, teacher: Teacher, text_encoder: str = ""):
+        self._config, self._teacher, self._text_encoder = config, teacher, text_encoder
 
     def new_network(self) -> tuple[MaskedTransformer, dict[str, Any]]:
         """The network, with random weights."""
-        return new_masked(self._teacher)
+        return new_masked(self._teacher, self._text_encoder)
 
     def loss(
         self, network: Callable[..., Any], batch: Batch, *, step: int, row: int

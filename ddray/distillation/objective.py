@@ -51,6 +51,6 @@ def new_objective(config: DistillConfig, teacher: Teacher, plan: TrajectoryPlan)
         plan: of the set.
     """
     if config.objective == "masked":
-        return MaskedDecoding(config, teacher)
+        return MaskedDecoding(config, teacher, plan.text_encoder)
     critics = new_critics(config, teacher, plan, code_precision(config, teacher))
-    return DistilledDecoding(config, teacher, critics)
+    return DistilledDecoding(config, teacher, critics, plan.text_encoder)

@@ -5,7 +5,6 @@ Shapes: N images, B batch, L tokens, V codebook size, E code width.
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from ddray.method.teacher import AskedFor, Teacher
 from ddray.metrics.digits import Digits, load_digits, reference_digits
 from ddray.metrics.pixels import eight_bit
 from ddray.models.zoo import load_masked, load_student, load_teacher
-from ddray.sets.captions import read_captions
+from ddray.sets.captions import read_captions, read_texts
 from ddray.sets.conditions import Conditions, load_encoder
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.text.encoder import TextEncoder
@@ -222,28 +221,30 @@ class Generators:
         """
         if self.plan.conditioning == "class":
             return torch.from_numpy(self._classes(rows))
-        captions, places = self._captions(rows)
-        return captions.of(places)
+        shards, places = self._places(rows)
+        parts = [read_captions(self._features.storage, k) for k in shards]
+        texts = np.array([text for part in parts for text in part.captions], dtype=object)
+        features = [matrix for part in parts for matrix in part.features or ()]
+        encode = None if features else self._encode
+        return Conditions(texts, features or None, encode).of(places)
 
     def told(self, rows: range) -> list[int | str]:
         """The same as people would say it: classes, or captions."""
         if self.plan.conditioning == "class":
             return [int(label) for label in self._classes(rows)]
-        captions, places = self._captions(rows)
-        return [str(captions.label[place]) for place in places]
+        shards, places = self._places(rows)
+        parts = [read_texts(self._features.storage, k) for k in shards]
+        texts = [text for part in parts for text in part.captions]
+        return [texts[place] for place in places]
 
-    def _captions(self, rows: range) -> tuple[Conditions, list[int]]:
-        """Captions of the shards that images lie in, and which of them are theirs."""
+    def _places(self, rows: range) -> tuple[list[int], list[int]]:
+        """The shards that images' captions lie in, and where in these, one after the other."""
         size = self.plan.shard_rows
         count = max(g.count for g in self.plan.generators if g.kind not in SOURCES)
         wanted = [row % count for row in rows]
         shards = sorted({row // size for row in wanted})
-        parts = [read_captions(self._features.storage, k) for k in shards]
-        texts = np.array([text for part in parts for text in part.captions], dtype=object)
-        features = [matrix for part in parts for matrix in part.features or ()]
-        starts = dict(zip(shards, accumulate(map(len, parts), initial=0), strict=False))
-        places = [starts[row // size] + row % size for row in wanted]
-        return Conditions(texts, features or None, None if features else self._encode), places
+        # Only the last shard of all is shorter.
+        return shards, [shards.index(row // size) * size + row % size for row in wanted]
 
     @cached_property
     def _encode(self) -> TextEncoder | None:

@@ -301,8 +301,12 @@ def load_masked(
     return _reading(Masked(network, codec, config, name))
 
 
-def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
+def new_student(teacher: Teacher, text_encoder: str = "") -> tuple[Any, dict[str, Any]]:
     """A student of the teacher's sizes, initialised from it, in float32 on its device.
+
+    Args:
+        teacher: whose student it is to be.
+        text_encoder: that made the features it will learn from; empty = the teacher's own.
 
     Returns:
         The trainable network, and the sizes and tokenizer part of its future config.json.
@@ -319,8 +323,8 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
     network = family.network(sizes_of(family.config, sizes, "the student"))
     network.to(teacher.device)
     network.init_from_teacher(teacher.model, teacher.codebook)
-    told = ("default_cfg", "class_names", "example_captions", "text_encoder", "images")
-    card = _card(teacher, *told)
+    told = ("default_cfg", "class_names", "example_captions", "images")
+    card = _card(teacher, text_encoder, *told)
     return network, {
         "family": family_name,
         **sizes,
@@ -329,17 +333,24 @@ def new_student(teacher: Teacher) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def _card(teacher: Teacher, *fields: str) -> dict[str, Any]:
-    """What of a teacher's config is said of its students too."""
-    return {field: teacher.config[field] for field in fields if field in teacher.config}
+def _card(teacher: Teacher, text_encoder: str, *fields: str) -> dict[str, Any]:
+    """What of a teacher's config is said of its students too, and the encoder of their captions.
+
+    Features of another encoder mean nothing to a student, whatever its teacher was trained with.
+    """
+    told = {**teacher.config, **({"text_encoder": text_encoder} if text_encoder else {})}
+    return {field: told[field] for field in (*fields, "text_encoder") if field in told}
 
 
-def continue_student(spec: str | Path, teacher: Teacher) -> tuple[Any, dict[str, Any]]:
+def continue_student(
+    spec: str | Path, teacher: Teacher, text_encoder: str = ""
+) -> tuple[Any, dict[str, Any]]:
     """A student to train further, in float32 on the teacher's device.
 
     Args:
         spec: bundled name or student folder.
         teacher: whose student it has to be.
+        text_encoder: as `new_student`; empty = the one that the student names.
 
     Returns:
         As `new_student`.
@@ -348,8 +359,9 @@ def continue_student(spec: str | Path, teacher: Teacher) -> tuple[Any, dict[str,
         ConfigError: if it is the student of another teacher, tokenizer or of other sizes.
         CheckpointError: if its weights are damaged.
     """
-    network, card = new_student(teacher)
     student = load_student(spec, device=teacher.device)
+    known = str(student.config.get("text_encoder") or "")
+    network, card = new_student(teacher, text_encoder or known)
     stated = student.config.get("teacher_fingerprint", teacher.fingerprint)
     if stated != teacher.fingerprint:
         theirs = student.config.get("teacher", "another teacher")
@@ -368,8 +380,14 @@ def continue_student(spec: str | Path, teacher: Teacher) -> tuple[Any, dict[str,
     return network, card
 
 
-def new_masked(teacher: Teacher) -> tuple[MaskedTransformer, dict[str, Any]]:
+def new_masked(
+    teacher: Teacher, text_encoder: str = ""
+) -> tuple[MaskedTransformer, dict[str, Any]]:
     """A model of masked decoding for a teacher's tokens, about as large, with random weights.
+
+    Args:
+        teacher: whose tokens.
+        text_encoder: as `new_student`.
 
     Returns:
         As `new_student`.
@@ -381,7 +399,7 @@ def new_masked(teacher: Teacher) -> tuple[MaskedTransformer, dict[str, Any]]:
     if network.conditioning == "text":
         null_TD: torch.Tensor = network.cls_embedding.uncond_embedding  # type: ignore[assignment]
         null_TD.copy_(teacher.model.cls_embedding.uncond_embedding)
-    card = _card(teacher, "class_names", "text_encoder", "images")
+    card = _card(teacher, text_encoder, "class_names", "images")
     return network, {
         "family": "masked",
         **asdict(sizes),

@@ -11,7 +11,8 @@ Shapes: N images, C channels (1 or 3), H and W pixels, L tokens, E code width.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ _GPU_ROWS = 16
 # Captions whose features are kept. Those of flan-t5-xl, 120 x 2048 in bfloat16, take half a MB.
 _KEPT_CAPTIONS = 256
 
+_EncoderT = TypeVar("_EncoderT")
+
 
 @dataclass(frozen=True, slots=True)
 class ImageJob:
@@ -54,14 +57,31 @@ class ImageJob:
     seed: int
 
 
+class TextEncoders:
+    """Text encoders of several students: each is held once, and as long as one of them reads it."""
+
+    def __init__(self) -> None:
+        self._held: WeakValueDictionary[tuple[str, int, str], TextEncoder] = WeakValueDictionary()
+
+    def load(self, source: str, *, length: int, device: str | torch.device) -> TextEncoder:
+        """As `load_text_encoder`, but for those that are there."""
+        key = (source, length, str(device))
+        encoder = self._held.get(key)
+        if encoder is None:
+            encoder = self._held[key] = load_text_encoder(source, length=length, device=device)
+        return encoder
+
+
 class Renderer:
     """A student on one device.
 
     Args:
         student: the student.
         teacher: for schedules in which it takes part.
-        encoder: of captions, for a student of texts; it reads a caption once while that is in use.
+        encoder: of captions, for a student of texts; online it reads a caption once while that is
+            in use.
         rows: of the largest pass; None = what suits the device.
+        text_encoder: name or folder of the encoder; empty where there is none.
     """
 
     def __init__(
@@ -70,15 +90,18 @@ class Renderer:
         teacher: Teacher | None = None,
         encoder: TextEncoder | None = None,
         rows: int | None = None,
+        text_encoder: str = "",
     ):
         self.student, self.teacher = student, teacher
+        self._text_encoder = text_encoder
         # Around the encoder and no method: a renderer that held itself would not leave its GPU when
         # it is dropped. Threads that ask for a new caption at once may each encode it, to the same
         # bits.
         self._encode = None
         if encoder is not None:
             self._encode = lru_cache(_KEPT_CAPTIONS)(partial(_encoded_alone, encoder))
-        self._encodings_told = 0
+        self._encoder = encoder
+        self._encoded_in_bulk, self._encodings_told = 0, 0
         on_cpu = student.device.type == "cpu"
         largest = rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)
         self._largest = 1 << (largest.bit_length() - 1)
@@ -95,6 +118,7 @@ class Renderer:
         *,
         teacher: bool = False,
         text_encoder: str | None = None,
+        encoders: TextEncoders | None = None,
         rows: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str = "float32",
@@ -106,6 +130,7 @@ class Renderer:
             student: bundled name or model folder.
             teacher: whether to load it.
             text_encoder: of captions; None = the one that the student was trained with.
+            encoders: that other students read already; None = of none.
             rows: see the class.
             device: where to compute.
             dtype: of the networks; "auto" as `load_student` means it.
@@ -117,18 +142,30 @@ class Renderer:
         """
         pixels = decode_dtype or decoder_dtype(dtype)
         loaded = load_student(student, device=device, dtype=dtype, decode_dtype=pixels)
-        encoder = None
+        encoder, source = None, ""
         if loaded.conditioning == "text":
             length = loaded.model.config.cls_token_num
             source = text_encoder or own_encoder(loaded.config)
-            encoder = load_text_encoder(source, length=length, device=loaded.device)
+            shared = encoders or TextEncoders()
+            encoder = shared.load(source, length=length, device=loaded.device)
         name = loaded.config.get("teacher")
         if teacher and not name:
             raise ConfigError(f"the config of {student} names no teacher that could be deployed")
         if not teacher:
-            return cls(loaded, None, encoder, rows)
+            return cls(loaded, None, encoder, rows, source)
         beside = load_teacher(str(name), device=device, dtype=dtype, decode_dtype=pixels)
-        return cls(loaded, beside, encoder, rows)
+        return cls(loaded, beside, encoder, rows, source)
+
+    @property
+    def held(self) -> dict[str, str]:
+        """What decides the rows of a data set, named as in its plan."""
+        codec = self.student.tokenizer
+        return {
+            "student_fingerprint": self.student.fingerprint,
+            "tokenizer_fingerprint": codec.fingerprint,
+            "decode_dtype": str(codec.decode_dtype).removeprefix("torch."),
+            "text_encoder": self._text_encoder,
+        }
 
     @cached_property
     def schedule(self) -> str:
@@ -198,13 +235,9 @@ class Renderer:
             ImageJob(prompt, index, order.seed)
             for prompt, index in zip(order.labels.tolist(), order.index.tolist(), strict=True)
         ]
-        given = None
-        if order.features is not None:
-            features_NTD, mask_NT = map(torch.from_numpy, order.features)
-            given = features_NTD, mask_NT
         advice = "make the set anew with a smaller batch_size"
         with in_memory(len(jobs), self.student.device, advice):
-            codes = self._codes(jobs, order.schedule, given)
+            codes = self._codes(jobs, order.schedule, self._asked(order))
             if order.content == "pixels":
                 return _pixels(self.student.decode(codes))
         if not codes.is_floating_point():
@@ -212,23 +245,36 @@ class Renderer:
         tokens: Tensor = self.student.tokenizer.module.nearest(codes)
         return tokens.cpu().numpy()
 
+    def _asked(self, order: RowsOrder) -> AskedFor:
+        """Condition of the rows; their captions are read in one call, each bit follows from that.
+
+        Few captions of a data set come again, and as many calls would wait for weights as often.
+        """
+        if order.features is not None:
+            features_NTD, mask_NT = map(torch.from_numpy, order.features)
+            return features_NTD, mask_NT
+        if self.student.conditioning == "class":
+            return torch.tensor(order.labels.tolist())
+        captions = [str(caption) for caption in order.labels]
+        encoder = self._needed(self._encoder)
+        self._encoded_in_bulk += len(captions)
+        return encoder(captions)
+
     def _pass(self, jobs: Sequence[ImageJob], schedule: str) -> Tensor:
         """Images float32 [N, C, H, W] of one forward pass."""
         advice = "lower max_batch_size, or give dtype=bfloat16"
         with in_memory(len(jobs), self.student.device, advice):
-            return self.student.decode(self._codes(jobs, schedule))
+            condition = self._condition([job.prompt for job in jobs])
+            return self.student.decode(self._codes(jobs, schedule, condition))
 
-    def _codes(
-        self, jobs: Sequence[ImageJob], schedule: str, given: AskedFor | None = None
-    ) -> Tensor:
+    def _codes(self, jobs: Sequence[ImageJob], schedule: str, condition: AskedFor) -> Tensor:
         """Codes float32 [N, L, E], or the teacher's tokens int64 [N, L].
 
         Args:
             jobs: the images.
             schedule: as `images`.
-            given: what the prompts stand for; None = that is to be found out.
+            condition: what the prompts stand for.
         """
-        condition = self._condition([job.prompt for job in jobs]) if given is None else given
         if "teacher" not in schedule:
             return self.student.generate(condition, noise=self._noise(jobs), schedule=schedule)
         assert self.teacher is not None
@@ -250,14 +296,20 @@ class Renderer:
     def _condition(self, prompts: Sequence[int | str]) -> AskedFor:
         if self.student.conditioning == "class":
             return torch.tensor(prompts)
-        if self._encode is None:
-            raise ConfigError(f"{self.student.name} takes captions, which needs a text encoder")
-        features, masks = zip(*(self._encode(str(prompt)) for prompt in prompts), strict=True)
+        encode = self._needed(self._encode)
+        features, masks = zip(*(encode(str(prompt)) for prompt in prompts), strict=True)
         return torch.cat(features), torch.cat(masks)  # copies, also of one: what is kept stays
+
+    def _needed(self, encoder: _EncoderT | None) -> _EncoderT:
+        if encoder is None:
+            raise ConfigError(f"{self.student.name} takes captions, which needs a text encoder")
+        return encoder
 
     def new_encodings(self) -> int:
         """Captions that the encoder has read since this was last asked."""
-        read = self._encode.cache_info().misses if self._encode else 0
+        read = self._encoded_in_bulk
+        if self._encode is not None:
+            read += self._encode.cache_info().misses
         new, self._encodings_told = read - self._encodings_told, read
         return new
 

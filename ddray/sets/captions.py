@@ -14,7 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -31,6 +31,8 @@ from ddray.storage.caption_parquet import matrices
 
 _FOLDER = "captions/"
 _HASH_KEY = b"ddray.captions_sha256"
+# Texts stand beside features of a thousand times their size.
+_TEXT_BUFFER_BYTES = 1 << 16
 # What files of other columns than ours come to.
 _FOREIGN = (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError)
 
@@ -190,6 +192,28 @@ def read_captions(storage: Storage, k: int, count: int | None = None) -> ShardCa
     if count is not None and len(written) < count:
         raise ShardError(f"{where} has {len(written)} of {count} rows; {advice}")
     return written.first(len(written) if count is None else count)
+
+
+def read_texts(storage: Storage, k: int, count: int | None = None) -> ShardCaptions:
+    """As `read_captions`, of a shard's texts and records alone: its features are not fetched.
+
+    What is read is held to the checksums of its pages.
+    """
+    name = captions_name(k)
+    stamp = storage.stamp(name)
+    if stamp is not None:
+        try:
+            with storage.open_file(name, stamp.size, _TEXT_BUFFER_BYTES) as file:
+                columns = pq.ParquetFile(file, page_checksum_verification=True)
+                table = columns.read(["caption", "record"], use_threads=False)
+            records = table["record"].to_pylist() if "record" in table.column_names else None
+            texts = ShardCaptions(table["caption"].to_pylist(), None, records)
+            if count is None or len(texts) >= count:
+                return texts.first(len(texts) if count is None else count)
+        except (pa.ArrowException, *_FOREIGN):
+            pass
+    # Which says what is wrong.
+    return replace(read_captions(storage, k, count), features=None)
 
 
 def padded(

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.config.distillation import DistillConfig
 from ddray.config.encoding import EncodeConfig
+from ddray.config.evaluation import EvaluateConfig
+from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
+from ddray.config.serving import ServeConfig
 from ddray.cost import (
     estimate_distill,
     estimate_encode,
+    estimate_evaluate,
+    estimate_generate,
     estimate_sample,
+    estimate_serve,
     memory,
     mfu,
 )
@@ -27,7 +34,11 @@ from ddray.models.llamagen_dd import LlamaGenStudent, LlamaGenStudentConfig
 from ddray.models.sizes import forward_flops, step_flops
 from ddray.models.var_dd import VARStudent, VARStudentConfig
 from ddray.models.zoo import empty_masked, empty_student
+from ddray.storage.checkpoint import save_folder
+from ddray.text.averaging import AveragingConfig, DeepAveraging
 from ddray.text.t5 import FLAN_T5_XL, t5_config, t5_flops
+from ddray.text.words import WordEncoder
+from tests.core.tiny import student_config, student_state, tokenizer_state
 
 ROWS = 4
 
@@ -178,11 +189,54 @@ def test_the_encoder_of_captions_is_told_beside_the_model() -> None:
     assert share <= 5
 
 
-def test_an_encoder_that_is_not_there_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def text_student(tmp_path: Path) -> str:
+    """A student of captions of a few kilobytes, which is its own teacher."""
+    sizes, folder = {"cls_token_num": 5, "caption_dim": 3}, str(tmp_path / "student")
+    config = {**student_config(**sizes), "teacher": folder}
+    save_folder(folder, config, model=student_state(**sizes), tokenizer=tokenizer_state())
+    return folder
+
+
+def _held(student: str, encoder: str | None) -> list[str]:
+    """What each job says that it holds."""
+    given = {"text_encoder": encoder}
+    # As every replica holds the encoder once, two students need no more.
+    served = ServeConfig(student=(student, student), models_per_replica=2, teacher=False, **given)
+    evaluated = EvaluateConfig(student=student, teacher=student, **given)
+    return [
+        estimate_generate(GenerateConfig(student=student, **given))["gigabytes_an_actor"],
+        estimate_serve(served)["gigabytes_a_replica"],
+        estimate_evaluate(evaluated)["gigabytes"],
+    ]
+
+
+def test_the_encoder_is_counted_in_memory(text_student: str, tmp_path: Path) -> None:
+    # 1 223 million numbers in bfloat16, as the published encoder has.
+    for told in _held(text_student, None):
+        assert re.fullmatch(r"2\.45 of weights, 2\.45 of these of google/flan-t5-xl", told)
+    words, encoder = str(tmp_path / "words"), str(tmp_path / "encoder")
+    pieces = [f"a{n}" for n in range(20000)]
+    WordEncoder(pieces, torch.ones(len(pieces), 50), length=5, position_width=2).save(words)
+    sizes = {"max_words": 5, "word_width": 52, "hidden": 256, "width": 3}
+    DeepAveraging(AveragingConfig(words=words, **sizes)).save(encoder)
+    # A million numbers of the table and a third of one above it, each in float32.
+    for told in _held(text_student, encoder):
+        found = re.fullmatch(rf"([\d.]+) of weights, ([\d.]+) of these of {encoder}", told)
+        assert found
+        assert float(found[2]) == pytest.approx(4 * 1.28e6 / 1e9, rel=0.1)
+        assert float(found[1]) > float(found[2])
+
+
+def test_an_encoder_that_is_not_there_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, text_student: str
+) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     job = SampleConfig(teacher="llamagen-t2i-xl-256", text_encoder="/nowhere")
     told = estimate_sample(job)["text_encoder"]
     assert told.startswith("/nowhere; not counted: captions as text need the package transformers")
+    for told in _held(text_student, "/nowhere"):
+        assert "of weights, without the text encoder: captions as text need the package" in told
     told = estimate_encode(EncodeConfig(text_encoder="/nowhere"))["cost"]
     assert told.startswith("unknown without the encoder: captions as text need the package")
 

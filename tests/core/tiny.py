@@ -134,10 +134,13 @@ class DrawnEncoder:
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         self.calls.append([*captions])
-        (caption,) = captions
+        features, masks = zip(*map(self._drawn, captions), strict=True)
+        return torch.stack(features), torch.stack(masks)
+
+    def _drawn(self, caption: str) -> tuple[Tensor, Tensor]:
         drawn = torch.Generator().manual_seed(sum(map(ord, caption)))
-        mask = torch.arange(5)[None] < len(caption.split())
-        return torch.randn(1, 5, 3, generator=drawn) * mask[..., None], mask
+        mask = torch.arange(5) < len(caption.split())
+        return torch.randn(5, 3, generator=drawn) * mask[:, None], mask
 
 
 def write_text_encoder(folder: Path, width: int) -> str:

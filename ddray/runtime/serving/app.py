@@ -15,8 +15,9 @@ import threading
 import time
 import urllib.request
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ray import serve
@@ -26,7 +27,8 @@ from ddray import __version__
 from ddray.config.base import reserved_device
 from ddray.config.loading import load_config
 from ddray.config.serving import MAX_IMAGES, ServeConfig
-from ddray.errors import ClusterError, ConfigError
+from ddray.errors import CheckpointError, ClusterError, ConfigError
+from ddray.locations import S3
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.families import FAMILIES, empty_network
 from ddray.models.zoo import image_side, resolve
@@ -41,7 +43,7 @@ from ddray.serving.api_keys import read_keys
 from ddray.serving.order import find_examples
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import read_config
-from ddray.text.loading import check_text_encoder, own_encoder
+from ddray.text.loading import BUNDLED_ENCODERS, check_text_encoder, own_encoder
 
 log = logging.getLogger("ray.serve")
 
@@ -100,7 +102,13 @@ def build_app(config: ServeConfig) -> serve.Application:
     )
     undated = replace(doors, cards={name: replace(card, created=0) for name, card in cards.items()})
     teachers = {card.teacher for card in cards.values() if card.teacher}
-    files = {place: _versions(place) for place in (*students.values(), *sorted(teachers))}
+    encoders = {
+        _encoder_of(_config(students[name]), config)
+        for name, card in cards.items()
+        if card.conditioning == "text"
+    }
+    places = (*students.values(), *sorted(teachers), *sorted(_encoder_folders(encoders)))
+    files = {place: _versions(place) for place in places}
     replicas = _kept_while(replica_deployment(config), stock, files)
     return _kept_while(ingress_deployment(config), undated).bind(replicas.bind(stock), doors)
 
@@ -121,6 +129,30 @@ def _versions(model: str) -> dict[str, str]:
         return {}
     storage = open_storage(model)
     return {name: storage.version(name) for name in storage.list()}
+
+
+def _encoder_of(student: Mapping[str, Any], wanted: ServeConfig) -> str:
+    """Name or folder of the encoder that a student of captions reads, by its config."""
+    return wanted.text_encoder or own_encoder(student)
+
+
+def _encoder_folders(encoders: Iterable[str]) -> set[str]:
+    """Folders of encoders, and of tables of words that these read, that may be trained anew."""
+    folders = set(filter(_may_change, encoders))
+    for encoder in [*folders]:
+        try:
+            table = str(read_config(encoder).get("words", ""))
+        except CheckpointError:  # the config of a T5 names no family
+            continue
+        folders |= {table} if _may_change(table) else set()
+    return folders
+
+
+def _may_change(encoder: str) -> bool:
+    """Whether it is a folder: what is bundled or of the Hub is known by its name."""
+    if encoder in BUNDLED_ENCODERS:
+        return False
+    return encoder.startswith(S3) or (bool(encoder) and Path(encoder).is_dir())
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -196,15 +228,20 @@ def ingress_deployment(config: ServeConfig) -> serve.Deployment:
     )
 
 
-def described(student: str, wanted: ServeConfig) -> ModelCard:
-    """What a student can make."""
+def _config(student: str) -> dict[str, Any]:
+    """What a student's folder says of it."""
     where = resolve(student)
     if isinstance(where, Mapping):
         raise ConfigError(
             f"{student} is a set of sizes without weights; make a model folder of the published "
             f"files, and serve that: `ddray models show {student}` says where they are"
         )
-    config = read_config(where)
+    return read_config(where)
+
+
+def described(student: str, wanted: ServeConfig) -> ModelCard:
+    """What a student can make."""
+    config = _config(student)
     valid = [name for name, family in FAMILIES.items() if family.kind == "student"]
     if config.get("family") not in valid:
         raise ConfigError(
@@ -220,8 +257,7 @@ def described(student: str, wanted: ServeConfig) -> ModelCard:
     examples: tuple[str, ...] = ()
     if network.conditioning == "text":
         examples = find_examples(config, student)
-        encoder = wanted.text_encoder or own_encoder(config)
-        check_text_encoder(encoder, student, network.config.caption_dim)
+        check_text_encoder(_encoder_of(config, wanted), student, network.config.caption_dim)
     return ModelCard(
         id=config.get("name") or _name_of(student),
         created=int(time.time()),

@@ -80,7 +80,9 @@ class StudentReplica:
     async def __init__(self, stock: Stock):  # type: ignore[misc]
         import torch
 
-        self._stock = stock
+        from ddray.serving.rendering import TextEncoders
+
+        self._stock, self._text_encoders = stock, TextEncoders()
         # One thread runs the models, so that Serve's event loop stays free to answer health checks
         # and to collect requests. OpenMP's number of threads is set there: it is per thread.
         self._device = ThreadPoolExecutor(1, "device", torch.set_num_threads, (stock.threads,))
@@ -162,14 +164,7 @@ class StudentReplica:
         """What decides the rows of a student here; None where there is no such student."""
         if model not in self._stock.students:
             return None
-        student = (await self._renderer(model)).student
-        return {
-            "student_fingerprint": student.fingerprint,
-            "tokenizer_fingerprint": student.tokenizer.fingerprint,
-            "decode_dtype": str(student.tokenizer.decode_dtype).removeprefix("torch."),
-            "threads": self._stock.threads,
-            "text_encoder": self._stock.text_encoder or "",
-        }
+        return {**(await self._renderer(model)).held, "threads": self._stock.threads}
 
     async def check_health(self) -> None:
         """Make one image, unless a batch has succeeded just now or is under way.
@@ -243,6 +238,7 @@ class StudentReplica:
             stock.students[name],
             teacher=stock.teacher,
             text_encoder=stock.text_encoder,
+            encoders=self._text_encoders,
             rows=stock.rows,
             device=stock.device,
             dtype=stock.dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 
-from ddray.sets.captions import read_captions
+from ddray.sets.captions import read_texts
 from ddray.sets.images.image_set import CAPTIONS, RESULT, SAMPLES, ImageSet
 from ddray.sets.images.samples import write_samples
 from ddray.sets.images.shard import image_name, metadata_name
@@ -55,6 +55,6 @@ def _rows(images: ImageSet) -> Iterator[tuple[str, str]]:
     """Caption and record of every row; where the captions came without one, the caption alone."""
     plan = images.plan
     for k in range(plan.num_shards):
-        part = read_captions(images.storage, k, len(plan.shard_range(k)))
+        part = read_texts(images.storage, k, len(plan.shard_range(k)))
         records = part.records or [json.dumps({"prompt": text}) for text in part.captions]
         yield from zip(part.captions, records, strict=True)

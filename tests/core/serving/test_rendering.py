@@ -231,8 +231,6 @@ def test_captions_are_encoded_one_by_one_and_do_not_depend_on_their_company() ->
     jobs = [ImageJob(words[k % 4], k, 7) for k in range(5)]
     for schedule in ("0,2", "0,teacher:1-2,2", "teacher"):
         _check_company(renderer, jobs, schedule, (2, 3, 5))
-    rows = renderer.rows(RowsOrder("tiny", np.array(words), np.arange(4), 7, "0,2"))
-    assert rows.shape == (4, 4, 4, 3)
     assert sorted(encoder.calls) == sorted([word] for word in ["a photo", *words])
 
 

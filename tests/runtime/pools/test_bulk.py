@@ -254,24 +254,33 @@ def _actors() -> list[str]:
 
 
 @pytest.fixture
-def service(ray_local: None, student: str) -> Iterator[str]:
-    """The online service of the student; its replicas are asked by name."""
+def service(
+    ray_local: None, student: str, text_student: str, tmp_path: Path
+) -> Iterator[ServeConfig]:
+    """The online service of both students; its replicas are asked by name."""
+    encoder = write_text_encoder(tmp_path / "encoder", WIDTH)
+    config = ServeConfig(student=(student, text_student), text_encoder=encoder)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-    serve.run(build_app(ServeConfig(student=(student,))), name=APP_NAME, route_prefix="/")
-    yield student
+    serve.run(build_app(config), name=APP_NAME, route_prefix="/")
+    yield config
     serve.shutdown()
 
 
-def test_a_running_service_of_the_student_is_used_and_stays(service: str, tmp_path: Path) -> None:
-    expected = _by_hand(tmp_path / "loop", service)
-    generate(generating(service, tmp_path / "set", engine="serve"))
-    assert contents(tmp_path / "set", "shards") == expected
-    assert set(serve.status().applications) == {APP_NAME}
-    started = json.loads((tmp_path / "set" / "events.jsonl").read_text().splitlines()[0])
-    assert started["service"] == APP_NAME
+def test_a_running_service_of_the_student_is_used_and_stays(
+    service: ServeConfig, tmp_path: Path
+) -> None:
+    given = {"captions": _captions(tmp_path / "plain.jsonl"), "text_encoder": service.text_encoder}
+    for student, settings in zip(service.student, ({}, given), strict=True):
+        folder = tmp_path / f"set of {len(settings)}"
+        expected = _by_hand(tmp_path / f"loop of {len(settings)}", student, **settings)
+        generate(generating(student, folder, engine="serve", **settings))
+        assert contents(folder, "shards") == expected
+        assert set(serve.status().applications) == {APP_NAME}
+        started = json.loads((folder / "events.jsonl").read_text().splitlines()[0])
+        assert started["service"] == APP_NAME
     # It has no HTTP; to give it that, its Serve would have to be ended.
     with pytest.raises(ClusterError, match=f"Ray Serve runs here without HTTP, for {APP_NAME}"):
-        run(ServeConfig(student=(service,)))
+        run(service)
     assert set(serve.status().applications) == {APP_NAME}
 
 

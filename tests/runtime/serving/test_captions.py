@@ -20,8 +20,10 @@ from ddray.errors import ConfigError
 from ddray.runtime.serving.app import build_app, run
 from ddray.serving.image_file import image_bytes
 from ddray.serving.rendering import ImageJob, Renderer
+from ddray.text.averaging import AveragingConfig, DeepAveraging
+from ddray.text.words import WordEncoder
 from tests.patience import PATIENCE_S, wait_until
-from tests.runtime.tiny import write_text_student
+from tests.runtime.tiny import write_student, write_teacher, write_text_student
 
 pytestmark = pytest.mark.ray
 
@@ -153,3 +155,35 @@ def test_no_log_holds_a_caption_unless_asked(client: httpx.Client, config: Serve
     asked = {"prompt": SECRET, "seed": 1}
     client.post(RAW, json=asked, headers={"x-request-id": "in-full"})
     assert _logged("in-full")["prompt"] == SECRET
+
+
+def _replicas_version(config: ServeConfig) -> str:
+    """The version by which Serve tells whether replicas that run may stay."""
+    replicas = build_app(config)._bound_deployment.init_args[0]
+    version: str = replicas._bound_deployment.version
+    return version
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_an_encoder_that_is_trained_anew_in_its_folder_replaces_replicas(
+    is_told: bool, tmp_path: Path
+) -> None:
+    teacher = write_teacher(tmp_path / "teacher", cls_token_num=5, caption_dim=3)
+    student, table, encoder = (tmp_path / name for name in ("student", "table", "encoder"))
+    card = Path(write_student(student, teacher), "config.json")
+    told = {} if is_told else {"text_encoder": str(encoder)}
+    card.write_text(json.dumps({**json.loads(card.read_text()), **told}))
+    sizes = {"max_words": 5, "word_width": 4, "hidden": 2, "width": 3}
+    network = DeepAveraging(AveragingConfig(words=str(table), **sizes))
+    network.save(encoder)
+    WordEncoder(["a"], torch.ones(1, 2), length=5, position_width=2).save(table)
+    given = str(encoder) if is_told else None
+    config = ServeConfig(student=(str(student),), text_encoder=given)
+    versions = [_replicas_version(config), _replicas_version(config)]
+    assert versions[0] == versions[1]
+    network.word.bias.data.add_(1)
+    network.save(encoder)
+    versions.append(_replicas_version(config))
+    WordEncoder(["a"], torch.zeros(1, 2), length=5, position_width=2).save(table)
+    versions.append(_replicas_version(config))
+    assert len(set(versions)) == 3
