@@ -80,7 +80,8 @@ def left_padded(cond: Any, length: int, width: int, device: torch.device) -> Cap
         device: of the result.
 
     Raises:
-        ConfigError: for other shapes, a caption that is too long, or a mask with holes.
+        ConfigError: for other shapes, features that are no floating point or not finite, a caption
+            that is too long, or a mask with holes.
     """
     pair = isinstance(cond, tuple | list) and len(cond) == 2
     if not pair or not all(hasattr(part, "shape") for part in cond):
@@ -98,10 +99,16 @@ def left_padded(cond: Any, length: int, width: int, device: torch.device) -> Cap
             f"captions have {len(features)} rows of {features.shape[1]} positions; the model takes "
             f"at least one row and at most {length} positions"
         )
+    if not features.is_floating_point():
+        raise ConfigError(f"features are {features.dtype}, expected floating point")
     valid = mask != 0
     count = valid.sum(1)
-    if bool((valid[:, 1:] & ~valid[:, :-1]).any()):
-        raise ConfigError("a caption's mask has holes; captions are padded on the right")
+    has_holes = (valid[:, 1:] & ~valid[:, :-1]).any()
+    is_broken = (valid & ~features.isfinite().all(-1)).any()
+    if bool(has_holes | is_broken):  # once: on a GPU the host waits for the answer
+        if bool(has_holes):
+            raise ConfigError("a caption's mask has holes; captions are padded on the right")
+        raise ConfigError("a caption's features are not all finite")
     missing = length - features.shape[1]
     features = torch.nn.functional.pad(features, (0, 0, 0, missing))
     position = torch.arange(length, device=device)

@@ -17,7 +17,8 @@ from html.entities import html5
 from html.parser import HTMLParser
 from urllib.parse import unquote_plus
 
-_HOST = r"[a-zA-Z0-9.-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+# No name of a host is longer; without an end it would be tried from each of its letters.
+_HOST = r"[a-zA-Z0-9.-]{1,253}\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 _FILE_TYPE = r"(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
 _DASHES = (
     "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
@@ -49,7 +50,7 @@ _BEFORE_MENDING = (
     ("[\"']{2,}", '"'),
     (r"\.{2,}", " "),
     (f"[{_SIGNS}]+", " "),
-    (r"\s+\.\s+", " "),
+    (r"(?<!\s)\s+\.\s+", " "),  # from the first of several spaces, or it would be tried from each
 )
 _AFTER_MENDING = (
     # Codes of articles: jc6640, jc6640vc, 6640vc231.
@@ -62,8 +63,8 @@ _AFTER_MENDING = (
     (r"\bclick\b\s(?:for|on)\s\w+", ""),
     (rf"\b{_FILE_TYPE}(?:\simages?)?", ""),
     (r"\bpage\s+\d+\b", ""),
-    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
-    ("\\b\\d+\\.?\\d*[x\u0445\u00d7]\\d+\\.?\\d*\\b", ""),  # sizes: 10x15
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),
+    ("\\b\\d+(?:\\.\\d*)?[x\u0445\u00d7]\\d+(?:\\.\\d*)?\\b", ""),  # sizes: 10x15
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
@@ -118,8 +119,10 @@ def _ruled(text: str, rules: Iterable[tuple[str, str]]) -> str:
 def _without_markup(text: str) -> str:
     """The text of a page, without what browsers do not show of it."""
     page = _Page()
+    # Behind the last end of a tag all is text; Python's parser would look for one from every "<".
+    behind = text.rfind(">") + 1
     try:
-        page.feed(text)
+        page.feed(text[:behind] + text[behind:].replace("<", "&lt;"))
         page.close()
     except AssertionError:  # what Python's parser has for a declaration that it does not know
         return text

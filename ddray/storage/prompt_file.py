@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from ddray.storage.caption_row import CaptionColumn, FoundRow, column_of
 
 TEXT_ENDINGS = (".txt", ".tsv", ".csv")
 _BUFFER_BYTES = 1 << 20
+# What stands for the bytes that are no UTF-8, so that they are the fault of their row alone.
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 class TextCaptions:
@@ -28,7 +31,7 @@ class TextCaptions:
         column: that holds the captions; None = the first of COLUMNS.
 
     Raises:
-        ConfigError: if it is no text, or no table with such a column.
+        ConfigError: if it is no table with such a column.
     """
 
     what = "rows"
@@ -37,7 +40,9 @@ class TextCaptions:
 
     def __init__(self, file: Any, ending: str, column: str | None) -> None:
         buffered: Any = io.BufferedReader(file, _BUFFER_BYTES)
-        self._text = io.TextIOWrapper(buffered, encoding="utf-8-sig", newline="")
+        self._text = io.TextIOWrapper(
+            buffered, encoding="utf-8-sig", errors="surrogateescape", newline=""
+        )
         self._is_table = ending != ".txt"
         self.column = CaptionColumn("prompt")
         if not self._is_table:
@@ -46,6 +51,8 @@ class TextCaptions:
             return
         with _errors():
             header = next(self._text, "")
+            if reason := _no_utf8(header):
+                raise ConfigError(f"its first line {reason}")
             # COCO's captions are divided by tabs, whatever the name of their file ends in.
             self._delimiter = "\t" if "\t" in header else ","
             self._names = next(csv.reader([header], delimiter=self._delimiter), [])
@@ -55,23 +62,27 @@ class TextCaptions:
         """All rows in their order.
 
         Raises:
-            ConfigError: if it is no text, or no table.
+            ConfigError: if it is no table.
         """
         with _errors():
             yield from self._table() if self._is_table else self._lines()
 
     def _lines(self) -> Iterator[FoundRow]:
         for number, line in enumerate(_captions(self._text)):
-            yield FoundRow(f"row {number}", line, record={})
+            name = f"row {number}"
+            fault = _fault(name, [line])
+            yield FoundRow(name, fault=fault) if fault else FoundRow(name, line, record={})
 
     def _table(self) -> Iterator[FoundRow]:
         place = self._names.index(self.column.name)
         rows = (row for row in csv.reader(self._text, delimiter=self._delimiter) if row)
         for number, row in enumerate(rows):
             name = f"row {number}"
-            if len(row) <= place:
-                there = f"{len(row)} of {len(self._names)} columns"
-                yield FoundRow(name, fault=f"{name} has {there}")
+            fault = _fault(name, row)
+            if fault is None and len(row) <= place:
+                fault = f"{name} has {len(row)} of {len(self._names)} columns"
+            if fault:
+                yield FoundRow(name, fault=fault)
                 continue
             record = dict(zip(self._names, row, strict=False))
             yield FoundRow(name, self.column.of(row[place]), record=record)
@@ -81,8 +92,6 @@ class TextCaptions:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"it is no text in UTF-8 ({error})") from error
     except csv.Error as error:
         raise ConfigError(f"it is no table ({one_line(error)})") from error
 
@@ -98,3 +107,15 @@ def _captions(text: Iterable[str]) -> Iterator[str]:
         yield from ("" for _ in range(blank))
         blank = 0
         yield caption
+
+
+def _fault(name: str, cells: Iterable[str]) -> str | None:
+    """What is wrong with the bytes of a row; None where all is well."""
+    reason = next(filter(None, map(_no_utf8, cells)), None)
+    return f"{name} {reason}" if reason else None
+
+
+def _no_utf8(text: str) -> str | None:
+    """Which byte of a text is not of UTF-8; None where all are."""
+    byte = _ESCAPED.search(text)
+    return f"is no UTF-8: byte 0x{ord(byte[0]) - 0xDC00:02x}" if byte else None

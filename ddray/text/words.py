@@ -133,19 +133,19 @@ class WordEncoder:
             },
         )
 
-    def _pieces(self, word: str) -> list[int]:
+    def _pieces(self, marked: str) -> list[int]:
         """The longest pieces from the left; a sign that none begins with is passed over."""
-        found, rest = [], f"_{word}"
-        while rest:
-            for size in range(min(len(rest), self._longest), 0, -1):
-                if (number := self._number.get(rest[:size])) is not None:
+        found, begin = [], 0
+        while begin < len(marked):
+            for end in range(min(begin + self._longest, len(marked)), begin, -1):
+                if (number := self._number.get(marked[begin:end])) is not None:
                     found.append(number)
                     break
-            rest = rest[size:]
+            begin = end
         return found
 
     def _vector(self, word: str) -> Tensor:
-        pieces = self._pieces(word)
+        pieces = self._pieces(f"_{word}")
         if not pieces:
             return torch.zeros(self.vectors_PW.shape[1])
         return self.vectors_PW[pieces].mean(0)

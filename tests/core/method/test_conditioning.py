@@ -55,7 +55,7 @@ def test_valid_rows_move_to_the_end_and_the_rest_becomes_zero():
 
 def test_what_lies_in_the_padding_changes_nothing(teacher):
     features, mask = captions([2, 3])
-    other = torch.where(mask[..., None] == 1, features, 7.0)
+    other = torch.where(mask[..., None] == 1, features, torch.nan)
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
     expected = teacher.guided_logits((features, mask), tokens, 3.0)
     assert torch.equal(teacher.guided_logits((other, mask), tokens, 3.0), expected)
@@ -112,6 +112,12 @@ def test_a_student_reads_its_caption_but_not_the_padding(teacher):
         (captions([2], positions=6), "at most 5 positions"),
         ((torch.zeros(1, 5, 3), torch.tensor([[1, 0, 1, 0, 0]])), "mask has holes"),
         ((torch.zeros(0, 5, 3), torch.zeros(0, 5)), "at least one row"),
+        (
+            (torch.ones(1, 5, 3, dtype=torch.int64), torch.ones(1, 5)),
+            "features are torch.int64, expected floating point",
+        ),
+        ((torch.full((1, 5, 3), torch.nan), torch.ones(1, 5)), "features are not all finite"),
+        ((torch.full((1, 5, 3), -torch.inf), torch.ones(1, 5)), "features are not all finite"),
     ],
 )
 def test_captions_of_another_form_are_refused(teacher, asked, message):

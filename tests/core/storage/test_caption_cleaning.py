@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 
 from ddray.storage.caption_cleaning import clean_llamagen
@@ -79,6 +82,22 @@ def test_the_rules_are_applied_twice() -> None:
     assert clean_llamagen("cafÃ©") == "cafã"
 
 
+@pytest.mark.parametrize(
+    ("given", "cleaned"),
+    {
+        # A tag without an end is text, whatever version of Python reads it.
+        "a cat <b and <!-- a dog": "a cat <b and <!- a dog",
+        "<b>a cat</b> <i and &amp;lt;": "a cat <i and lt;",
+        "a . . cat  .  dog": "a cat dog",
+        "see x.y.org/a_b-c/ and a.com@b.org": "see and a. com",
+        "10.x15.5, 7x8.": ".",
+        "a1a22_ a1a22b3": "a1a22",
+    }.items(),
+)
+def test_what_the_rules_for_debris_leave(given: str, cleaned: str) -> None:
+    assert clean_llamagen(given) == cleaned
+
+
 HOSTILE = {
     "one long word": "x" * 10_000,
     "sentences": "a red cat on a roof. " * 500,
@@ -97,3 +116,27 @@ def test_hostile_texts_end(caption: str) -> None:
     cleaned = clean_llamagen(caption)
     assert len(cleaned) <= len(caption)
     cleaned.encode()
+
+
+# Each of them cost its length squared, or cubed.
+LONG = {
+    "open tags": lambda length: "<a " * (length // 3),
+    "open quotes": lambda length: "<a b=\"'" * (length // 7),
+    "hosts": lambda length: "a." * (length // 2),
+    "spaces": lambda length: "a" + " " * length + "a",
+    "digits": lambda length: "1" * length + "a",
+    "sizes": lambda length: "1" * (length // 2) + "x" + "1" * (length // 2) + "a",
+    "codes": lambda length: "a1a" + "1" * length + "_",
+}
+
+
+def _seconds(caption: str) -> float:
+    begin = time.process_time()
+    clean_llamagen(caption)
+    return time.process_time() - begin
+
+
+@pytest.mark.parametrize("made", LONG.values(), ids=LONG)
+def test_the_time_grows_as_the_caption_does(made: Callable[[int], str]) -> None:
+    short = min(_seconds(made(500)) for _ in range(3))
+    assert _seconds(made(4000)) < 24 * short + 0.001  # of 8 times the length; its square is 64

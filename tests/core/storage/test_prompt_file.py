@@ -88,7 +88,27 @@ def test_what_cannot_be_read_is_refused(
         opened(tmp_path / name, column=column).check(2)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"a\n\xff\n")
-    with pytest.raises(ConfigError, match=r"captions .*a.txt: it is no text in UTF-8"):
-        opened(tmp_path / "a.txt").check(2)
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", b"\xef\xbb\xbfone\n\xe9t\xe9 \xff\ntwo \xc3\xa9\n\xed\xa0\x80\nthree\n"),
+        ("a.csv", b'n,Prompt\n1,one\n2,\xe9t\xe9\n3,"two \xc3\xa9"\n\xff,five\n4,three\n'),
+        ("a.tsv", b'Prompt\tn\none\t1\n"\xe9t\xe9\nlait"\t2\ntwo \xc3\xa9\t3\nx\t\xff\nthree\t4'),
+    ],
+)
+def test_bytes_that_are_no_text_break_their_row_alone(
+    name: str, data: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"captions .*{name}: row 1 is no UTF-8: byte 0xe9$"):
+        opened(tmp_path / name).check(2)
+    file = opened(tmp_path / name, skip_bad=True)
+    assert [row.caption for row in file.rows(3)] == ["one", "two é", "three"]
+    assert str(file.left_out).startswith("2 left out: row 1 is no UTF-8: byte 0xe9; row 3 is no")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_header_that_is_no_text_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("prompt\nred cat\n", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"captions .*: its first line is no UTF-8: byte 0xff"):
+        opened(tmp_path / name, skip_bad=True)

@@ -147,3 +147,23 @@ def test_an_encoder_can_be_timed(encoder):
 
 def test_a_table_computes_nothing(folder):
     assert caption_cost(folder, 15) == (0, 15 * (WIDTH + PLACE))
+
+
+class CountedText(str):
+    """A text that knows how much of it was copied."""
+
+    copied = 0
+
+    def __getitem__(self, place):
+        part = super().__getitem__(place)
+        CountedText.copied += len(part)
+        return CountedText(part)
+
+
+def test_cutting_a_word_copies_no_more_of_it_for_a_longer_one(encoder):
+    copied = []
+    for length in (100, 800):
+        CountedText.copied = 0
+        assert len(encoder._pieces(CountedText("_" + "s" * length))) == 1 + length
+        copied.append(CountedText.copied / length)
+    assert 0 < copied[1] <= 1.1 * copied[0]
