@@ -197,5 +197,6 @@ BUNDLED_MODELS = {
     "digits-var": "VAR of 88 tokens in five scales on the same digits",
     "digits-var-dd": "its student, distilled for one and two steps",
     "emoji-llamagen": "LlamaGen of 64 tokens that paints emoji from their names",
+    "emoji-llamagen-dd": "its student, distilled for one and two steps",
 }
 """What comes inside the package."""

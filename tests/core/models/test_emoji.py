@@ -52,6 +52,15 @@ def test_the_teacher_paints_what_it_is_asked_for(teacher, judge, held_out, least
     assert found(judge, teacher.decode(tokens), captions) > least
 
 
+@pytest.mark.parametrize("schedule", ["0", "0,24"])
+@pytest.mark.parametrize(("held_out", "least"), [(False, 0.6), (True, HELD_OUT)])
+def test_its_student_does_in_a_step_or_two(judge, held_out, least, schedule):
+    student = ddray.load_student("emoji-llamagen-dd", device="cpu")
+    captions = captions_of(student, held_out)
+    images = student.decode(student.generate(captions, seed=0, schedule=schedule))
+    assert found(judge, images, captions) > least
+
+
 def test_words_that_no_caption_had_are_taken_too(teacher):
     images = teacher.decode(teacher.sample(["a zeppelin, please", "苹果"], cfg=2.0, seed=0))
     assert images.shape == (2, 3, 32, 32)
@@ -65,3 +74,4 @@ def test_files_are_as_small_as_a_package_should_have_them():
         return sum(file.stat().st_size for file in files) / 2**20
 
     assert mebibytes("emoji-llamagen", "emoji-text", "emoji-words") <= 14
+    assert mebibytes("emoji-llamagen-dd") <= 8

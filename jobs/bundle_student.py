@@ -1,6 +1,6 @@
 """Put a distilled student into the package: float16 weights, the same folder layout.
 
-python jobs/bundle_digits_student.py SOURCE ddray/models/bundled/digits-llamagen-dd
+python jobs/bundle_student.py SOURCE ddray/models/bundled/digits-llamagen-dd
 """
 
 import sys
