@@ -10,9 +10,10 @@ Shapes: B captions, W words of a caption, F features of a word, H hidden width, 
 of the model, D width of the summary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,15 +103,28 @@ def read_averaging(folder: str | Path) -> DeepAveraging:
         CheckpointError: if it is none, or damaged.
     """
     config, state, _ = load_folder(folder)
+    network = DeepAveraging(averaging_sizes(config, folder))
+    load_into(network, state, str(folder))
+    return network
+
+
+def averaging_sizes(config: Mapping[str, Any], folder: str | Path) -> AveragingConfig:
+    """The sizes that a folder's config holds.
+
+    Args:
+        config: of the folder.
+        folder: that messages name.
+
+    Raises:
+        CheckpointError: if it is another one's.
+    """
     sizes = {name: value for name, value in config.items() if name != "family"}
     try:
         if config["family"] != FAMILY:
             raise ValueError(f"family={config['family']!r}")
-        network = DeepAveraging(AveragingConfig(**sizes))
+        return AveragingConfig(**sizes)
     except (ConfigError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} is no deep averaging network ({error})") from error
-    load_into(network, state, str(folder))
-    return network
 
 
 class AveragingEncoder:

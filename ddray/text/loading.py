@@ -10,7 +10,12 @@ from ddray.errors import CheckpointError, ConfigError
 from ddray.locations import BUNDLED, S3
 from ddray.storage.checkpoint import read_config
 from ddray.text import averaging, words
-from ddray.text.averaging import AveragingEncoder, DeepAveraging, read_averaging
+from ddray.text.averaging import (
+    AveragingEncoder,
+    DeepAveraging,
+    averaging_sizes,
+    read_averaging,
+)
 from ddray.text.encoder import TextEncoder
 from ddray.text.t5 import FLAN_T5_XL, T5TextEncoder, encoder_width, t5_config, t5_flops
 from ddray.text.words import WordEncoder
@@ -79,11 +84,11 @@ def load_text_encoder(
         return T5TextEncoder(source, length=length, device=device)
     if read_config(folder)["family"] == averaging.FAMILY:
         network = read_averaging(folder).to(device)
-        return AveragingEncoder(network, words_below(network, device=device), length=length)
+        return AveragingEncoder(network, _words_below(network, device=device), length=length)
     return WordEncoder.load(folder, length=length, device=device)
 
 
-def words_below(network: DeepAveraging, *, device: str | torch.device = "cpu") -> WordEncoder:
+def _words_below(network: DeepAveraging, *, device: str | torch.device = "cpu") -> WordEncoder:
     """The table of word vectors that a network reads.
 
     Raises:
@@ -154,8 +159,9 @@ def caption_cost(source: str, positions: int) -> CaptionCost:
         CheckpointError: if its config cannot be read.
     """
     if folder := _own_folder(source):
-        is_averaging = read_config(folder)["family"] == averaging.FAMILY
-        flops = read_averaging(folder).config.flops if is_averaging else 0
+        config = read_config(folder)
+        is_averaging = config["family"] == averaging.FAMILY
+        flops = averaging_sizes(config, folder).flops if is_averaging else 0
         return CaptionCost(flops, positions * features_width(source))
     config = t5_config(source)
     return CaptionCost(t5_flops(config, positions), positions * int(config["d_model"]))
