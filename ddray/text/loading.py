@@ -159,9 +159,9 @@ def caption_cost(source: str, positions: int) -> CaptionCost:
         CheckpointError: if its config cannot be read.
     """
     if folder := _own_folder(source):
-        config = read_config(folder)
-        is_averaging = config["family"] == averaging.FAMILY
-        flops = averaging_sizes(config, folder).flops if is_averaging else 0
+        own = read_config(folder)
+        is_averaging = own["family"] == averaging.FAMILY
+        flops = averaging_sizes(own, folder).flops if is_averaging else 0
         return CaptionCost(flops, positions * features_width(source))
     config = t5_config(source)
     return CaptionCost(t5_flops(config, positions), positions * int(config["d_model"]))
