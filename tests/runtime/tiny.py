@@ -81,9 +81,13 @@ def generating(student: str, out: Path, **other: Any) -> GenerateConfig:
 
 
 def contents(folder: Path, *names: str) -> dict[str, bytes]:
-    """Bytes of all files below a folder, or of those below the named parts of it."""
+    """Bytes of all files below a folder, or of those below the named parts of it.
+
+    What a killed writer left half-written is no reader's data, so it is not among them.
+    """
     files = [file for name in names or ("",) for file in sorted((folder / name).rglob("*"))]
-    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.is_file()}
+    whole = [file for file in files if file.is_file() and not file.name.startswith(TEMPORARY)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in whole}
 
 
 def command(*arguments: str) -> list[str]:
