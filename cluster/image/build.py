@@ -1,0 +1,185 @@
+"""Build the image of cluster/Dockerfile with what is there, and try it as clusters would.
+
+    make image                                  # for nodes with GPUs
+    make image VARIANT=cpu                      # for heads, and nodes without
+    make image ARGS="--tag registry.example.com/ddray:0.1.0"
+    make image ARGS=--try-only                  # of an image that is there
+
+With Docker, or with buildah as root where no Docker answers; x86-64, 40 GB of free disk, a quarter
+of an hour. What cannot be fetched here is stood in for, and named: such an image is a trial of all
+the rest, and not for clusters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ddray
+from cluster.image.checks import ALONE, ROOT, TOGETHER, Check
+from cluster.image.engines import Container, Engine, ImageError, find_engine
+from cluster.image.stand_ins import build_base, pack_torchvision
+
+DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+LARGEST = {"gpu": 7e9, "cpu": 3.5e9}
+"""Bytes that a variant may have, all layers unpacked."""
+_PACKAGES = "/usr/local/lib/python3.11/site-packages"
+
+
+def build(engine: Engine, variant: str, image: str, wheels: Path | None) -> list[str]:
+    """Build a variant under a name.
+
+    Args:
+        engine: that builds.
+        variant: "gpu" or "cpu".
+        image: its name.
+        wheels: folder with a CPU build of torch, where PyTorch's own index does not answer.
+
+    Returns:
+        What stands in for what could not be fetched, a line each.
+
+    Raises:
+        ImageError: If it cannot be built here.
+    """
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)", DOCKERFILE.read_text(), flags=re.MULTILINE))
+    torch = "cpu" if variant == "cpu" else defaults["TORCH_BACKEND"]
+    indexes = {name: os.environ.get(name, "") for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX")}
+    indexes["UV_DEFAULT_INDEX"] = indexes["UV_DEFAULT_INDEX"] or indexes["PIP_INDEX_URL"]
+    arguments = {name: value for name, value in indexes.items() if value}
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="ddray-wheels-") as name:
+        contexts: dict[str, Path] = {}
+        if not _answers(torch):
+            if variant == "cpu":
+                notes += _collect_wheels(wheels, Path(name))
+                contexts["wheels"] = Path(name)
+                arguments["UV_FIND_LINKS"] = "/wheels"
+            else:
+                notes.append(f"torch is the package index's own build, in place of {torch}")
+            torch = ""
+        arguments["TORCH_BACKEND"] = torch
+        if not engine.fetch(defaults["BASE"]):
+            arguments["BASE"] = build_base(engine)
+            notes.append(f"the base is Debian with this machine's Python, not {defaults['BASE']}")
+        engine.build(DOCKERFILE, ROOT, image, arguments, contexts)
+    return notes
+
+
+def _pin(name: str) -> str:
+    found = re.search(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def _answers(backend: str) -> bool:
+    """Whether PyTorch's own index has the pinned torch for us."""
+    uv = [shutil.which("uv") or str(Path(sys.executable).with_name("uv")), "pip", "compile"]
+    asked = subprocess.run(
+        [*uv, "--quiet", "--no-deps", "--torch-backend", backend, "-"],
+        input=f"torch=={_pin('torch')}",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.returncode == 0
+
+
+def _collect_wheels(wheels: Path | None, folder: Path) -> list[str]:
+    """CPU builds into a folder; what stands in for one that is nowhere."""
+    notes = []
+    for name in ("torch", "torchvision"):
+        wanted = f"{name}-{_pin(name)}+cpu-cp311-*x86_64.whl"
+        if found := sorted(wheels.glob(wanted)) if wheels else []:
+            shutil.copy(found[-1], folder)
+        elif name == "torchvision":
+            pack_torchvision(folder)
+            notes.append("torchvision is without its operators, not its CPU build")
+        else:
+            raise ImageError(
+                f"no CPU build of torch is to be had: PyTorch's own index does not answer, and "
+                f"no {wanted} is in {wheels or 'a folder that --wheels names'}"
+            )
+    return notes
+
+
+def try_out(engine: Engine, image: str, checks: Mapping[str, Check], nodes: int) -> Iterator[bool]:
+    """Every check on so many containers of an image; a line for each is printed."""
+    with engine.containers(image, nodes) as containers:
+        for name, check in checks.items():
+            yield _report(name, check, containers)
+
+
+def _report(name: str, check: Check, containers: list[Container]) -> bool:
+    begun = time.monotonic()
+    try:
+        told, well = check(containers), True
+    except (ImageError, subprocess.TimeoutExpired) as error:
+        told, well = str(error), False
+    seconds = time.monotonic() - begun
+    print(f"{name:26}{'ok' if well else 'FAILED':8}{seconds:6.0f} s  {told}", flush=True)
+    return well
+
+
+def _sizes(variant: str, size: float, containers: list[Container]) -> str:
+    """What the image takes, and its largest packages.
+
+    Raises:
+        ImageError: If that is more than a variant may.
+    """
+    script = f"du --bytes --max-depth=1 {_PACKAGES} | sort --numeric-sort | tail -n 7 | tac"
+    told = subprocess.run(
+        containers[0].command("bash", "-c", script), capture_output=True, text=True, check=True
+    )
+    lines = [line.split() for line in told.stdout.splitlines()[1:]]
+    parts = ", ".join(f"{path.rsplit('/', 1)[-1]} {int(b) / 1e9:.1f}" for b, path in lines)
+    if size > LARGEST[variant]:
+        most = LARGEST[variant] / 1e9
+        raise ImageError(f"{size / 1e9:.2f} GB are more than {most} GB: {parts}")
+    return f"{size / 1e9:.2f} GB: {parts}"
+
+
+def main() -> int:
+    """Build and try; 1 if a check failed, 2 if there is no image."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", choices=sorted(LARGEST), default="gpu", help="default: gpu")
+    parser.add_argument("--tag", help="the image's name; default: ddray:VERSION, or ...-cpu")
+    parser.add_argument("--try-only", action="store_true", help="an image that is there: no build")
+    parser.add_argument("--store", type=Path, help="folder of buildah's images; default: its own")
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        default=os.environ.get("PIP_FIND_LINKS"),
+        help="folder with CPU builds of torch, where PyTorch's index does not answer "
+        "(default: PIP_FIND_LINKS)",
+    )
+    given = parser.parse_args()
+    suffix = "-cpu" if given.variant == "cpu" else ""
+    image = given.tag or f"localhost/ddray:{ddray.__version__}{suffix}"
+    begun = time.monotonic()
+    try:
+        engine = find_engine(given.store)
+        notes = [] if given.try_only else build(engine, given.variant, image, given.wheels)
+        size = engine.size(image)
+    except ImageError as error:
+        print(f"make image: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{image} by {engine.name}, after {time.monotonic() - begun:.0f} s")
+    print("".join(f"a trial, not for clusters: {note}\n" for note in notes))
+    sizes = {"size": lambda nodes: _sizes(given.variant, size, nodes)}
+    well = [*try_out(engine, image, sizes | ALONE, 1), *try_out(engine, image, TOGETHER, 2)]
+    print(f"\n{sum(well)} of {len(well)} checks passed")
+    return 0 if all(well) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
