@@ -21,6 +21,7 @@ from typing import Protocol
 
 # Of containers that run in network namespaces, which nothing outside them can reach.
 _NETWORK = "10.78.0"
+_RUN = ("run", "--isolation=chroot")
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -84,7 +85,7 @@ def find_engine(store: Path | None = None) -> Engine:
     Raises:
         ImageError: If there is neither.
     """
-    if store is None and shutil.which("docker") and not _quiet("docker", "info").returncode:
+    if shutil.which("docker") and not _quiet("docker", "info").returncode:
         return Docker()
     if shutil.which("buildah") is None:
         raise ImageError("no Docker engine answers here, and there is no buildah: install either")
@@ -195,10 +196,13 @@ class Buildah:
             for _ in spaces:
                 told = _quiet(*self._buildah, "from", "--pull-never", image, check=True)
                 made.append(told.stdout.strip())
+                # Mounted for all commands at once: sockets of one mount are not those of another.
+                _quiet(*self._buildah, "mount", made[-1], check=True)
             yield [
                 Container(
                     f"{_NETWORK}.{k + 1}",
-                    *(("ip", "netns", "exec", space, *self._buildah, "run", "--isolation=chroot"),),
+                    # Not `ip netns exec`, whose mounts are its own.
+                    ("nsenter", f"--net=/run/netns/{space}", *self._buildah, *_RUN),
                     (made[k], "--"),
                 )
                 for k, space in enumerate(spaces)

@@ -32,8 +32,10 @@ _NOT_DEBIAN = (
     "var/lib/apt/lists",
 )
 _NOT_PYTHON = ("__pycache__", "site-packages/*", "test", "tests", "idle_test", "*.a")
-_PYTHON = ("bin/python", "bin/python3", "bin/python3.11", "include/python3.11")
-_PYTHON += ("lib/python3.11", "lib/libpython3*")
+_PYTHON = (
+    *("bin/python", "bin/python3", "bin/python3.11", "include/python3.11", "lib/python3.11"),
+    "lib/libpython3*",
+)
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 _DOCKERFILE = f"""FROM scratch
 ADD root.tar /
@@ -56,12 +58,16 @@ _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
 def build_base(engine: Engine) -> str:
     """In place of Docker's image: Debian by debootstrap, with this machine's CPython.
 
+    One that is there is taken, since a new one would have every layer above it built anew.
+
     Returns:
         The image's name.
 
     Raises:
         ImageError: If this machine cannot make one.
     """
+    if engine.fetch(BASE):
+        return BASE
     python = Path(sys.base_prefix)
     if shutil.which("debootstrap") is None:
         raise ImageError("a stand-in of the base image needs debootstrap: install it")

@@ -1,0 +1,54 @@
+"""The image of cluster/Dockerfile, without CUDA, is built here and tried: `make image`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.image.checks import ALONE, TOGETHER
+from cluster.image.engines import ImageError, find_engine
+from tests.paths import ROOT
+
+pytestmark = pytest.mark.chaos
+
+
+IMAGE = "localhost/ddray:tried-cpu"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Path]:
+    """Where buildah keeps its images, until the test ends; Docker has its own place."""
+    folder = tmp_path / "store"
+    try:
+        engine = find_engine(folder)
+    except ImageError as error:
+        pytest.skip(str(error))
+    yield folder
+    if engine.name == "docker":
+        subprocess.run(["docker", "image", "rm", IMAGE], capture_output=True, check=False)
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for mount in reversed([one for one in mounts if one.startswith(f"{folder}/")]):
+        subprocess.run(["umount", mount], capture_output=True, check=False)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_variant_for_cpus_is_built_and_passes_every_check(store: Path) -> None:
+    command = [sys.executable, "-m", "cluster.image.build", "--variant=cpu", f"--tag={IMAGE}"]
+    done = subprocess.run(
+        [*command, f"--store={store}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 2 and "no CPU build of torch" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    passed = {name.strip() for name in re.findall(r"^(.{26})ok ", done.stdout, re.MULTILINE)}
+    assert passed == {"size", *ALONE, *TOGETHER}
