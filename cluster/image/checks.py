@@ -7,11 +7,12 @@ Nodes are started by the lines that KubeRay's operator writes (1.7, pod.go) and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _ASK_AGENT = (
 _ASK_HEAD = "wget --tries 1 -T 10 -q -O- http://localhost:8265/api/gcs_healthz | grep success"
 
 _STARTS = 3
+_STAYS = "/tmp/started"
+_STAY = f"while test -e {_STAYS}; do sleep 1; done"
 
 Check = Callable[[list[Container]], str]
 
@@ -120,43 +123,25 @@ def _pods(nodes: list[Container]) -> str:
         "RAY_PORT": "6379",
         "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
         "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "1",
+        "RAY_enable_autoscaler_v2": "1",
         "RAY_AUTH_MODE": spec["authOptions"]["mode"],
         "RAY_AUTH_TOKEN": _TOKEN,
     }
     # What the worker's first container, wait-gcs-ready, does.
     wait = ("ray", "health-check", "--address", f"{head.address}:6379")
-    pods: list[subprocess.Popen[str]] = []
-    try:
-        pods.append(_start_pod(head, spec["headGroupSpec"], head.address, variables))
-        _until(lambda: ask(worker, *wait, environment=variables), pods)
-        pods.append(_start_pod(worker, pool, head.address, variables))
-        _until(lambda: ask(head, "bash", "-c", f"{_ASK_AGENT} && {_ASK_HEAD}"), pods)
-        _until(lambda: ask(worker, "bash", "-c", _ASK_AGENT), pods)
+    with _kept(nodes) as kept:
+        for node, group in ((head, spec["headGroupSpec"]), (worker, pool)):
+            ip = "127.0.0.1" if node is head else head.address
+            own = {"RAY_ADDRESS": f"{ip}:6379", "FQ_RAY_IP": ip}
+            own["RAY_NODE_TYPE_NAME"] = group.get("groupName", "headgroup")
+            line = f"ulimit -n 65536; {operator_command(group, head.address)}"
+            kept.append(_start(node, "/bin/bash", "-c", "--", line, environment=variables | own))
+            _until(lambda: ask(worker, *wait, environment=variables), kept)
+        _until(lambda: ask(head, "bash", "-c", f"{_ASK_AGENT} && {_ASK_HEAD}"), kept)
+        _until(lambda: ask(worker, "bash", "-c", _ASK_AGENT), kept)
         _refuses_strangers(worker, head.address)
         local = variables | {"RAY_ADDRESS": "127.0.0.1:6379"}
-        return _doctor_on_both(nodes, local, "--node-pool", "cpu")
-    finally:
-        for node in reversed(nodes):
-            ask(node, "ray", "stop", "--force")
-        for pod in pods:
-            pod.communicate(timeout=PATIENCE_S)
-
-
-def _start_pod(
-    node: Container, group: dict[str, Any], head: str, variables: dict[str, str]
-) -> subprocess.Popen[str]:
-    name = group.get("groupName")
-    ip = head if name else "127.0.0.1"
-    line = f"ulimit -n 65536; {operator_command(group, head)}"
-    own = {"RAY_ADDRESS": f"{ip}:6379", "FQ_RAY_IP": ip, "RAY_enable_autoscaler_v2": "1"}
-    own |= {"RAY_NODE_TYPE_NAME": name or "headgroup", "RAY_CLOUD_INSTANCE_ID": f"pod-{name}"}
-    return subprocess.Popen(
-        node.command("/bin/bash", "-c", "--", line, environment=variables | own),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+        return _doctor_on_both(nodes, kept, local, "--node-pool", "cpu")
 
 
 def operator_command(group: dict[str, Any], head: str) -> str:
@@ -198,24 +183,29 @@ def ray_up(file: str) -> Check:
             re.findall(r"--env (\w+)=(\S+)", " ".join(config["docker"]["run_options"]))
         )
         variables.pop("RAY_object_spilling_directory", None)  # a disk of the machine
-        try:
+        with _kept(nodes) as kept:
             for node, kind in ((head, "head"), (worker, "worker")):
                 cpus = 0 if node is head else _RESOURCES["CPU"]
                 own = {"RAY_OVERRIDE_RESOURCES": json.dumps(_RESOURCES | {"CPU": cpus})}
                 own |= {"RAY_HEAD_IP": head.address}
-                for line in config[f"{kind}_start_ray_commands"]:
-                    told = "source ~/.bashrc; export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore && "
-                    shell = ("bash", "--login", "-c", "-i", f"{told}({line})")
-                    ask(node, *shell, environment=variables | own)
-            return _doctor_on_both(nodes, variables | {"RAY_ADDRESS": "auto"})
-        finally:
-            for node in reversed(nodes):
-                ask(node, "ray", "stop", "--force")
+                lines = [f"({line})" for line in config[f"{kind}_start_ray_commands"]]
+                # A shell each in Ray. Here one for all, which stays: in a chroot they end with it.
+                before = "source ~/.bashrc; export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore"
+                line = " && ".join([before, *lines, f"touch {_STAYS}", _STAY])
+                shell = ("bash", "--login", "-c", "-i", line)
+                kept.append(_start(node, *shell, environment=variables | own))
+                _until(functools.partial(ask, node, "test", "-e", _STAYS), kept)
+            return _doctor_on_both(nodes, kept, variables | {"RAY_ADDRESS": "auto"})
 
     return check
 
 
-def _doctor_on_both(nodes: list[Container], environment: dict[str, str], *flags: str) -> str:
+def _doctor_on_both(
+    nodes: list[Container],
+    kept: list[subprocess.Popen[str]],
+    environment: dict[str, str],
+    *flags: str,
+) -> str:
     """The doctor's word on a cluster of two, once both are seen."""
     count = "import ray; ray.init(log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
 
@@ -224,7 +214,7 @@ def _doctor_on_both(nodes: list[Container], environment: dict[str, str], *flags:
         if told.split()[-1] != "2":
             raise ImageError(f"of two nodes {told.split()[-1]} joined")
 
-    _until(both, [])
+    _until(both, kept)
     told = ask(nodes[0], "ddray", "doctor", *flags, environment=environment)
     for node in nodes:
         if node.address not in told:
@@ -236,6 +226,29 @@ def _refuses_strangers(node: Container, head: str) -> None:
     code = f"wget --server-response -O- http://{head}:8265/api/jobs/ 2>&1 | grep HTTP/1.1"
     if "401" not in (told := ask(node, "bash", "-c", code)):
         raise ImageError(f"who has no token is answered {told}")
+
+
+@contextlib.contextmanager
+def _kept(nodes: list[Container]) -> Iterator[list[subprocess.Popen[str]]]:
+    """What is started on nodes and goes on; ended with the block."""
+    kept: list[subprocess.Popen[str]] = []
+    try:
+        yield kept
+    finally:
+        for node in reversed(nodes):
+            ask(node, "bash", "-c", f"rm -f {_STAYS}; ray stop --force")
+        for process in kept:
+            process.communicate(timeout=PATIENCE_S)
+
+
+def _start(node: Container, *argv: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        node.command(*argv, environment=environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def _until(condition: Callable[[], object], needed: list[subprocess.Popen[str]]) -> None:

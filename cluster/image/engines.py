@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-# Of containers that run in network namespaces, which nothing outside them can reach.
+# Of two containers with a cable between them, which nothing else can reach.
 _NETWORK = "10.78.0"
-_RUN = ("run", "--isolation=chroot")
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -189,57 +186,66 @@ class Buildah:
 
     @contextlib.contextmanager
     def containers(self, image: str, number: int) -> Iterator[list[Container]]:
-        spaces = [f"ddray-image-{os.getpid()}-{k}" for k in range(number)]
         made: list[str] = []
         try:
-            _wire(spaces)
-            for _ in spaces:
+            for _ in range(number):
                 told = _quiet(*self._buildah, "from", "--pull-never", image, check=True)
                 made.append(told.stdout.strip())
-                # Mounted for all commands at once: sockets of one mount are not those of another.
+                # For all commands at once: a socket of one mount is none of another's.
                 _quiet(*self._buildah, "mount", made[-1], check=True)
-            yield [
-                Container(
-                    f"{_NETWORK}.{k + 1}",
-                    # Not `ip netns exec`, whose mounts are its own.
-                    ("nsenter", f"--net=/run/netns/{space}", *self._buildah, *_RUN),
-                    (made[k], "--"),
-                )
-                for k, space in enumerate(spaces)
-            ]
+            with contextlib.ExitStack() as stack:
+                inits = [stack.enter_context(_machine()) for _ in made]
+                if number == 2:
+                    _wire(*inits)
+                yield [
+                    Container(
+                        f"{_NETWORK}.{k}",
+                        (*_entering(init), *self._buildah, "run", "--isolation=chroot"),
+                        (name, "--"),
+                    )
+                    for k, (name, init) in enumerate(zip(made, inits, strict=True), 1)
+                ]
         finally:
-            for space in spaces:
-                _end(space)
             if made:
                 _quiet(*self._buildah, "rm", *made)
 
 
-def _wire(spaces: Sequence[str]) -> None:
-    """Network namespaces; two have a cable between them."""
-    for space in spaces:
-        _quiet("ip", "netns", "add", space, check=True)
-        _quiet("ip", "-n", space, "link", "set", "lo", "up", check=True)
-    if len(spaces) == 1:
-        return
-    first, second = spaces
-    peer = ("peer", "name", "eth0", "netns", second)
-    _quiet("ip", "-n", first, "link", "add", "eth0", "type", "veth", *peer, check=True)
-    for k, space in enumerate(spaces):
-        there, other = f"{_NETWORK}.{k + 1}", f"{_NETWORK}.{2 - k}"
-        _quiet("ip", "-n", space, "addr", "add", f"{there}/24", "dev", "eth0", check=True)
-        _quiet("ip", "-n", space, "link", "set", "eth0", "up", check=True)
+def _entering(init: int) -> tuple[str, ...]:
+    return ("nsenter", f"--target={init}", "--net", "--pid", "--mount")
+
+
+@contextlib.contextmanager
+def _machine() -> Iterator[int]:
+    """Network and processes of its own; the first process, with which the others end.
+
+    A chroot alone would see the machine's: `ray stop` in it ends every Ray that it may.
+    """
+    # bash, since what has lost its parent is this one's to bury.
+    first = ("bash", "-c", "while sleep 1; do :; done")
+    unshare = ("unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child")
+    with subprocess.Popen([*unshare, *first]) as process:
+        try:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while not (found := children.read_text().split()):
+                if process.poll() is not None:
+                    raise ImageError("no namespaces of network and processes can be made here")
+                time.sleep(0.05)
+            init = int(found[0])
+            _quiet(*_entering(init), "ip", "link", "set", "lo", "up", check=True)
+            yield init
+        finally:
+            process.kill()
+
+
+def _wire(first: int, second: int) -> None:
+    """A cable between two."""
+    other = ("peer", "name", "eth0", "netns", str(second))
+    link = ("ip", "link", "add", "eth0", "netns", str(first), "type", "veth", *other)
+    _quiet(*link, check=True)
+    for k, init in enumerate((first, second), 1):
+        enter = _entering(init)
+        _quiet(*enter, "ip", "addr", "add", f"{_NETWORK}.{k}/24", "dev", "eth0", check=True)
+        _quiet(*enter, "ip", "link", "set", "eth0", "up", check=True)
         # Ray takes the address that it would reach the world from.
-        _quiet("ip", "-n", space, "route", "add", "default", "via", other, check=True)
-
-
-def _end(space: str) -> None:
-    """End what runs in a network namespace, and remove it."""
-    for attempt in range(50):
-        left = re.findall(r"\d+", _quiet("ip", "netns", "pids", space).stdout)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGTERM if attempt < 20 else signal.SIGKILL)
-        if not left:
-            break
-        time.sleep(0.2)
-    _quiet("ip", "netns", "del", space)
+        way = ("default", "via", f"{_NETWORK}.{3 - k}")
+        _quiet(*enter, "ip", "route", "add", *way, check=True)
