@@ -6,13 +6,12 @@ Nodes are started by the lines that KubeRay's operator writes (1.7, pod.go) and 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,9 @@ _ASK_AGENT = (
 )
 _ASK_HEAD = "wget --tries 1 -T 10 -q -O- http://localhost:8265/api/gcs_healthz | grep success"
 
-_STARTS = 3
-_STAYS = "/tmp/started"
-_STAY = f"while test -e {_STAYS}; do sleep 1; done"
 
-Check = Callable[[list[Container]], str]
-
-
-class _PodEndedError(ImageError):
-    """What it printed."""
+class NodeEndedError(ImageError):
+    """A node that should have stayed; what it printed."""
 
 
 def ask(
@@ -65,55 +58,45 @@ def ask(
 # Alone
 
 
-def user(nodes: list[Container]) -> str:
+def user(one: Container) -> str:
     """Who it is, and whether a login shell finds what others call."""
     script = f"id -u; stat -c %a ~/.ray; command -v {' '.join(_TOOLS)}"
-    uid, mode, *paths = ask(nodes[0], "bash", "--login", "-c", script).split()
+    uid, mode, *paths = ask(one, "bash", "--login", "-c", script).split()
     if (uid, mode) != ("1000", "700") or len(paths) != len(_TOOLS):
         raise ImageError(f"uid {uid}, mode {mode} of ~/.ray, and of {_TOOLS} only {paths}")
     return f"uid {uid}; {', '.join(_TOOLS)} are there"
 
 
-def packages(nodes: list[Container]) -> str:
+def packages(one: Container) -> str:
     """No package wants what another one's version is not; no package is there twice."""
-    told = ask(nodes[0], "pip", "check").strip()
+    told = ask(one, "pip", "check").strip()
     listed = "import importlib.metadata as m; print(*[d.name for d in m.distributions()])"
-    names = ask(nodes[0], "python", "-c", listed).lower().split()
+    names = ask(one, "python", "-c", listed).lower().split()
     if twice := {name for name in names if names.count(name) > 1}:
         raise ImageError(f"there twice: {', '.join(sorted(twice))}")
     return f"{len(names)} packages: {told}"
 
 
-def command_line(nodes: list[Container]) -> str:
-    told = ask(nodes[0], "ddray", "--help")
+def command_line(one: Container) -> str:
+    told = ask(one, "ddray", "--help")
     return told.strip().splitlines()[0]
 
 
-def doctor(nodes: list[Container]) -> str:
-    return ask(nodes[0], "ddray", "doctor").strip().splitlines()[-1]
+def doctor(one: Container) -> str:
+    return ask(one, "ddray", "doctor").strip().splitlines()[-1]
 
 
-def quickstart(nodes: list[Container]) -> str:
+def quickstart(one: Container) -> str:
     """Teacher to report, on the CPU."""
-    ask(nodes[0], "ddray", "quickstart", "--preset", "tiny", "--out", "/tmp/quickstart")
-    return ask(nodes[0], "du", "-sh", "/tmp/quickstart/report.html").split()[0] + " of report"
+    ask(one, "ddray", "quickstart", "--preset", "tiny", "--out", "/tmp/quickstart")
+    return ask(one, "du", "-sh", "/tmp/quickstart/report.html").split()[0] + " of report"
 
 
 # As nodes
 
 
 def kuberay(nodes: list[Container]) -> str:
-    """Head and worker as the operator starts them, its probes, and the doctor on the two.
-
-    As the kubelet does, it starts again what ends: Ray's own 30 s are too few on a busy machine.
-    """
-    for _ in range(_STARTS - 1):
-        with contextlib.suppress(_PodEndedError):
-            return _pods(nodes)
-    return _pods(nodes)
-
-
-def _pods(nodes: list[Container]) -> str:
+    """Head and worker as the operator starts them, its probes, and the doctor on the two."""
     cluster = yaml.safe_load((ROOT / "cluster/kuberay/base/raycluster.yaml").read_text())
     spec = cluster["spec"]
     (pool,) = [group for group in spec["workerGroupSpecs"] if group["groupName"] == "cpu"]
@@ -129,19 +112,19 @@ def _pods(nodes: list[Container]) -> str:
     }
     # What the worker's first container, wait-gcs-ready, does.
     wait = ("ray", "health-check", "--address", f"{head.address}:6379")
-    with _kept(nodes) as kept:
-        for node, group in ((head, spec["headGroupSpec"]), (worker, pool)):
-            ip = "127.0.0.1" if node is head else head.address
-            own = {"RAY_ADDRESS": f"{ip}:6379", "FQ_RAY_IP": ip}
-            own["RAY_NODE_TYPE_NAME"] = group.get("groupName", "headgroup")
-            line = f"ulimit -n 65536; {operator_command(group, head.address)}"
-            kept.append(_start(node, "/bin/bash", "-c", "--", line, environment=variables | own))
-            _until(lambda: ask(worker, *wait, environment=variables), kept)
-        _until(lambda: ask(head, "bash", "-c", f"{_ASK_AGENT} && {_ASK_HEAD}"), kept)
-        _until(lambda: ask(worker, "bash", "-c", _ASK_AGENT), kept)
-        _refuses_strangers(worker, head.address)
-        local = variables | {"RAY_ADDRESS": "127.0.0.1:6379"}
-        return _doctor_on_both(nodes, kept, local, "--node-pool", "cpu")
+    kept: list[subprocess.Popen[str]] = []
+    for node, group in ((head, spec["headGroupSpec"]), (worker, pool)):
+        ip = "127.0.0.1" if node is head else head.address
+        own = {"RAY_ADDRESS": f"{ip}:6379", "FQ_RAY_IP": ip}
+        own["RAY_NODE_TYPE_NAME"] = group.get("groupName", "headgroup")
+        line = f"ulimit -n 65536; {operator_command(group, head.address)}"
+        kept.append(_start(node, "/bin/bash", "-c", "--", line, environment=variables | own))
+        _until(lambda: ask(worker, *wait, environment=variables), kept)
+    _until(lambda: ask(head, "bash", "-c", f"{_ASK_AGENT} && {_ASK_HEAD}"), kept)
+    _until(lambda: ask(worker, "bash", "-c", _ASK_AGENT), kept)
+    _refuses_strangers(worker, head.address)
+    local = variables | {"RAY_ADDRESS": "127.0.0.1:6379"}
+    return _doctor_on_both(nodes, kept, local, "--node-pool", "cpu")
 
 
 def operator_command(group: dict[str, Any], head: str) -> str:
@@ -167,7 +150,7 @@ def operator_command(group: dict[str, Any], head: str) -> str:
     return f"ray start {'--head ' if is_head else ''}{''.join(flags)}"
 
 
-def ray_up(file: str) -> Check:
+def ray_up(file: str) -> Callable[[list[Container]], str]:
     """Head and worker by the commands of a file for `ray up`, and the doctor on the two."""
 
     def check(nodes: list[Container]) -> str:
@@ -183,19 +166,19 @@ def ray_up(file: str) -> Check:
             re.findall(r"--env (\w+)=(\S+)", " ".join(config["docker"]["run_options"]))
         )
         variables.pop("RAY_object_spilling_directory", None)  # a disk of the machine
-        with _kept(nodes) as kept:
-            for node, kind in ((head, "head"), (worker, "worker")):
-                cpus = 0 if node is head else _RESOURCES["CPU"]
-                own = {"RAY_OVERRIDE_RESOURCES": json.dumps(_RESOURCES | {"CPU": cpus})}
-                own |= {"RAY_HEAD_IP": head.address}
-                lines = [f"({line})" for line in config[f"{kind}_start_ray_commands"]]
-                # A shell each in Ray. Here one for all, which stays: in a chroot they end with it.
-                before = "source ~/.bashrc; export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore"
-                line = " && ".join([before, *lines, f"touch {_STAYS}", _STAY])
-                shell = ("bash", "--login", "-c", "-i", line)
-                kept.append(_start(node, *shell, environment=variables | own))
-                _until(functools.partial(ask, node, "test", "-e", _STAYS), kept)
-            return _doctor_on_both(nodes, kept, variables | {"RAY_ADDRESS": "auto"})
+        kept: list[subprocess.Popen[str]] = []
+        for node, kind in ((head, "head"), (worker, "worker")):
+            cpus = 0 if node is head else _RESOURCES["CPU"]
+            own = {"RAY_OVERRIDE_RESOURCES": json.dumps(_RESOURCES | {"CPU": cpus})}
+            own |= {"RAY_HEAD_IP": head.address}
+            lines = [f"({line})" for line in config[f"{kind}_start_ray_commands"]]
+            # A shell each in Ray. Here one for all, which stays: in a chroot they end with it.
+            before = "source ~/.bashrc; export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore"
+            line = " && ".join([before, *lines, "touch /tmp/started", "sleep infinity"])
+            shell = ("bash", "--login", "-c", "-i", line)
+            kept.append(_start(node, *shell, environment=variables | own))
+            _until(functools.partial(ask, node, "test", "-e", "/tmp/started"), kept)
+        return _doctor_on_both(nodes, kept, variables | {"RAY_ADDRESS": "auto"})
 
     return check
 
@@ -228,19 +211,6 @@ def _refuses_strangers(node: Container, head: str) -> None:
         raise ImageError(f"who has no token is answered {told}")
 
 
-@contextlib.contextmanager
-def _kept(nodes: list[Container]) -> Iterator[list[subprocess.Popen[str]]]:
-    """What is started on nodes and goes on; ended with the block."""
-    kept: list[subprocess.Popen[str]] = []
-    try:
-        yield kept
-    finally:
-        for node in reversed(nodes):
-            ask(node, "bash", "-c", f"rm -f {_STAYS}; ray stop --force")
-        for process in kept:
-            process.communicate(timeout=PATIENCE_S)
-
-
 def _start(node: Container, *argv: str, environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         node.command(*argv, environment=environment),
@@ -252,7 +222,12 @@ def _start(node: Container, *argv: str, environment: dict[str, str]) -> subproce
 
 
 def _until(condition: Callable[[], object], needed: list[subprocess.Popen[str]]) -> None:
-    """Ask again until it does not fail, as long as these run."""
+    """Ask again until it does not fail, as long as these run.
+
+    Raises:
+        NodeEndedError: If one of them no longer does.
+        ImageError: As at last, if it goes on to fail.
+    """
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -261,20 +236,20 @@ def _until(condition: Callable[[], object], needed: list[subprocess.Popen[str]])
         except ImageError:
             for process in needed:
                 if process.poll() is not None:
-                    raise _PodEndedError(process.communicate()[0][-3000:]) from None
+                    raise NodeEndedError(process.communicate()[0][-3000:]) from None
             if time.monotonic() > deadline:
                 raise
         time.sleep(1)
 
 
-ALONE: dict[str, Check] = {
+ALONE: dict[str, Callable[[Container], str]] = {
     "user and tools": user,
     "pip check": packages,
     "ddray --help": command_line,
     "ddray doctor": doctor,
     "quickstart, tiny": quickstart,
 }
-TOGETHER: dict[str, Check] = {
+TOGETHER: dict[str, Callable[[list[Container]], str]] = {
     "KubeRay's commands": kuberay,
     "ray up: ray-cluster.yaml": ray_up("ray-cluster.yaml"),
     "ray up: on-premise.yaml": ray_up("cluster/on-premise.yaml"),
