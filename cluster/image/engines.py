@@ -148,7 +148,8 @@ class Docker:
                 _quiet("docker", "run", *flags, image, "sleep", "infinity", check=True)
                 where = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
                 told = _quiet("docker", "inspect", f"--format={where}", name, check=True)
-                found.append(Container(told.stdout.strip(), ("docker", "exec"), (name,)))
+                before = ("docker", "exec", "--interactive")
+                found.append(Container(told.stdout.strip(), before, (name,)))
             yield found
         finally:
             _quiet("docker", "rm", "--force", *names)

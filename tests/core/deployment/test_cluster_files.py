@@ -438,8 +438,8 @@ def test_the_base_image_has_the_python_of_the_pins():
     pinned_for = re.search(r"CPython (\d+\.\d+)", (ROOT / "constraints.txt").read_text())
     assert pinned_for is not None
     assert version.group(1) == pinned_for.group(1)
-    froms = [stage.split()[0] for stage in arguments("FROM")]
-    assert froms == ["${BASE}", "scratch", "base", "dependencies", "base"]
+    bases = [stage.split()[0] for stage in arguments("FROM")]
+    assert bases == ["${BASE}", "scratch", "base", "dependencies", "base"]
     assert f"python{version.group(1)}" in " ".join(arguments("RUN"))
 
 
