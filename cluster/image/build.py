@@ -35,6 +35,7 @@ DOCKERFILE = ROOT / "cluster" / "Dockerfile"
 LARGEST = {"gpu": 7e9, "cpu": 3.5e9}
 """Bytes that a variant may have, all layers unpacked."""
 _STARTS = 3
+_TRIAL = "a trial, not for clusters: "
 _PACKAGES = "/usr/local/lib/python3.11/site-packages"
 
 
@@ -48,7 +49,7 @@ def build(engine: Engine, variant: str, image: str, wheels: Path | None) -> list
         wheels: folder with a CPU build of torch, where PyTorch's own index does not answer.
 
     Returns:
-        What stands in for what could not be fetched, a line each.
+        What is other than the Dockerfile says, a line each.
 
     Raises:
         ImageError: If it cannot be built here.
@@ -67,12 +68,13 @@ def build(engine: Engine, variant: str, image: str, wheels: Path | None) -> list
                 contexts["wheels"] = Path(name)
                 arguments["UV_FIND_LINKS"] = "/wheels"
             else:
-                notes.append(f"torch is the package index's own build, in place of {torch}")
+                notes.append(f"torch is the build of the package index, not PyTorch's {torch}")
             torch = ""
         arguments["TORCH_BACKEND"] = torch
         if not engine.fetch(defaults["BASE"]):
             arguments["BASE"] = build_base(engine)
-            notes.append(f"the base is Debian with this machine's Python, not {defaults['BASE']}")
+            base = f"the base is Debian with this machine's Python, not {defaults['BASE']}"
+            notes.append(_TRIAL + base)
         engine.build(DOCKERFILE, ROOT, image, arguments, contexts)
     return notes
 
@@ -105,7 +107,7 @@ def _collect_wheels(wheels: Path | None, folder: Path) -> list[str]:
             shutil.copy(found[-1], folder)
         elif name == "torchvision":
             pack_torchvision(folder)
-            notes.append("torchvision is without its operators, not its CPU build")
+            notes.append(f"{_TRIAL}torchvision is without its operators, not its CPU build")
         else:
             raise ImageError(
                 f"no CPU build of torch is to be had: PyTorch's own index does not answer, and "
@@ -186,7 +188,7 @@ def main() -> int:
         print(f"make image: {error}", file=sys.stderr)
         return 2
     print(f"\n{image} by {engine.name}, after {time.monotonic() - begun:.0f} s")
-    print("".join(f"a trial, not for clusters: {note}\n" for note in notes))
+    print("".join(f"{note}\n" for note in notes))
     alone = {"size": _of_one(functools.partial(_sizes, given.variant, size))}
     alone |= {name: _of_one(check) for name, check in ALONE.items()}
     well = try_out(engine, image, alone, 1)

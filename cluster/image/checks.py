@@ -189,7 +189,7 @@ def _doctor(
     environment: dict[str, str],
     *flags: str,
 ) -> str:
-    """The doctor's word on those of a cluster that work, once both have joined."""
+    """The doctor's word on a cluster, once both have joined."""
     count = "import ray; ray.init(log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
 
     def both() -> None:
@@ -199,7 +199,7 @@ def _doctor(
 
     _until(both, kept)
     told = ask(nodes[0], "ddray", "doctor", *flags, environment=environment)
-    if nodes[1].address not in told:  # the head has no CPUs, so it is none of those that work
+    if nodes[1].address not in told:  # the head is in no pool
         raise ImageError(f"the doctor did not see {nodes[1].address}:\n{told}")
     return told.strip().splitlines()[-1]
 
