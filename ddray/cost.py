@@ -21,8 +21,7 @@ from ddray.config.evaluation import ROWS, EvaluateConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.config.serving import ServeConfig
-from ddray.errors import CheckpointError, DDRayError, ShardError, StorageError, one_line
-from ddray.locations import BUNDLED
+from ddray.errors import DDRayError, ShardError, StorageError, one_line
 from ddray.method.schedule import num_steps, parse_schedule
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.sizes import (
@@ -39,8 +38,8 @@ from ddray.models.zoo import empty_masked, empty_student
 from ddray.sets.batch_size import batch_size, image_bytes
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
-from ddray.storage.checkpoint import MODEL_FILE, read_config
-from ddray.text.loading import BUNDLED_ENCODERS, caption_cost, own_encoder
+from ddray.storage.checkpoint import MODEL_FILE
+from ddray.text.loading import caption_cost, own_encoder, own_folders
 
 # Peak operations a second without sparsity, in 16 and in 32 bits, by a part of the device's name;
 # from NVIDIA's data sheets. The first that fits counts.
@@ -65,6 +64,8 @@ _T5_PIECES = 32128
 # Bytes that a block keeps for its backward pass, for each position and unit of C; of a logit and
 # what becomes of it in the loss; and of all else. Measured (tests/core/test_cost.py).
 _BLOCK_BYTES = {"float32": 94, "bfloat16": 57, "float16": 57}
+# Attention of a CPU stays in float32 (`ddray.models.attention.attend`).
+_WIDER_ATTENTION_BYTES = 8
 _LOGIT_BYTES = {"float32": 12, "bfloat16": 14, "float16": 14}
 _REST_BYTES = 21
 
@@ -148,6 +149,8 @@ def _activation_bytes(student: nn.Module, config: DistillConfig, workers: int) -
     rows = config.batch_size // workers // config.accumulation
     condition, tokens = lengths_of(student)
     block, depth = _BLOCK_BYTES[config.precision], len(blocks_of(student))
+    if config.precision != "float32" and not config.use_gpu:
+        block += _WIDER_ATTENTION_BYTES
     # With checkpointing a block keeps its input, in a VAR also the marks of noise and data, and
     # one block at a time the rest.
     inputs = 8 if hasattr(student, "layerwise_n_d_embed") else 4
@@ -358,15 +361,12 @@ def _weights(gigabytes: float, encoders: Sequence[str]) -> str:
 
 def _encoder_gigabytes(encoder: str) -> float:
     """Weights of a text encoder where it works: a T5's in bfloat16, ours in float32."""
-    folder = str(BUNDLED / encoder) if encoder in BUNDLED_ENCODERS else encoder
-    try:
-        config = read_config(folder)
-    except CheckpointError:  # a name on the Hub; and the config of a T5 names no family
-        cost = caption_cost(encoder, 1)
-        # A weight is multiplied and added once for a position, and pieces are looked up.
-        return 2 * (cost.flops / 2 + _T5_PIECES * cost.numbers) / 1e9
-    stored = 2 * open_storage(folder).list()[MODEL_FILE] / 1e9  # float16 on the disk
-    return stored + (_encoder_gigabytes(str(config["words"])) if "words" in config else 0.0)
+    if folders := own_folders(encoder):
+        # float16 on the disk
+        return sum(2 * open_storage(folder).list()[MODEL_FILE] / 1e9 for folder in folders)
+    cost = caption_cost(encoder, 1)
+    # A weight is multiplied and added once for a position, and pieces are looked up.
+    return 2 * (cost.flops / 2 + _T5_PIECES * cost.numbers) / 1e9
 
 
 def _batch(config: SampleConfig | GenerateConfig, network: nn.Module) -> str:

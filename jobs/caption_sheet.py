@@ -1,6 +1,7 @@
 """One sheet of captions and what is made of each: by the teacher, in two steps and in one.
 
     python jobs/caption_sheet.py --student emoji-llamagen-dd --out docs/emoji.png
+    python jobs/caption_sheet.py --student emoji-llamagen-dd --captions FILE --rows --out rows.png
 
 The captions are not chosen: the first that the training saw, then the first of the held-out ones.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import ddray
 from ddray.errors import ConfigError
-from ddray.report.pictures import to_uint8
+from ddray.report.pictures import labelled_grid, to_uint8
 from ddray.text.loading import own_captions
 
 COLUMNS, SIDE, FONT, LINES, GAP = 6, 64, 11, 2, 8
@@ -74,6 +75,10 @@ def main() -> None:
     parser.add_argument("--student", help="absent = the teacher alone")
     parser.add_argument("--captions", type=Path, help="a file, one a line; absent = the teacher's")
     parser.add_argument("--count", type=int, default=48)
+    parser.add_argument(
+        "--rows", action="store_true", help="a row for each generator, below the captions"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the teacher")
     parser.add_argument("--out", type=Path, default=Path("runs/captions.png"))
     args = parser.parse_args()
     teacher = ddray.load_teacher(args.teacher)
@@ -81,7 +86,7 @@ def main() -> None:
         captions = distinct_lines(args.captions, args.count)
     else:
         captions = own_lines(teacher.config, args.count)
-    tokens = teacher.sample(captions, seed=0, cfg=teacher.default_cfg)
+    tokens = teacher.sample(captions, seed=0, cfg=teacher.default_cfg, top_p=args.top_p)
     rows, names = [teacher.decode(tokens)], [f"teacher, {len(teacher.stages)} steps"]
     if args.student:
         student = ddray.load_student(args.student)
@@ -92,7 +97,12 @@ def main() -> None:
             rows.append(student.decode(codes))
             names.append("1 step" if steps == 1 else f"{steps} steps")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(captions, rows, names).save(args.out)
+    if args.rows:
+        shown = [*zip(names, rows, strict=True)][::-1]  # the fastest above
+        page = labelled_grid(shown, captions, scale=max(1, 96 // rows[0].shape[-1]))
+    else:
+        page = sheet(captions, rows, names)
+    page.save(args.out)
 
 
 if __name__ == "__main__":

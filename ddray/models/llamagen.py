@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddray.errors import ConfigError, positive_integers
 from ddray.method.conditioning import Captions, Condition
 from ddray.method.guidance import classifier_free_guidance, top_p_filter
-from ddray.models.attention import KeyValueCache, grid_angles, rotate
+from ddray.models.attention import KeyValueCache, attend, grid_angles, rotate
 from ddray.models.linear import Linear, packed
 
 # On a CPU a decoder packs its weights at this token: fewer would not make up for it.
@@ -133,7 +133,7 @@ def _attend(q_BHlh: Tensor, k_BHSh: Tensor, v_BHSh: Tensor, mask: Tensor | None)
     # A single new position may see everything in the cache: no mask.
     # Several come only when the cache is empty.
     causal = mask is None and q_BHlh.shape[2] > 1
-    mixed = F.scaled_dot_product_attention(q_BHlh, k_BHSh, v_BHSh, attn_mask=mask, is_causal=causal)
+    mixed = attend(q_BHlh, k_BHSh, v_BHSh, mask, is_causal=causal)
     return mixed.transpose(1, 2).flatten(2)
 
 

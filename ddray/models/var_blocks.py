@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddray.errors import ConfigError, positive_integers
-from ddray.models.attention import KeyValueCache
+from ddray.models.attention import KeyValueCache, attend
 from ddray.models.linear import Linear, linear
 from ddray.models.var_vq import (
     PATCH_NUMS_256,
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if mask is None or isinstance(mask, Tensor):
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+            mixed = attend(q, k, v, mask, scale=self.scale)
         else:
             from torch.nn.attention.flex_attention import flex_attention  # with torch's compiler
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddray.errors import ConfigError
 
+_HEADING_LINES = 3  # of labelled_grid: captions are long
 _PAPER, _INK = (246, 246, 243), (28, 30, 34)  # of labelled_grid; as in report.css, light
 
 
@@ -121,6 +122,20 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, wi
     return next((text[:n] + ".." for n in lengths if font.getlength(text[:n] + "..") <= width), "")
 
 
+def _heading(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float
+) -> list[str]:
+    """A heading in lines of at most `width` pixels; what goes beyond the last one is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and (font.getlength(longer) <= width or len(lines) == _HEADING_LINES):
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [_shortened(line, font, width) for line in lines]
+
+
 def labelled_grid(
     rows: Sequence[tuple[str, npt.ArrayLike]],
     column_labels: Sequence[str] = (),
@@ -136,7 +151,7 @@ def labelled_grid(
     Args:
         rows: (name, float [N, C, H, W] in [0, 1]) of each generator; one column holds what
             belongs together, usually the same noise and class.
-        column_labels: headings above the columns; too long ones are cut.
+        column_labels: headings above the columns, in up to three lines; longer ones are cut.
         columns: images a row; None means one for each heading, or all images where there are none.
         scale: whole enlargement factor, nearest neighbour.
         pad: pixels between images.
@@ -160,15 +175,18 @@ def labelled_grid(
         raise ConfigError(f"{len(column_labels)} column labels for {columns} columns")
     font = ImageFont.load_default(size=font_size)
     blocks = [grid(array, columns, scale=scale, pad=pad, invert=invert) for array in arrays]
-    gap, head = font_size, 2 * font_size if column_labels else font_size // 2
+    cell = (blocks[0].width - pad) / columns
+    headings = [_heading(label, font, cell - pad) for label in column_labels]
+    line, gap = math.ceil(1.2 * font_size), font_size
+    head = max(map(len, headings)) * line + gap if headings else gap // 2
     left = 2 * gap + math.ceil(max(font.getlength(name) for name, _ in rows))
     height = head + sum(block.height for block in blocks) + gap // 2 * len(blocks)
     page = Image.new("RGB", (left + blocks[0].width + gap, height), _PAPER)
     draw = ImageDraw.Draw(page)
-    cell = (blocks[0].width - pad) / columns
-    for k, label in enumerate(column_labels):
-        middle = (left + pad / 2 + (k + 0.5) * cell, head / 2)
-        draw.text(middle, _shortened(label, font, cell), _INK, font, anchor="mm")
+    for k, lines in enumerate(headings):
+        for above, text in enumerate(reversed(lines)):
+            place = left + pad / 2 + (k + 0.5) * cell, head - gap / 2 - above * line
+            draw.text(place, text, _INK, font, anchor="ms")
     top = head
     for (name, _), array, block in zip(rows, arrays, blocks, strict=True):
         draw.text((left - gap, top + block.height / 2), name, _INK, font, anchor="rm")

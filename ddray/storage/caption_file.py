@@ -9,7 +9,6 @@ Shapes: T caption positions (each row its own), D feature width.
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import unicodedata
@@ -27,6 +26,7 @@ from ddray.errors import ConfigError, StorageError, one_line
 from ddray.file_kind import explained
 from ddray.locations import absolute
 from ddray.storage.arrow import arrow_filesystem
+from ddray.storage.caption_cleaning import unescaped
 from ddray.storage.caption_json import JsonCaptions
 from ddray.storage.caption_parquet import ParquetCaptions
 from ddray.storage.caption_row import CaptionColumn, CaptionReader, FoundRow, drawn
@@ -48,7 +48,7 @@ def clean_caption(caption: str) -> str:
     Published models saw captions from the web through a longer list of rules, for the debris of
     product pages; they leave a sentence that somebody wrote as this does.
     """
-    text = html.unescape(html.unescape(caption)).lower()
+    text = unescaped(unescaped(caption)).lower()
     text = _TAG.sub(" ", _ADDRESS.sub(" ", text)).translate(_QUOTES)
     return " ".join(text.split())
 

@@ -65,6 +65,19 @@ def _own_folder(source: str) -> str | None:
     return source if family in (words.FAMILY, averaging.FAMILY) else None
 
 
+def own_folders(source: str) -> list[str]:
+    """Folders of an encoder of ddray's own, then of the words that it reads; none of a T5.
+
+    Args:
+        source: as of `load_text_encoder`.
+    """
+    folder = _own_folder(source)
+    if folder is None:
+        return []
+    table = read_config(folder).get("words")
+    return [folder, _own_folder(table) or table] if table else [folder]
+
+
 def load_text_encoder(
     source: str, *, length: int, device: str | torch.device = "cpu"
 ) -> TextEncoder:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.config.distillation import DistillConfig
 from ddray.config.encoding import EncodeConfig
@@ -38,6 +37,7 @@ from ddray.storage.checkpoint import save_folder
 from ddray.text.averaging import AveragingConfig, DeepAveraging
 from ddray.text.t5 import FLAN_T5_XL, t5_config, t5_flops
 from ddray.text.words import WordEncoder
+from tests.core.counting import counter
 from tests.core.tiny import student_config, student_state, tokenizer_state
 
 ROWS = 4
@@ -77,9 +77,9 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     student = STUDENTS[name]()
     # Attention as plain products, which the counter sees on a CPU.
     with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as forward:
+        with counter() as forward:
             loss = _loss(student)
-        with FlopCounterMode(display=False) as backward:
+        with counter() as backward:
             loss.backward()
     counted = forward.get_total_flops()
     # The layers that act on two vectors a batch, whatever its size.
@@ -156,9 +156,9 @@ def test_utilisation_is_a_share_of_the_peak_of_known_devices() -> None:
 def test_a_masked_model_is_priced_by_its_own_sizes() -> None:
     masked = empty_masked("llamagen-b-256")
     tokens = torch.zeros(2, 256, dtype=torch.int64, device="meta")
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         masked(tokens, tokens[:, 0])
-    assert 2 * forward_flops(masked) == counter.get_total_flops()
+    assert 2 * forward_flops(masked) == counted.get_total_flops()
     config = DistillConfig(objective="masked", teacher="llamagen-b-256", data="none")
     millions = sum(p.numel() for p in masked.parameters()) / 1e6
     assert estimate_distill(config)["student"] == f"{millions:.1f} million parameters"

@@ -11,6 +11,7 @@ from ddray.config.distillation import DistillConfig
 from ddray.config.generation import GenerateConfig
 from ddray.config.sampling import SampleConfig
 from ddray.models.zoo import load_teacher, new_student
+from ddray.storage.base import TEMPORARY
 from ddray.storage.checkpoint import save_folder
 from tests.core.tiny import teacher_config, teacher_state, tokenizer_state, write_text_encoder
 

@@ -27,8 +27,8 @@ from ddray import __version__
 from ddray.config.base import reserved_device
 from ddray.config.loading import load_config
 from ddray.config.serving import MAX_IMAGES, ServeConfig
-from ddray.errors import CheckpointError, ClusterError, ConfigError
-from ddray.locations import S3
+from ddray.errors import ClusterError, ConfigError
+from ddray.locations import BUNDLED, S3
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.families import FAMILIES, empty_network
 from ddray.models.zoo import image_side, resolve
@@ -43,7 +43,7 @@ from ddray.serving.api_keys import read_keys
 from ddray.serving.order import find_examples
 from ddray.storage import open_storage
 from ddray.storage.checkpoint import read_config
-from ddray.text.loading import BUNDLED_ENCODERS, check_text_encoder, own_encoder
+from ddray.text.loading import check_text_encoder, own_encoder, own_folders
 
 log = logging.getLogger("ray.serve")
 
@@ -137,22 +137,13 @@ def _encoder_of(student: Mapping[str, Any], wanted: ServeConfig) -> str:
 
 
 def _encoder_folders(encoders: Iterable[str]) -> set[str]:
-    """Folders of encoders, and of tables of words that these read, that may be trained anew."""
-    folders = set(filter(_may_change, encoders))
-    for encoder in [*folders]:
-        try:
-            table = str(read_config(encoder).get("words", ""))
-        except CheckpointError:  # the config of a T5 names no family
-            continue
-        folders |= {table} if _may_change(table) else set()
-    return folders
+    """Folders of encoders that may be trained anew; what is bundled or of the Hub has a name."""
+    folders = {folder for encoder in encoders for folder in own_folders(encoder) or [encoder]}
+    return {folder for folder in folders if _may_change(folder)}
 
 
-def _may_change(encoder: str) -> bool:
-    """Whether it is a folder: what is bundled or of the Hub is known by its name."""
-    if encoder in BUNDLED_ENCODERS:
-        return False
-    return encoder.startswith(S3) or (bool(encoder) and Path(encoder).is_dir())
+def _may_change(folder: str) -> bool:
+    return folder.startswith(S3) or (Path(folder).is_dir() and BUNDLED not in Path(folder).parents)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

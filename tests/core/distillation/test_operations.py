@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddray.config.distillation import DistillConfig
 from ddray.config.sampling import SampleConfig
@@ -13,6 +12,7 @@ from ddray.distillation.losses import distillation_loss
 from ddray.distillation.operations import step_operations
 from ddray.models.zoo import new_masked, new_student
 from ddray.sets.trajectories.making import make_plan
+from tests.core.counting import counter
 from tests.core.tiny import tiny_teacher, tiny_var
 
 ROWS = 4
@@ -37,10 +37,10 @@ def test_they_are_those_of_a_step_with_numbers(family: str) -> None:
     tokens = torch.randint(len(codes), noise.shape[:2])
     label = torch.zeros(ROWS, dtype=torch.int64)
     # Attention as plain products, as on the meta device.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         loss = distillation_loss(student, teacher.stages, codes, noise, tokens, label, label)
         loss.total.backward()
-    assert operations(family) == counter.get_total_flops()
+    assert operations(family) == counted.get_total_flops()
 
 
 @pytest.mark.parametrize("family", TEACHERS)
@@ -49,10 +49,10 @@ def test_those_of_masked_decoding_are_counted_too(family: str) -> None:
     config = DistillConfig(objective="masked", batch_size=ROWS)
     network, _ = new_masked(teacher)
     tokens, label = torch.zeros(ROWS, teacher.num_tokens, dtype=torch.int64), torch.zeros(ROWS)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), counter() as counted:
         network(tokens, label.long()).sum().backward()
     plan = make_plan(SampleConfig(cfg=2.0), teacher)
-    assert step_operations(network, teacher, config, plan) == counter.get_total_flops()
+    assert step_operations(network, teacher, config, plan) == counted.get_total_flops()
 
 
 @pytest.mark.slow

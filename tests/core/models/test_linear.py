@@ -20,10 +20,27 @@ def test_it_computes_what_torchs_layer_computes(shape, bias):
             torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_it_can_be_trained():
-    layer = Linear(768, 1024)
-    layer(torch.randn(3, 768)).sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.any()
+@pytest.mark.parametrize("shape", [(3, 768), (2, 33, 768)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_its_gradients_are_those_of_torchs_layer(shape, bias):
+    torch.manual_seed(0)
+    ours, theirs = (kind(768, 1024, bias=bias) for kind in (Linear, nn.Linear))
+    theirs.load_state_dict(ours.state_dict())
+    x, upstream = torch.randn(shape), torch.randn(*shape[:-1], 1024)
+    inputs = [x.clone().requires_grad_() for _ in (ours, theirs)]
+    for layer, given in zip((ours, theirs), inputs, strict=True):
+        layer(given).backward(upstream)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-4)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_of_frozen_weights_only_the_input_has_a_gradient():
+    layer = Linear(768, 1024).requires_grad_(False)
+    x = torch.randn(33, 768, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(33, -1), rtol=1e-4, atol=1e-4)
+    assert layer.weight.grad is None
 
 
 def test_it_starts_as_torchs_layer_does():

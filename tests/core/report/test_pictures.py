@@ -75,10 +75,21 @@ def test_labelled_grid_inverts_images_only_and_takes_colour_beside_grey():
     assert white.sum() == 2 * 2 * 16 * 16
 
 
-def test_labelled_grid_cuts_headings_wider_than_their_column():
-    images = digits(2)
-    wide = labelled_grid([("a", images)], ["a very long class name", "b"])
-    assert wide.size == labelled_grid([("a", images)], ["a", "b"]).size
+def _headings(words, scale):
+    """Rows of pixels that headings of two columns take, and the picture's width."""
+    picture = labelled_grid([("a", np.ones((2, 1, 8, 8)))], words, scale=scale)
+    white = (np.asarray(picture) == 255).all(axis=2)
+    return int(np.flatnonzero(white.any(axis=1))[0]), picture.width
+
+
+def test_labelled_grid_writes_a_long_heading_in_three_lines_and_cuts_what_is_longer():
+    one, width = _headings(["a", "b"], 10)
+    two, same = _headings(["red firefighter", "b"], 10)
+    three, _ = _headings(["woman firefighter dark skin tone and more", "b"], 10)
+    most, _ = _headings(["a b c d e f g h i j k l m n o p q r s t u v w x y z", "b"], 10)
+    assert one < two < three == most
+    assert same == width
+    assert _headings(["indivisibly" * 5, "b"], 10) == (one, width)
 
 
 @pytest.mark.parametrize(

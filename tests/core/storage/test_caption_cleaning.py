@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ddray.storage.caption_cleaning import clean_llamagen
+from ddray.storage.caption_cleaning import clean_llamagen, unescaped
 from ddray.storage.caption_file import clean_caption
 
 # What stands on the right was worked out by hand from the rules.
@@ -140,3 +140,20 @@ def _seconds(caption: str) -> float:
 def test_the_time_grows_as_the_caption_does(made: Callable[[int], str]) -> None:
     short = min(_seconds(made(500)) for _ in range(3))
     assert _seconds(made(4000)) < 24 * short + 0.001  # of 8 times the length; its square is 64
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("salt &amp; pepper", "salt & pepper"),
+        ("&#65;&#x42;&#67", "ABC"),
+        (f"&#{'0' * 5000}65;", "A"),
+        (f"a&#{'1' * 5000};b", "a\ufffdb"),
+        (f"a&#{'9' * 8} b", "a\ufffd b"),
+        (f"&#x{'f' * 5000};", "\ufffd"),
+    ],
+)
+def test_references_are_read_however_long_their_numbers_are(given: str, read: str) -> None:
+    assert unescaped(given) == read
+    assert clean_caption(given) == read.lower()
+    clean_llamagen(given)
