@@ -17,9 +17,13 @@ from torch import Tensor
 
 import ddray
 from ddray.errors import ConfigError
+from ddray.method.student import Student
+from ddray.method.teacher import Teacher
 from ddray.report.pictures import labelled_grid, to_uint8
 from ddray.text.loading import own_captions
 
+Images = dict[str, Tensor]
+"""Float [N, 3, H, W] in [0, 1] of each generator, by its name."""
 COLUMNS, SIDE, FONT, LINES, GAP = 6, 64, 11, 2, 8
 PAPER, INK, FAINT = "#ffffff", "#222222", "#777777"
 
@@ -68,6 +72,27 @@ def sheet(captions: list[str], rows: list[Tensor], names: list[str]) -> Image.Im
     return page
 
 
+def images_of(teacher: Teacher, student: Student | None, captions: list[str], seed: int) -> Images:
+    """What each generator makes of the same noise, by its name.
+
+    Args:
+        teacher: as it is recommended, by transport.
+        student: in as many steps as it has learnt, and in fewer; None = the teacher alone.
+        captions: one an image.
+        seed: of the noise.
+    """
+    rules: dict[str, Any] = {"cfg": teacher.default_cfg, "top_p": teacher.default_top_p}
+    tokens = teacher.trajectories(captions, range(len(captions)), seed=seed, **rules)
+    made = {f"teacher, {len(teacher.stages)} steps": teacher.decode(tokens)}
+    learnt = student.config["schedule"] if student else []
+    for steps in range(len(learnt), 0, -1):
+        assert student is not None
+        schedule = ",".join(map(str, learnt[:steps]))
+        codes = student.generate(captions, seed=seed, schedule=schedule)
+        made["1 step" if steps == 1 else f"{steps} steps"] = student.decode(codes)
+    return made
+
+
 def main() -> None:
     """Make the images, then the sheet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -78,30 +103,29 @@ def main() -> None:
     parser.add_argument(
         "--rows", action="store_true", help="a row for each generator, below the captions"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, help="of the teacher")
+    parser.add_argument(
+        "--other-noise", action="store_true", help="print how far other noise changes the images"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/captions.png"))
     args = parser.parse_args()
     teacher = ddray.load_teacher(args.teacher)
+    student = ddray.load_student(args.student) if args.student else None
     if args.captions:
         captions = distinct_lines(args.captions, args.count)
     else:
         captions = own_lines(teacher.config, args.count)
-    tokens = teacher.sample(captions, seed=0, cfg=teacher.default_cfg, top_p=args.top_p)
-    rows, names = [teacher.decode(tokens)], [f"teacher, {len(teacher.stages)} steps"]
-    if args.student:
-        student = ddray.load_student(args.student)
-        learnt = student.config["schedule"]
-        for steps in range(len(learnt), 0, -1):
-            schedule = ",".join(map(str, learnt[:steps]))
-            codes = student.generate(captions, seed=0, schedule=schedule)
-            rows.append(student.decode(codes))
-            names.append("1 step" if steps == 1 else f"{steps} steps")
+    made = images_of(teacher, student, captions, seed=0)
+    if args.other_noise:
+        others = images_of(teacher, student, captions, seed=1)
+        for name, images in made.items():
+            difference = float((images - others[name]).square().mean())
+            print(f"{name}: mean square difference of two noises {difference:.4f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.rows:
-        shown = [*zip(names, rows, strict=True)][::-1]  # the fastest above
-        page = labelled_grid(shown, captions, scale=max(1, 96 // rows[0].shape[-1]))
+        shown = [*made.items()][::-1]  # the fastest above
+        page = labelled_grid(shown, captions, scale=max(1, 96 // shown[0][1].shape[-1]))
     else:
-        page = sheet(captions, rows, names)
+        page = sheet(captions, [*made.values()], [*made])
     page.save(args.out)
 
 

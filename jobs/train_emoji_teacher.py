@@ -44,7 +44,7 @@ from ddray.text.words import words as words_of
 
 WORD_WIDTH, POSITION_WIDTH, LENGTH = 112, 16, 16
 CODES, POSITIONS = 512, 8
-DEFAULT_CFG = 2.0
+DEFAULT_CFG, DEFAULT_TOP_P = 2.0, 0.5
 EXAMPLES = [
     "red apple",
     "woman firefighter dark skin tone",
@@ -374,6 +374,7 @@ def write_teacher(teacher: LlamaGen, vq: LlamaGenVQ, folder: Path) -> None:
         "family": "llamagen",
         **asdict(teacher.config),
         "default_cfg": DEFAULT_CFG,
+        "default_top_p": DEFAULT_TOP_P,
         "text_encoder": "emoji-text",
         "images": EMOJI,
         "example_captions": EXAMPLES,

@@ -111,7 +111,9 @@ class EvaluateConfig(MetricsConfig, PoolConfig):
     )
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="of the teacher; 0 = off")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="likewise; 1 = off")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="likewise; 1 = off; absent = the teacher's default_top_p, or 1"
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="likewise")
     dtype: NetworkDtype = "auto"
 

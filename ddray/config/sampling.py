@@ -26,7 +26,9 @@ class SampleConfig(SetConfig):
     count: CountT = Field(2000, description="number of trajectories")
     cfg: float | None = Field(None, description="guidance; absent = the teacher's default_cfg")
     top_k: Annotated[int, Field(ge=0)] = Field(0, description="codes kept; 0 = off")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="mass kept; 1 = off")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="mass kept; 1 = off; absent = the teacher's default_top_p, or 1"
+    )
     temperature: Annotated[float, Field(ge=0)] = Field(1.0, description="divides the logits")
     solver: Literal["ab4", "ab2", "euler", "rk4", "exact"] = Field(
         "ab4", description="of the transport"

@@ -89,6 +89,8 @@ class Rows:
         settings |= {"top_p": config.top_p, "temperature": config.temperature}
         if config.cfg is None:
             settings["cfg"] = teacher.default_cfg
+        if config.top_p is None:
+            settings["top_p"] = teacher.default_top_p
         keys = list(config.sampling_sweep)
         found = []
         for values in itertools.product(*config.sampling_sweep.values()):

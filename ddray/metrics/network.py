@@ -43,7 +43,7 @@ class FeatureNetwork(ABC):
     layers: Mapping[str, int]
     # Batches are cut from the first image on, and always so: sums of a product may depend on the
     # number of its rows.
-    batch_size: ClassVar[int] = 50
+    batch_size: int = 50
     channels: ClassVar[int] = 3
 
     def __init__(self, module: nn.Module, fingerprint: str, device: str | torch.device = "cpu"):

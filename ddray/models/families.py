@@ -75,6 +75,7 @@ _CARD_FIELDS = {
     "tokenizer",
     "name",
     "default_cfg",
+    "default_top_p",
     "class_names",
     "example_captions",
     "text_encoder",

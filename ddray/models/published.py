@@ -61,7 +61,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 # What of a config says how a model is used; and what nobody asks for who looks at one.
-_USE = ("schedule", "code_precision", "default_cfg", "teacher", "step")
+_USE = ("schedule", "code_precision", "default_cfg", "default_top_p", "teacher", "step")
 _ASIDE = (*_USE, "ddray_version", "teacher_fingerprint", "tokenizer_fingerprint", "quality")
 
 

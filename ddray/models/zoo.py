@@ -323,7 +323,7 @@ def new_student(teacher: Teacher, text_encoder: str = "") -> tuple[Any, dict[str
     network = family.network(sizes_of(family.config, sizes, "the student"))
     network.to(teacher.device)
     network.init_from_teacher(teacher.model, teacher.codebook)
-    told = ("default_cfg", "class_names", "example_captions", "images")
+    told = ("default_cfg", "default_top_p", "class_names", "example_captions", "images")
     card = _card(teacher, text_encoder, *told)
     return network, {
         "family": family_name,

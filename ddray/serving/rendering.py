@@ -280,11 +280,14 @@ class Renderer:
         assert self.teacher is not None
         (seed,) = {job.seed for job in jobs}
         index = torch.tensor([job.index for job in jobs])
-        cfg = self.teacher.default_cfg
+        rules: dict[str, Any] = {
+            "cfg": self.teacher.default_cfg,
+            "top_p": self.teacher.default_top_p,
+        }
         if schedule == TEACHER_ALONE:
-            return self.teacher.trajectories(condition, index, seed=seed, cfg=cfg)
+            return self.teacher.trajectories(condition, index, seed=seed, **rules)
         return self.student.generate(
-            condition, seed=seed, index=index, schedule=schedule, teacher=self.teacher, cfg=cfg
+            condition, seed=seed, index=index, schedule=schedule, teacher=self.teacher, **rules
         )
 
     def _noise(self, jobs: Sequence[ImageJob]) -> Tensor:

@@ -1,7 +1,4 @@
-"""A head is lost under a job: another comes up in its place, and nobody submits by hand.
-
-Not run yet: decisions are tested by tests/core/runtime/cluster/test_submission.py.
-"""
+"""A head is lost under a job: another comes up in its place, and nobody submits by hand."""
 
 import contextlib
 import json

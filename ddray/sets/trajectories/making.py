@@ -28,7 +28,7 @@ def make_plan(
         teacher_fingerprint=teacher.fingerprint,
         cfg=teacher.default_cfg if config.cfg is None else config.cfg,
         top_k=config.top_k,
-        top_p=config.top_p,
+        top_p=teacher.default_top_p if config.top_p is None else config.top_p,
         temperature=config.temperature,
         solver=config.solver,
         num_evals=teacher.transport(config.solver, config.num_evals).num_evals,

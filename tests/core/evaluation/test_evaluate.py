@@ -23,11 +23,12 @@ from ddray.evaluation.generators import Generators, independent_tokens
 from ddray.evaluation.look import Look
 from ddray.evaluation.planning import Preparation
 from ddray.evaluation.report import build_report, tables_as_text, write_evaluation
+from ddray.evaluation.rows import Rows
 from ddray.models.catalog import BUNDLED_MODELS
 from ddray.models.zoo import BUNDLED, METRIC_FOLDER, load_student, load_teacher
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.core.tiny import chi_square_p_value
+from tests.core.tiny import chi_square_p_value, tiny_student, tiny_teacher
 from tests.runtime.tiny import write_student, write_teacher
 
 pytestmark = pytest.mark.slow
@@ -362,3 +363,15 @@ def test_a_student_of_captions_beside_its_teacher(tmp_path):
     assert found.columns == tuple(f"a cat, {i}" for i in range(6))
     assert found.summary["worst_classes"] == {}
     assert "captions in their order" in found.summary["protocol"][0]
+
+
+def test_sets_and_rows_sample_as_a_teacher_is_best_sampled():
+    teacher, student = tiny_teacher(), tiny_student()
+    teacher.config |= {"default_cfg": 3.0, "default_top_p": 0.5}
+    told = {"cfg": 2.0, "top_p": 1.0}
+    for settings, expected in (({}, {"cfg": 3.0, "top_p": 0.5}), (told, told)):
+        plan = make_plan(SampleConfig(**settings), teacher)
+        assert {key: getattr(plan, key) for key in told} == expected
+        config = EvaluateConfig(count=4, rows=("teacher", "transport"), **settings)
+        rows = Rows(config, {"teacher": teacher, "student": student}, [0, 1, 2]).all(None, False)
+        assert [{key: row.settings[key] for key in told} for row in rows] == [expected] * 2

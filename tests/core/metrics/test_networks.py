@@ -16,6 +16,7 @@ from ddray.metrics.efficientnet import (
     WEIGHTS_FILE,
     EfficientNet,
     EfficientNetLite0,
+    fold_norms,
 )
 from ddray.metrics.inception import Inception, empty_inception
 from ddray.metrics.loading import NETWORKS, load_network
@@ -202,3 +203,18 @@ def test_weights_may_lie_on_s3(s3_endpoint):
     assert fetched.fingerprint == packaged.fingerprint
     with pytest.raises(DDRayError, match=r"none\.pth"):
         load_network("inception", f"s3://{BUCKET}/weights/none.pth")
+
+
+def test_norms_that_are_folded_change_nothing():
+    torch.manual_seed(0)
+    network = EfficientNetLite0().eval()
+    for name, tensor in network.state_dict().items():
+        if "_bn" in name and tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = network(images)
+        fold_norms(network)
+        for given, expected in zip(network(images), before, strict=True):
+            torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-3)
+    assert not any("running" in name for name in network.state_dict())

@@ -35,14 +35,15 @@ def load(config=CONFIG, checkpoint=STATE, tokenizer=CODEC, **options):
 
 
 def test_a_teacher_says_what_it_is():
-    teacher = load({**CONFIG, "default_cfg": 2})
+    teacher = load({**CONFIG, "default_cfg": 2, "default_top_p": 0.5})
     assert teacher.stages == (1,) * 4
     assert teacher.conditioning == "class"
     assert teacher.num_classes == 3
     assert teacher.default_cfg == 2.0
     assert isinstance(teacher.default_cfg, float)
+    assert teacher.default_top_p == 0.5
     assert teacher.codebook.shape == (8, 4)
-    assert tiny_teacher().default_cfg == 1.0
+    assert tiny_teacher().default_cfg == tiny_teacher().default_top_p == 1.0
     assert not any(module.training for module in teacher.model.modules())
 
 

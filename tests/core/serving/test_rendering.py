@@ -141,10 +141,16 @@ def test_rows_are_those_of_the_same_batch_without_serving(renderer: Renderer, fa
         assert np.array_equal(tokens, student.tokenizer.module.nearest(codes).numpy())
 
 
-def test_the_teacher_alone_maps_the_same_noise(renderer: Renderer) -> None:
+def test_the_teacher_alone_maps_the_same_noise(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher = _teacher(renderer)
-    cfg = teacher.default_cfg
-    tokens = teacher.trajectories([2, 0, 1, 1, 2], [4, 8, 15, 16, 23], seed=3, cfg=cfg)
+    # As it is recommended, and not with all of its mass.
+    monkeypatch.setitem(teacher.config, "default_top_p", 0.5)
+    rules = {"cfg": teacher.default_cfg, "top_p": 0.5}
+    tokens = teacher.trajectories([2, 0, 1, 1, 2], [4, 8, 15, 16, 23], seed=3, **rules)
+    everything = teacher.trajectories([2, 0, 1, 1, 2], [4, 8, 15, 16, 23], seed=3)
+    assert not torch.equal(tokens, everything)
     assert np.array_equal(renderer.rows(_order("teacher", "tokens")), tokens.numpy())
     expected = to_uint8(teacher.decode(tokens).numpy())
     assert np.array_equal(renderer.rows(_order("teacher")), expected)

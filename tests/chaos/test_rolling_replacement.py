@@ -1,0 +1,133 @@
+"""Every node of a cluster is replaced, one after the other, while it works.
+
+As an upgrade of the nodes' image does it: the new one is there before the old one is told to go.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ddray.sets.trajectories.trajectory_set import TrajectorySet
+from tests.chaos.job import write_set
+from tests.chaos.network import Network, ray_network, running, until
+from tests.chaos.ray_head import end, free_port
+from tests.chaos.service import RAW
+from tests.patience import PATIENCE_S, wait_until
+from tests.runtime.tiny import contents
+
+pytestmark = pytest.mark.chaos
+
+NODES = 2
+_CLIENT = """
+import json, pathlib, sys, time, httpx
+url, log, stop = sys.argv[1], open(sys.argv[2], "w", buffering=1), pathlib.Path(sys.argv[3])
+seed = 0
+with httpx.Client(trust_env=False, timeout=120) as client:
+    while not stop.exists():
+        seed += 1
+        try:
+            status = client.post(url, json={"prompt": seed % 10, "seed": seed}).status_code
+        except httpx.HTTPError as error:
+            status = repr(error)
+        print(json.dumps(status), file=log)
+"""
+
+
+class Fleet:
+    """The nodes of a network, each of which can be replaced by one on a free host."""
+
+    def __init__(self, network: Network):
+        self.network = network
+        self._used = list(network.hosts[1 : NODES + 1])
+        self._free = list(network.hosts[NODES + 1 :])
+        self._nodes = []
+        for number, host in enumerate(self._used, 2):
+            self._nodes.append(network.add_node(host, num_cpus=2))
+            network.until_nodes(number)
+
+    def replace_oldest(self) -> None:
+        """Add a node, then end the one that has been there longest."""
+        host = self._free.pop(0)
+        self._nodes.append(self.network.add_node(host, num_cpus=2))
+        self.network.until_nodes(NODES + 2)
+        end(self._nodes.pop(0))
+        self._free.append(self._used.pop(0))
+        self._used.append(host)
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    with ray_network(1 + NODES + 1) as network:
+        yield Fleet(network)
+
+
+def test_a_set_has_the_same_bytes(fleet: Fleet, teacher: str, tmp_path: Path) -> None:
+    sizes = {"count": 192, "shard_rows": 8, "batch_size": 8, "num_evals": 2400}
+    undisturbed = contents(write_set(teacher, tmp_path / "undisturbed", **sizes), "shards")
+    out = tmp_path / "set"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    where = ("--teacher", teacher, "--out", str(out), "--workers", "1:2", "--wait-s", "60")
+    with running(fleet.network, "sample", *where, *flags) as job:
+        for shards in (4, 12):
+            until(job, lambda n=shards: len(list((out / "shards").glob("*.parquet"))) >= n)
+            fleet.replace_oldest()
+        _, stderr = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, stderr
+    assert contents(out, "shards") == undisturbed
+    assert TrajectorySet.open(str(out)).verify().ok
+
+
+def test_a_training_takes_every_step(fleet: Fleet, teacher: str, tmp_path: Path) -> None:
+    data, out = write_set(teacher, tmp_path / "set"), tmp_path / "run"
+    where = ("--data", str(data), "--out", str(out), "--workers", "1:2", "--wait-s", "60")
+    sizes = ("--batch-size", "64", "--threads", "1", "--schedule", "0,8", "--log-every", "1")
+    often = ("--steps", "600", "--checkpoint-every", "25", "--step-timeout-s", "20")
+
+    def steps() -> list[int]:
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)["step"] for line in lines]
+
+    with running(fleet.network, "distill", *where, *sizes, *often) as job:
+        for step in (50, 300):
+            until(job, lambda n=step: max(steps(), default=0) >= n)
+            fleet.replace_oldest()
+        _, stderr = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, stderr
+    assert sorted(set(steps())) == list(range(1, 601))
+    assert (out / "student" / "model.safetensors").is_file()
+
+
+def test_no_request_fails(fleet: Fleet, tmp_path: Path) -> None:
+    port = free_port()
+    with running(fleet.network, "serve", "--replicas", "2", "--port", str(port)) as job:
+        with _client(fleet.network, f"http://127.0.0.1:{port}{RAW}", tmp_path) as statuses:
+            wait_until(lambda: 200 in statuses(), "answer", lambda: job.poll() is None)
+            ready = len(statuses())
+            for _ in range(NODES):
+                before = len(statuses())
+                fleet.replace_oldest()
+                wait_until(lambda n=before: len(statuses()) >= n + 20, "further answers")
+                time.sleep(10)
+        answers = statuses()[ready:]
+    assert len(answers) >= 40
+    assert set(answers) == {200}, [status for status in answers if status != 200]
+
+
+@contextlib.contextmanager
+def _client(network: Network, url: str, folder: Path):
+    """One request after the other from the head's host; gives the answers' statuses so far."""
+    log, stop = folder / "statuses", folder / "stop"
+    command = [*network.hosts[0].enter, sys.executable, "-c", _CLIENT, url, str(log), str(stop)]
+    client = subprocess.Popen(command)
+    try:
+        yield lambda: list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+    finally:
+        stop.touch()
+        client.wait(timeout=PATIENCE_S)
