@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+VARIANT ?= gpu
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -20,7 +21,7 @@ endif
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-core test-ray test-smoke test-chaos gpu test-gpu browser lint format constraints teachers clean
+.PHONY: help setup quickstart test test-core test-ray test-smoke test-chaos gpu test-gpu image browser lint format constraints teachers clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +66,9 @@ gpu: ## what a GPU makes of ddray: right, then how fast; needs no .venv; ARGS=--
 
 test-gpu: $(READY) ## tests that need a CUDA device
 	@$(call optional_tier,gpu)
+
+image: $(READY) ## build the image with Docker or buildah and try it; VARIANT=cpu; ARGS=--help
+	PYTHONPATH=. $(BIN)/python -m cluster.image.build --variant $(VARIANT) $(ARGS)
 
 browser: ## install Debian's chromium for the web page's test (as root; elsewhere it only says what is missing)
 	@if command -v chromium >/dev/null; then :; \

@@ -17,7 +17,7 @@ from tests.paths import ROOT
 
 TARGETS = {
     "setup", "quickstart", "test", "test-core", "test-ray", "test-smoke", "test-chaos", "test-gpu",
-    "lint", "format", "constraints", "teachers", "clean",
+    "image", "lint", "format", "constraints", "teachers", "clean",
 }  # fmt: skip
 # In pieces, so that this file does not contain what it looks for.
 INDEX_HOSTS = [
