@@ -69,20 +69,14 @@ def attend(
     of it takes three times as long in bfloat16, a good half of a step.
     """
     dtype = v_BHSh.dtype
-    if dtype == torch.float32 or q_BHlh.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(
-            q_BHlh, k_BHSh, v_BHSh, attn_mask=mask, is_causal=is_causal, scale=scale
-        )
-    with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(
-            q_BHlh.float(),
-            k_BHSh.float(),
-            v_BHSh.float(),
-            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.float(),
-            is_causal=is_causal,
-            scale=scale,
-        )
-    return mixed.to(dtype)
+    if dtype != torch.float32 and q_BHlh.device.type == "cpu" and torch.is_grad_enabled():
+        q_BHlh, k_BHSh, v_BHSh = q_BHlh.float(), k_BHSh.float(), v_BHSh.float()
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        with torch.autocast("cpu", enabled=False):
+            return attend(q_BHlh, k_BHSh, v_BHSh, mask, is_causal=is_causal, scale=scale).to(dtype)
+    return F.scaled_dot_product_attention(
+        q_BHlh, k_BHSh, v_BHSh, attn_mask=mask, is_causal=is_causal, scale=scale
+    )
 
 
 def grid_angles(place_G: Tensor, head_dim: int, base: float) -> Tensor:

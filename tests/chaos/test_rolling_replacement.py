@@ -46,17 +46,16 @@ class Fleet:
         self.network = network
         self._used = list(network.hosts[1 : NODES + 1])
         self._free = list(network.hosts[NODES + 1 :])
-        self._nodes = []
         for number, host in enumerate(self._used, 2):
-            self._nodes.append(network.add_node(host, num_cpus=2))
+            network.add_node(host, num_cpus=2)
             network.until_nodes(number)
 
     def replace_oldest(self) -> None:
         """Add a node, then end the one that has been there longest."""
         host = self._free.pop(0)
-        self._nodes.append(self.network.add_node(host, num_cpus=2))
+        self.network.add_node(host, num_cpus=2)
         self.network.until_nodes(NODES + 2)
-        end(self._nodes.pop(0))
+        end(self.network.nodes.pop(0))
         self._free.append(self._used.pop(0))
         self._used.append(host)
 
