@@ -26,7 +26,7 @@ from pathlib import Path
 
 import ddray
 from cluster.image.checks import ALONE, ROOT, TOGETHER, NodeEndedError, ask
-from cluster.image.engines import Container, Engine, ImageError, find_engine
+from cluster.image.engines import Container, Engine, ImageError, Order, find_engine
 from cluster.image.stand_ins import build_base, pack_torchvision
 
 Check = Callable[[list[Container]], str]
@@ -75,7 +75,7 @@ def build(engine: Engine, variant: str, image: str, wheels: Path | None) -> list
             arguments["BASE"] = build_base(engine)
             base = f"the base is Debian with this machine's Python, not {defaults['BASE']}"
             notes.append(_TRIAL + base)
-        engine.build(DOCKERFILE, ROOT, image, arguments, contexts)
+        engine.build(Order(DOCKERFILE, ROOT, image, arguments, contexts))
     return notes
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -46,6 +46,35 @@ class Container:
         return [*self.before, *given, *self.last, *argv]
 
 
+@dataclass(frozen=True)
+class Order:
+    """An image to build.
+
+    Attributes:
+        dockerfile: what it is made by.
+        folder: what that copies from.
+        image: name of the result.
+        arguments: values of its ARGs.
+        contexts: folders that take the place of its stages, by name.
+    """
+
+    dockerfile: Path
+    folder: Path
+    image: str
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    contexts: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def command(self) -> list[str]:
+        """Flags and folder, which Docker and buildah take alike."""
+        flags = ["--file", str(self.dockerfile), "--tag", self.image]
+        for name, value in self.arguments.items():
+            flags += ["--build-arg", f"{name}={value}"]
+        for name, folder in self.contexts.items():
+            flags += ["--build-context", f"{name}={folder}"]
+        return [*flags, str(self.folder)]
+
+
 class Engine(Protocol):
     """Builds, keeps and runs images."""
 
@@ -54,15 +83,8 @@ class Engine(Protocol):
     def fetch(self, image: str) -> bool:
         """Whether an image is here, or could be fetched."""
 
-    def build(
-        self,
-        dockerfile: Path,
-        folder: Path,
-        image: str,
-        arguments: Mapping[str, str],
-        contexts: Mapping[str, Path],
-    ) -> None:
-        """Build what a Dockerfile says, under that name; its output is shown."""
+    def build(self, order: Order) -> None:
+        """Build what is ordered; its output is shown."""
 
     def size(self, image: str) -> float:
         """Bytes of all layers, unpacked."""
@@ -104,13 +126,6 @@ def _shown(*command: str) -> None:
         raise ImageError(f"{' '.join(command[:2])} ended with exit status {code}, see above")
 
 
-def _flags(arguments: Mapping[str, str], contexts: Mapping[str, Path]) -> Iterator[str]:
-    for name, value in arguments.items():
-        yield from ("--build-arg", f"{name}={value}")
-    for name, folder in contexts.items():
-        yield from ("--build-context", f"{name}={folder}")
-
-
 class Docker:
     """Docker, with BuildKit."""
 
@@ -120,16 +135,8 @@ class Docker:
         here = _quiet("docker", "image", "inspect", image).returncode == 0
         return here or _quiet("docker", "pull", "--platform=linux/amd64", image).returncode == 0
 
-    def build(
-        self,
-        dockerfile: Path,
-        folder: Path,
-        image: str,
-        arguments: Mapping[str, str],
-        contexts: Mapping[str, Path],
-    ) -> None:
-        flags = ["--platform=linux/amd64", "--file", str(dockerfile), "--tag", image]
-        _shown("docker", "build", *flags, *_flags(arguments, contexts), str(folder))
+    def build(self, order: Order) -> None:
+        _shown("docker", "build", "--platform=linux/amd64", *order.command)
 
     def size(self, image: str) -> float:
         told = _quiet("docker", "image", "inspect", "--format={{.Size}}", image, check=True)
@@ -169,16 +176,8 @@ class Buildah:
         here = _quiet(*self._buildah, "inspect", "--type=image", image).returncode == 0
         return here or _quiet(*self._buildah, "pull", image).returncode == 0
 
-    def build(
-        self,
-        dockerfile: Path,
-        folder: Path,
-        image: str,
-        arguments: Mapping[str, str],
-        contexts: Mapping[str, Path],
-    ) -> None:
-        flags = ["--isolation=chroot", "--layers", "--file", str(dockerfile), "--tag", image]
-        _shown(*self._buildah, "bud", *flags, *_flags(arguments, contexts), str(folder))
+    def build(self, order: Order) -> None:
+        _shown(*self._buildah, "bud", "--isolation=chroot", "--layers", *order.command)
 
     def size(self, image: str) -> float:
         told = _quiet(*self._buildah, "images", "--json", image, check=True)

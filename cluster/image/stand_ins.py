@@ -13,10 +13,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from cluster.image.engines import Engine, ImageError
+from cluster.image.engines import Engine, ImageError, Order
 
 BASE = "localhost/ddray-base:stand-in"
-_DEBIAN = "http://deb.debian.org"
 _SUITE = "bookworm"
 # What Python links to, and what Docker's image of it has beside a minimal Debian.
 _PACKAGES = (
@@ -78,25 +77,18 @@ def build_base(engine: Engine) -> str:
         )
     with tempfile.TemporaryDirectory(prefix="ddray-base-") as name:
         folder, root = Path(name), Path(name) / "root"
-        debian = (f"--include={_PACKAGES}", _SUITE, str(root), f"{_DEBIAN}/debian")
+        debian = (f"--include={_PACKAGES}", _SUITE, str(root))
         _run("debootstrap", "--variant=minbase", *debian)
         _lay_python(python, root)
         for path in _NOT_DEBIAN:
             shutil.rmtree(root / path)
             (root / path).mkdir()
-        suites = (
-            f"debian {_SUITE}",
-            f"debian {_SUITE}-updates",
-            f"debian-security {_SUITE}-security",
-        )
-        sources = "".join(f"deb {_DEBIAN}/{suite} main\n" for suite in suites)
-        (root / "etc/apt/sources.list").write_text(sources)
         if _CERTIFICATES.exists():
             shutil.copyfile(_CERTIFICATES, root / _CERTIFICATES.relative_to("/"))
         _run("tar", "--create", f"--directory={root}", f"--file={folder}/root.tar", ".")
         shutil.rmtree(root)
         (folder / "Dockerfile").write_text(_DOCKERFILE)
-        engine.build(folder / "Dockerfile", folder, BASE, {}, {})
+        engine.build(Order(folder / "Dockerfile", folder, BASE))
     return BASE
 
 

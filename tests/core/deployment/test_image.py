@@ -7,7 +7,7 @@ import contextlib
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import yaml
 
 from cluster.image import build, engines, stand_ins
 from cluster.image.checks import NodeEndedError, operator_command
-from cluster.image.engines import Container, ImageError
+from cluster.image.engines import Container, ImageError, Order
 from tests.paths import ROOT
 
 # A container that is this machine.
@@ -35,16 +35,9 @@ class Recorder:
     def fetch(self, image: str) -> bool:
         return self.fetched or image == stand_ins.BASE
 
-    def build(
-        self,
-        dockerfile: Path,
-        folder: Path,
-        image: str,
-        arguments: Mapping[str, str],
-        contexts: Mapping[str, Path],
-    ) -> None:
-        self.arguments = dict(arguments)
-        self.wheels = {path.name for one in contexts.values() for path in one.iterdir()}
+    def build(self, order: Order) -> None:
+        self.arguments = dict(order.arguments)
+        self.wheels = {path.name for one in order.contexts.values() for path in one.iterdir()}
 
     def size(self, image: str) -> float:
         return 1e9
