@@ -81,8 +81,8 @@ def images_of(teacher: Teacher, student: Student | None, captions: list[str], se
         captions: one an image.
         seed: of the noise.
     """
-    rules: dict[str, Any] = {"cfg": teacher.default_cfg, "top_p": teacher.default_top_p}
-    tokens = teacher.trajectories(captions, range(len(captions)), seed=seed, **rules)
+    index = range(len(captions))
+    tokens = teacher.trajectories(captions, index, seed=seed, **teacher.recommended)
     made = {f"teacher, {len(teacher.stages)} steps": teacher.decode(tokens)}
     learnt = student.config["schedule"] if student else []
     for steps in range(len(learnt), 0, -1):

@@ -87,10 +87,7 @@ class Rows:
         assert isinstance(teacher, Teacher)
         settings: dict[str, Any] = {"cfg": config.cfg, "top_k": config.top_k}
         settings |= {"top_p": config.top_p, "temperature": config.temperature}
-        if config.cfg is None:
-            settings["cfg"] = teacher.default_cfg
-        if config.top_p is None:
-            settings["top_p"] = teacher.default_top_p
+        settings |= {k: v for k, v in teacher.recommended.items() if settings[k] is None}
         keys = list(config.sampling_sweep)
         found = []
         for values in itertools.product(*config.sampling_sweep.values()):

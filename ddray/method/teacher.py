@@ -100,6 +100,11 @@ class Teacher(Model):
         """Recommended mass that is kept; all of it where nothing is recommended."""
         return float(self.config.get("default_top_p", 1.0))
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """How it is best sampled, by the names that `sample` and `trajectories` take."""
+        return {"cfg": self.default_cfg, "top_p": self.default_top_p}
+
     @torch.no_grad()
     def guided_logits(
         self, cond_B: AskedFor, tokens_BL: Tensor, cfg: float | None = None

@@ -280,10 +280,7 @@ class Renderer:
         assert self.teacher is not None
         (seed,) = {job.seed for job in jobs}
         index = torch.tensor([job.index for job in jobs])
-        rules: dict[str, Any] = {
-            "cfg": self.teacher.default_cfg,
-            "top_p": self.teacher.default_top_p,
-        }
+        rules = self.teacher.recommended
         if schedule == TEACHER_ALONE:
             return self.teacher.trajectories(condition, index, seed=seed, **rules)
         return self.student.generate(
