@@ -172,10 +172,7 @@ class EfficientNet(FeatureNetwork):
 
     def _features(self, pixels: Tensor) -> dict[str, Tensor]:
         # As it was trained: TensorFlow's mean and scale of bytes, for this variant alone.
-        scaled = (RESIZES["bicubic"](pixels, _SIDE) - 127) / 128
-        if self.device.type == "cpu":
-            scaled = scaled.contiguous(memory_format=torch.channels_last)
-        pool, logits = self.module(scaled)
+        pool, logits = self.module((RESIZES["bicubic"](pixels, _SIDE) - 127) / 128)
         return {POOL: pool, LOGITS: logits}
 
 
