@@ -52,17 +52,35 @@ def own_captions(config: Mapping[str, Any], *, held_out: bool = False) -> str | 
     return str(_EMOJI_CAPTIONS / ("held-out.txt" if held_out else "captions.txt"))
 
 
-def _own_folder(source: str) -> str | None:
-    """Folder of an encoder of ddray's own; None where the source is something else."""
+class _Own(NamedTuple):
+    """An encoder of ddray's own: its folder, and the config in it."""
+
+    folder: str
+    config: dict[str, Any]
+
+    @property
+    def is_averaging(self) -> bool:
+        """Whether it is a network over words, or else the words themselves."""
+        return bool(self.config["family"] == averaging.FAMILY)
+
+
+def _find_own(source: str) -> _Own | None:
+    """The encoder of ddray's own that a source names; None where it is something else."""
     if source in BUNDLED_ENCODERS:
-        return str(BUNDLED / source)
+        folder = str(BUNDLED / source)
+        return _Own(folder, read_config(folder))
     if not Path(source).is_dir() and not source.startswith(S3):
         return None
     try:
-        family = read_config(source)["family"]
+        own = _Own(source, read_config(source))
+        return own if own.config["family"] in (words.FAMILY, averaging.FAMILY) else None
     except CheckpointError:  # the config of a T5 names no family
         return None
-    return source if family in (words.FAMILY, averaging.FAMILY) else None
+
+
+def _words_folder(table: str) -> str:
+    """Where the words lie that a network reads, of which its config has the name or the folder."""
+    return str(BUNDLED / table) if table in BUNDLED_ENCODERS else table
 
 
 def own_folders(source: str) -> list[str]:
@@ -71,11 +89,11 @@ def own_folders(source: str) -> list[str]:
     Args:
         source: as of `load_text_encoder`.
     """
-    folder = _own_folder(source)
-    if folder is None:
+    own = _find_own(source)
+    if own is None:
         return []
-    table = read_config(folder).get("words")
-    return [folder, _own_folder(table) or table] if table else [folder]
+    table = own.config.get("words")
+    return [own.folder, _words_folder(table)] if table else [own.folder]
 
 
 def load_text_encoder(
@@ -92,13 +110,13 @@ def load_text_encoder(
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if it cannot be loaded.
     """
-    folder = _own_folder(source)
-    if folder is None:
+    own = _find_own(source)
+    if own is None:
         return T5TextEncoder(source, length=length, device=device)
-    if read_config(folder)["family"] == averaging.FAMILY:
-        network = read_averaging(folder).to(device)
+    if own.is_averaging:
+        network = read_averaging(own.folder).to(device)
         return AveragingEncoder(network, _words_below(network, device=device), length=length)
-    return WordEncoder.load(folder, length=length, device=device)
+    return WordEncoder.load(own.folder, length=length, device=device)
 
 
 def _words_below(network: DeepAveraging, *, device: str | torch.device = "cpu") -> WordEncoder:
@@ -108,7 +126,7 @@ def _words_below(network: DeepAveraging, *, device: str | torch.device = "cpu") 
         CheckpointError: if it is not there, or none of its width.
     """
     sizes = network.config
-    table = _own_folder(sizes.words) or sizes.words
+    table = _words_folder(sizes.words)
     found = WordEncoder.load(table, length=sizes.max_words, device=device)
     if found.width != sizes.word_width:
         raise CheckpointError(f"{table} has words of width {found.width}, not {sizes.word_width}")
@@ -125,8 +143,8 @@ def features_width(source: str) -> int:
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if its config cannot be read.
     """
-    folder = _own_folder(source)
-    return int(read_config(folder)["width"]) if folder else encoder_width(source)
+    own = _find_own(source)
+    return int(own.config["width"]) if own else encoder_width(source)
 
 
 def check_text_encoder(source: str, reader: str, needed: int) -> None:
@@ -171,10 +189,8 @@ def caption_cost(source: str, positions: int) -> CaptionCost:
         ConfigError: for a T5 without the package transformers.
         CheckpointError: if its config cannot be read.
     """
-    if folder := _own_folder(source):
-        own = read_config(folder)
-        is_averaging = own["family"] == averaging.FAMILY
-        flops = averaging_sizes(own, folder).flops if is_averaging else 0
-        return CaptionCost(flops, positions * features_width(source))
+    if own := _find_own(source):
+        flops = averaging_sizes(own.config, own.folder).flops if own.is_averaging else 0
+        return CaptionCost(flops, positions * int(own.config["width"]))
     config = t5_config(source)
     return CaptionCost(t5_flops(config, positions), positions * int(config["d_model"]))
