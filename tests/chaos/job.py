@@ -1,6 +1,7 @@
 """The real command in a process group of its own, what can be done to it, and a set for it."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,11 @@ from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import command, environment, sampling
+
+
+def json_lines(file: Path) -> list[Any]:
+    """What a running job has noted so far; nothing before it has begun."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class Job:

@@ -1,10 +1,10 @@
 """A Ray of hosts with addresses of their own: a head on the first, nodes on the others."""
 
 import contextlib
-import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from tests.chaos.hosts import Host, hosts
+from tests.chaos.job import json_lines
 from tests.chaos.ray_head import BIN, RayHead, end, ray_head
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import command, environment
@@ -32,12 +33,14 @@ class Network:
     hosts: list[Host]
     nodes: list[subprocess.Popen[bytes]]
 
-    def add_node(self, host: Host, *before: str, num_cpus: int = 1) -> subprocess.Popen[bytes]:
+    def add_node(
+        self, host: Host, *before: str, num_cpus: int = 1, flags: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         """`ray start` on a host, after other commands if need be; it ends with the network."""
         command = [*host.enter, *before, str(BIN / "ray"), "start", "--block"]
         command += [f"--num-cpus={num_cpus}"]
         command += [f"--address={self.head.address}", f"--node-ip-address={host.address}"]
-        command += ["--object-store-memory=104857600", "--disable-usage-stats"]
+        command += ["--object-store-memory=104857600", "--disable-usage-stats", *flags]
         with (self.head.folder / f"{host.namespace}.log").open("wb") as log:
             node = subprocess.Popen(
                 command,
@@ -72,19 +75,23 @@ class Network:
         )
 
 
+def head_on(host: Host, *flags: str, **others: Any) -> AbstractContextManager[RayHead]:
+    """A head without CPUs there, which soon sees that a host is lost."""
+    # Collectives find each other by the address of a card, not by the machine's name.
+    names = {**_QUICK, "GLOO_SOCKET_IFNAME": "eth0"}
+    names |= others
+    return ray_head(*flags, num_cpus=0, ip=host.address, prefix=host.enter, **names)
+
+
 @contextlib.contextmanager
 def ray_network(number: int = 3) -> Iterator[Network]:
-    """A head without CPUs on the first of so many hosts; what nodes are added end with it.
+    """A head on the first of so many hosts; what nodes are added end with it.
 
     The machine's disk is what they share.
     """
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(hosts(number))
-        # Collectives find each other by the address of a card, not by the machine's name.
-        names = {**_QUICK, "GLOO_SOCKET_IFNAME": "eth0"}
-        head = stack.enter_context(
-            ray_head(num_cpus=0, ip=made[0].address, prefix=made[0].enter, **names)
-        )
+        head = stack.enter_context(head_on(made[0]))
         network = Network(head, made, [])
         try:
             yield network
@@ -108,10 +115,40 @@ def running(network: Network, *arguments: str) -> Iterator[subprocess.Popen[str]
 
 
 def events(out: Path, event: str) -> list[dict[str, Any]]:
-    path = out / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(json.loads, lines) if line["event"] == event]
+    return [line for line in json_lines(out / "events.jsonl") if line["event"] == event]
 
 
 def until(job: subprocess.Popen[str], condition: Callable[[], object]) -> None:
     wait_until(condition, "what is waited for", lambda: job.poll() is None, job.communicate)
+
+
+_CLIENT = """
+import itertools, json, pathlib, sys, httpx
+log, stop, *urls = open(sys.argv[1], "w", buffering=1), pathlib.Path(sys.argv[2]), *sys.argv[3:]
+with httpx.Client(trust_env=False, timeout=120) as client:
+    for seed, url in zip(itertools.count(), itertools.cycle(urls)):
+        if stop.exists():
+            break
+        try:
+            answer = client.post(url, json={"prompt": seed % 10, "seed": seed})
+            told = "answered" if answer.status_code == 200 else answer.text
+        except httpx.HTTPError as error:
+            told = repr(error)
+        print(json.dumps(told), file=log)
+"""
+
+
+@contextlib.contextmanager
+def asking(host: Host, folder: Path, *urls: str) -> Iterator[Callable[[], list[str]]]:
+    """One request after the other from a host, of each address in turn.
+
+    Gives a function: what became of each so far, "answered" or what was told in place of an image.
+    """
+    log, stop = folder / "told", folder / "stop"
+    command = [*host.enter, sys.executable, "-c", _CLIENT, str(log), str(stop), *urls]
+    client = subprocess.Popen(command)
+    try:
+        yield lambda: json_lines(log)
+    finally:
+        stop.touch()
+        client.wait(timeout=PATIENCE_S)

@@ -4,14 +4,13 @@ import base64
 import contextlib
 import shutil
 import signal
-import socket
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 from playwright.sync_api import Browser, Locator, Page, Response, expect
 
 from tests.chaos.job import Job
+from tests.loopback import free_port, is_ready
 from tests.patience import PATIENCE_S
 
 CHROMIUM = shutil.which("chromium")
@@ -25,26 +24,17 @@ expect.set_options(timeout=1000 * PATIENCE_S)
 @contextlib.contextmanager
 def page_of(*arguments: str) -> Iterator[tuple[str, Job]]:
     """`ddray serve` of some students, which asks for a key and admits 16 images at a time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     small = ["--set", "max_batch_size=16", "--set", "max_images=16"]
     job = Job("serve", "--port", str(port), *arguments, *small, DDRAY_API_KEYS=KEY)
     try:
         url = f"http://127.0.0.1:{port}"
-        job.until(lambda: _is_ready(url))
+        job.until(lambda: is_ready(url))
         yield url, job
         job.process.send_signal(signal.SIGINT)
         assert job.end()[0] in (0, 130)
     finally:
         job.end_by_force()
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 class Visit:

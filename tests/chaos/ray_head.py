@@ -6,7 +6,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,16 +19,11 @@ from pathlib import Path
 import psutil
 
 from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
+from tests.loopback import free_port
 from tests.paths import ROOT
 from tests.patience import PATIENCE_S, wait_until
 
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -115,6 +109,14 @@ class RayHead:
         found = re.search(rf"[Jj]ob '{job}'(?::| was)? (\w+)", text)
         assert found, text
         return found[1].upper()
+
+    def lose(self) -> None:
+        """What a machine that loses its power does: nobody on it says goodbye."""
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for process in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def until(self, job: str, *wanted: str, timeout_s: float = PATIENCE_S) -> str:
         """Wait for one of these states."""

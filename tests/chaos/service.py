@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -18,15 +17,10 @@ import httpx
 import psutil
 
 from tests.chaos.job import Job
+from tests.loopback import free_port, is_ready
 from tests.patience import PATIENCE_S, wait_until
 
 FULL, RAW = "/v1/images/generations", "/v1/images/raw"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 _REPLICA = "ray::ServeReplica:ddray:students"
@@ -50,7 +44,7 @@ class Service:
     """`ddray serve` with the bundled student."""
 
     def __init__(self, *arguments: str):
-        self.port, self.metrics_port = _free_port(), _free_port()
+        self.port, self.metrics_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         ports = ("--port", str(self.port), "--metrics-port", str(self.metrics_port))
         self._state = tempfile.TemporaryDirectory(prefix="ddray-state-")  # where its log stays
@@ -59,13 +53,12 @@ class Service:
     def until_ready(self) -> None:
         """Wait for the first answer of a warm student."""
         running = self.job.process
-        wait_until(self._is_ready, "answer", lambda: running.poll() is None, running.communicate)
-
-    def _is_ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
+        wait_until(
+            lambda: is_ready(self.url),
+            "answer",
+            lambda: running.poll() is None,
+            running.communicate,
+        )
 
     def replicas(self) -> list[psutil.Process]:
         """Processes of the students, the oldest first."""

@@ -17,7 +17,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 from ddray.runtime.cluster.capacity import NODE_POOL_LABEL
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.chaos.job import Job
-from tests.chaos.ray_head import RayHead, free_port, ray_head
+from tests.chaos.ray_head import RayHead, ray_head
+from tests.loopback import free_port
 from tests.patience import wait_until
 
 pytestmark = pytest.mark.chaos

@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from tests.chaos.service import FULL, Service
+from tests.loopback import free_port
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.chaos
@@ -49,9 +49,7 @@ NEUTRAL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def site_port() -> int:
     """Port of pages of another origin, which the service gives leave to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture(scope="module")

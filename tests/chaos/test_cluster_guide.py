@@ -11,7 +11,8 @@ import pytest
 import ddray
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.ray_head import BIN, ROOT, free_port, ray_head
+from tests.chaos.ray_head import BIN, ROOT, ray_head
+from tests.loopback import free_port
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.chaos

@@ -9,7 +9,7 @@ import pytest
 
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import write_set
+from tests.chaos.job import json_lines, write_set
 from tests.chaos.ray_head import BIN, RayHead, answers, ray_head
 from tests.paths import ROOT
 from tests.patience import PATIENCE_S, wait_until
@@ -75,8 +75,7 @@ def test_training_that_is_stopped_goes_on_when_it_is_submitted_again(
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def steps() -> list[int]:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return [json.loads(line)["step"] for line in lines]
+        return [line["step"] for line in json_lines(metrics)]
 
     head.stop_midway(job, "ray::RayTrainWorker", lambda: max(steps(), default=0) >= 20)
     # The driver says by its status that it was told to end and has left a checkpoint.

@@ -1,30 +1,20 @@
 """A head is lost under a job: another comes up in its place, and nobody submits by hand."""
 
 import contextlib
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import write_set
-from tests.chaos.ray_head import BIN, RayHead, free_port, ray_head
+from tests.chaos.job import json_lines, write_set
+from tests.chaos.ray_head import BIN, ray_head
+from tests.loopback import free_port
 from tests.paths import ROOT
 from tests.patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.chaos
-
-
-def lose(head: RayHead) -> None:
-    """What a machine that loses its power does: nobody on it says goodbye."""
-    tree = psutil.Process(head.process.pid).children(recursive=True)
-    head.process.kill()
-    for process in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def drill(folder: Path, stage: str, begun: Callable[[], object], *flags: object) -> str:
@@ -45,7 +35,7 @@ def drill(folder: Path, stage: str, begun: Callable[[], object], *flags: object)
             return submitting.poll() is None
 
         wait_until(begun, f"begin of {stage}", alive, printed.read_text)
-        lose(first)
+        first.lose()
         token = environment["RAY_AUTH_TOKEN"]
         stack.enter_context(ray_head(dashboard_port=port, RAY_AUTH_TOKEN=token))
         assert submitting.wait(PATIENCE_S) == 0, printed.read_text()
@@ -71,15 +61,10 @@ def test_a_student_is_there_after_its_head_was_lost(teacher: str, tmp_path: Path
     flags = (*flags, "--log-every", 1, "--checkpoint-every", 100, "--evaluate-every", 0)
 
     def events() -> list[str]:
-        file = run / "events.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(line)["event"] for line in lines]
-
-    metrics = run / "metrics.jsonl"
+        return [line["event"] for line in json_lines(run / "events.jsonl")]
 
     def steps() -> list[int]:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return [json.loads(line)["step"] for line in lines]
+        return [line["step"] for line in json_lines(run / "metrics.jsonl")]
 
     drill(tmp_path, "distill", lambda: max(steps(), default=0) >= 150, *flags)
     assert sorted(set(steps())) == list(range(1, 601))

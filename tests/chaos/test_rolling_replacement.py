@@ -3,10 +3,6 @@
 As an upgrade of the nodes' image does it: the new one is there before the old one is told to go.
 """
 
-import contextlib
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,29 +10,17 @@ from pathlib import Path
 import pytest
 
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import write_set
-from tests.chaos.network import Network, ray_network, running, until
-from tests.chaos.ray_head import end, free_port
+from tests.chaos.job import json_lines, write_set
+from tests.chaos.network import Network, asking, ray_network, running, until
+from tests.chaos.ray_head import end
 from tests.chaos.service import RAW
+from tests.loopback import free_port
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import contents
 
 pytestmark = pytest.mark.chaos
 
 NODES = 2
-_CLIENT = """
-import json, pathlib, sys, time, httpx
-url, log, stop = sys.argv[1], open(sys.argv[2], "w", buffering=1), pathlib.Path(sys.argv[3])
-seed = 0
-with httpx.Client(trust_env=False, timeout=120) as client:
-    while not stop.exists():
-        seed += 1
-        try:
-            status = client.post(url, json={"prompt": seed % 10, "seed": seed}).status_code
-        except httpx.HTTPError as error:
-            status = repr(error)
-        print(json.dumps(status), file=log)
-"""
 
 
 class Fleet:
@@ -89,9 +73,7 @@ def test_a_training_takes_every_step(fleet: Fleet, teacher: str, tmp_path: Path)
     often = ("--steps", "600", "--checkpoint-every", "25", "--step-timeout-s", "20")
 
     def steps() -> list[int]:
-        path = out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line)["step"] for line in lines]
+        return [line["step"] for line in json_lines(out / "metrics.jsonl")]
 
     with running(fleet.network, "distill", *where, *sizes, *often) as job:
         for step in (50, 300):
@@ -105,28 +87,16 @@ def test_a_training_takes_every_step(fleet: Fleet, teacher: str, tmp_path: Path)
 
 def test_no_request_fails(fleet: Fleet, tmp_path: Path) -> None:
     port = free_port()
+    url = f"http://127.0.0.1:{port}{RAW}"
     with running(fleet.network, "serve", "--replicas", "2", "--port", str(port)) as job:
-        with _client(fleet.network, f"http://127.0.0.1:{port}{RAW}", tmp_path) as statuses:
-            wait_until(lambda: 200 in statuses(), "answer", lambda: job.poll() is None)
-            ready = len(statuses())
+        with asking(fleet.network.hosts[0], tmp_path, url) as told:
+            wait_until(lambda: "answered" in told(), "answer", lambda: job.poll() is None)
+            ready = len(told())
             for _ in range(NODES):
-                before = len(statuses())
+                before = len(told())
                 fleet.replace_oldest()
-                wait_until(lambda n=before: len(statuses()) >= n + 20, "further answers")
+                wait_until(lambda n=before: len(told()) >= n + 20, "further answers")
                 time.sleep(10)
-        answers = statuses()[ready:]
+        answers = told()[ready:]
     assert len(answers) >= 40
-    assert set(answers) == {200}, [status for status in answers if status != 200]
-
-
-@contextlib.contextmanager
-def _client(network: Network, url: str, folder: Path):
-    """One request after the other from the head's host; gives the answers' statuses so far."""
-    log, stop = folder / "statuses", folder / "stop"
-    command = [*network.hosts[0].enter, sys.executable, "-c", _CLIENT, url, str(log), str(stop)]
-    client = subprocess.Popen(command)
-    try:
-        yield lambda: list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
-    finally:
-        stop.touch()
-        client.wait(timeout=PATIENCE_S)
+    assert set(answers) == {"answered"}

@@ -17,6 +17,7 @@ from ddray.storage.arrow import arrow_filesystem
 from ddray.storage.base import NotFoundError
 from ddray.storage.caption_file import CaptionFile
 from ddray.storage.s3_client import new_client
+from tests.loopback import free_port
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import command, environment, write_teacher
 from tests.s3_server import BUCKET, CHECKSUM_HEADERS, FaultyProxy, s3_environment, s3_server
@@ -212,9 +213,7 @@ def _npm(*arguments: str, cwd: Path) -> None:
 def s3rver(tmp_path: Path) -> Iterator[str]:
     """The endpoint of s3rver, which shares no code with moto or botocore."""
     _npm("install", S3RVER, cwd=tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = ["node", "node_modules/.bin/s3rver", "--directory", "data", "--address", "127.0.0.1"]
     command += ["--port", str(port), "--configure-bucket", BUCKET, "--silent"]
     (tmp_path / "data").mkdir()

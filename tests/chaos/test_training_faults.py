@@ -21,7 +21,7 @@ import pytest
 
 import ddray
 from ddray.sets.sharded_set import shard_name
-from tests.chaos.job import Job, is_alive, write_set
+from tests.chaos.job import Job, is_alive, json_lines, write_set
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import contents, distilling
 
@@ -62,12 +62,8 @@ def _distill(data: Path, out: Path, **other: Any) -> list[str]:
     return ["distill", *(part for setting in settings for part in ("--set", setting))]
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def _events(out: Path, event: str) -> list[dict[str, Any]]:
-    return [line for line in _lines(out / "events.jsonl") if line["event"] == event]
+    return [line for line in json_lines(out / "events.jsonl") if line["event"] == event]
 
 
 def _saved(out: Path) -> list[int]:
@@ -92,7 +88,7 @@ def _finished(out: Path, job: Job) -> list[float]:
     assert json.loads(stdout)["steps"] == STEPS
     assert "Traceback" not in stderr
     assert ddray.load_student(out / "student", device="cpu").config["step"] == STEPS
-    history = _lines(out / "metrics.jsonl")
+    history = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in history] == list(range(1, STEPS + 1))
     return [line["loss"] for line in history]
 
@@ -232,7 +228,7 @@ def test_a_damaged_checkpoint_is_left_out(
     status, _, stderr = job.end()
     assert status == 0, stderr
     assert "Traceback" not in stderr
-    history = _lines(out / "metrics.jsonl")
+    history = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in history] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in history] == pytest.approx(undisturbed, **SAME)
     (resumed,) = _events(out, "resumed")
@@ -292,7 +288,7 @@ def test_of_many_drivers_in_one_folder_one_works(
         else:
             assert (status, stdout) == (1, ""), stderr
             assert f"ddray: error: {tmp_path} is in use by process " in stderr
-    losses = [line["loss"] for line in _lines(tmp_path / "metrics.jsonl")]
+    losses = [line["loss"] for line in json_lines(tmp_path / "metrics.jsonl")]
     assert losses == pytest.approx(undisturbed, **SAME)
     assert len(_events(tmp_path, "started")) == 1
     assert not list(tmp_path.glob("lease-*"))
@@ -363,7 +359,7 @@ def test_a_damaged_shard_that_comes_late_is_named_by_whoever_reads_it(
 ) -> None:
     growing = _copy(data, tmp_path / "set", 1)
     job = start(*_distill(growing, tmp_path / "run", **FOLLOW))
-    job.until(lambda: len(_lines(tmp_path / "run" / "events.jsonl")) > 0)
+    job.until(lambda: len(json_lines(tmp_path / "run" / "events.jsonl")) > 0)
     for k in (1, 2):
         (growing / shard_name(k)).write_bytes((data / shard_name(k)).read_bytes()[:-40])
     assert Path(shard_name(1)).stem in _refusal(job)

@@ -35,6 +35,7 @@ from ddray.runtime.serving.app import STUDENTS, build_app, run
 from ddray.serving.image_file import image_bytes
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.storage.checkpoint import save_folder
+from tests.loopback import free_port
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import write_teacher
 from tests.s3_server import BUCKET, s3_environment, s3_server
@@ -86,16 +87,10 @@ def renderers(students: dict[str, str]) -> Iterator[dict[str, Renderer]]:
     torch.set_num_threads(threads)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def config(students: dict[str, str]) -> ServeConfig:
     both = (students["first"], students["second"])
-    return ServeConfig(student=both, teacher=True, port=_free_port(), **LIMITS)
+    return ServeConfig(student=both, teacher=True, port=free_port(), **LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -661,7 +656,7 @@ def test_a_change_that_cannot_work_leaves_what_serves(
         run(config.model_copy(update={"student": ("absent",)}))
     monkeypatch.setattr(app, "_START_WAIT_S", 0.5)
     with pytest.raises(ClusterError, match="keeps the host and port of its first start"):
-        run(config.model_copy(update={"port": _free_port()}))
+        run(config.model_copy(update={"port": free_port()}))
     assert client.post(RAW, json={"prompt": 1}).status_code == 200
     assert _replicas() == before
 

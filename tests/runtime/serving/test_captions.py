@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ddray.serving.image_file import image_bytes
 from ddray.serving.rendering import ImageJob, Renderer
 from ddray.text.averaging import AveragingConfig, DeepAveraging
 from ddray.text.words import WordEncoder
+from tests.loopback import free_port
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import write_student, write_teacher, write_text_student
 
@@ -40,11 +40,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
     student, encoder = write_text_student(folder, EXAMPLES)
     broken = shutil.copytree(student, folder / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     both = (student, str(broken))
-    return ServeConfig(student=both, text_encoder=encoder, port=port, models_per_replica=1)
+    return ServeConfig(student=both, text_encoder=encoder, port=free_port(), models_per_replica=1)
 
 
 @pytest.fixture(scope="module")
