@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from ddray.config.sampling import SampleConfig
 from ddray.storage import open_storage
 
 STAGES = ("sample", "distill", "generate", "evaluate")
@@ -56,8 +57,12 @@ def run(
         beside = overlap and stage == "sample"
         # A set can be followed as soon as it has a plan.
         out = yaml.safe_load(files[stage].read_text("utf-8"))["out"] if beside else None
-        follow = ["--follow"] if overlap and stage == "distill" else []
-        running.append(start(stage, files[stage], *follow, *flags))
+        more = ["--follow"] if overlap and stage == "distill" else []
+        if "--dry-run" in flags and stage == "distill" and "sample" in files:
+            # What training takes can be told before there is a set, by the teacher's sizes.
+            sampling = SampleConfig(**yaml.safe_load(files["sample"].read_text("utf-8")))
+            more += ["--teacher", sampling.teacher]
+        running.append(start(stage, files[stage], *more, *flags))
         if out is not None:
             while running[0].poll() is None and not open_storage(out).exists("manifest.json"):
                 time.sleep(1)

@@ -5,6 +5,7 @@ task on a worker's node, for the driver of a job runs on the head, where work ha
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -111,6 +112,7 @@ def evaluate_and_report(config: EvaluateConfig) -> str:
     write_evaluation(config.out, evaluation.summary, report, *shown)
     if not config.keep_features:
         FeatureSet.open(config.out).delete()
+    print(f"evaluation: {open_storage(config.out).join('report.html')}", file=sys.stderr)
     return tables_as_text(evaluation.summary)
 
 
@@ -139,6 +141,8 @@ def evaluate_on_cluster(config: EvaluateConfig) -> Evaluation:
             # They are counted in the tokens of the teacher by transport.
             make_features("evaluation", features.only(kinds - {"independent"}), config)
         make_features("evaluation", features, config)
+        told = "evaluation: metrics, pictures, speed and how exact the transport is, on one worker"
+        print(told, file=sys.stderr, flush=True)
         evaluation = on_worker("evaluation", task, config)
     evaluation.summary["seconds"] = round(time.monotonic() - started, 1)
     return evaluation

@@ -88,7 +88,9 @@ def test_a_training_takes_every_step(fleet: Fleet, teacher: str, tmp_path: Path)
 def test_no_request_fails(fleet: Fleet, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}{RAW}"
-    with running(fleet.network, "serve", "--replicas", "2", "--port", str(port)) as job:
+    # Of students and of fronts two, so that one may go.
+    two = ("--replicas", "2", "--ingress-replicas", "2")
+    with running(fleet.network, "serve", *two, "--port", str(port)) as job:
         with asking(fleet.network.hosts[0], tmp_path, url) as told:
             wait_until(lambda: "answered" in told(), "answer", lambda: job.poll() is None)
             ready = len(told())

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ddray import __version__
@@ -140,8 +142,9 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
         f"{total.get('GPU', 0):g} GPUs"
     ]
     lines.append(f"  ERROR {_OPEN}" if is_open else "  strangers are refused: it asks for a token")
-    if mixed := mixture(patient.machine for patient in patients if patient.machine):
-        lines.append(f"  warning: {mixed}")
+    mixed = mixture(patient.machine for patient in patients if patient.machine)
+    warnings = [*filter(None, (mixed, _readable_token()))]
+    lines += [f"  warning: {warning}" for warning in warnings]
     for patient in patients:
         lines.append(_described(patient))
         lines += [f"  ERROR {error}" for error in patient.errors]
@@ -153,9 +156,20 @@ def doctor(config: DoctorConfig) -> tuple[list[str], bool]:
             "  warning: no worker is up, so none was looked at; --node-pool NAME brings one"
         )
     errors = is_open + sum(len(patient.errors) for patient in patients)
-    warnings = bool(mixed) + sum(len(patient.warnings) for patient in patients)
-    lines.append(f"{errors} errors, {warnings} warnings" if errors or warnings else "all is well")
+    number = len(warnings) + sum(len(patient.warnings) for patient in patients)
+    lines.append(f"{errors} errors, {number} warnings" if errors or number else "all is well")
     return lines, errors == 0
+
+
+def _readable_token() -> str:
+    """A warning where others on this machine can read the token of clusters, or nothing."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return ""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with contextlib.suppress(OSError):
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            return f"others on this machine can read {file}, and then run code as you: chmod 600"
+    return ""
 
 
 def _described(patient: Patient) -> str:
