@@ -41,15 +41,7 @@ def test_a_file_of_captions_becomes_a_served_student(
     (script,) = re.findall(r"```console\n(printf.*?)```", part, re.DOTALL)
     *making, last = script.strip().splitlines()
     assert last == "ddray serve --student runs/mine/run/student"
-    done = subprocess.run(
-        ["bash", "-ec", "\n".join(making).replace("--steps 200", "--steps 20")],
-        env=environment(PATH=f"{BIN}:/usr/bin:/bin"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    done = _typed("\n".join(making).replace("--steps 200", "--steps 20"), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     images = [*(tmp_path / "runs/mine/images").rglob("*.png")]
     assert len(images) == 4
@@ -59,6 +51,53 @@ def test_a_file_of_captions_becomes_a_served_student(
     answer = httpx.post(service.url + RAW, json=order, timeout=PATIENCE_S, trust_env=False)
     assert answer.status_code == 200, answer.text
     assert answer.content.startswith(b"\x89PNG")
+
+
+# Figures and pictures of the page, and how the teacher came to be.
+
+PROSE = [
+    " ".join(line.split()) for line in re.findall(r"`((?:ddray evaluate|python \w+/)[^`]+)`", PAGE)
+]
+SHORT = {
+    "evaluate": "--count 100 --speed-batches 1 --transport-count 10",
+    "caption_sheet": "--count 12",
+    "bench_serve": "--seconds 1 --overload-seconds 2",
+}
+SHORT_TRAINING = "--tokenizer-steps 10 --text-steps 10 --judge-steps 10 --teacher-steps 10"
+
+
+def _typed(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """As it is typed at the top of the repository, with what it writes in another folder."""
+    return subprocess.run(
+        ["bash", "-ec", re.sub(r"\b(jobs|benchmarks)/", rf"{ROOT}/\1/", script)],
+        env=environment(PATH=f"{BIN}:/usr/local/bin:/usr/bin:/bin"),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("line", PROSE)
+def test_what_a_figure_is_of_runs(line: str, tmp_path: Path) -> None:
+    (short,) = (flags for name, flags in SHORT.items() if name in line)
+    done = _typed(f"{line} {short}", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_teacher_can_be_trained_again(tmp_path: Path) -> None:
+    part = PAGE.partition("### Training it again")[2]
+    (script,) = re.findall(r"```console\n(.*?)```", part, re.DOTALL)
+    downloads, training = script.rsplit("cd ..\n", 1)
+    done = _typed(downloads, tmp_path)
+    if done.returncode:
+        pytest.skip(f"npm or pip brings no packages: {done.stderr.strip()[-300:]}")
+    done = _typed(f"{training.strip()} {SHORT_TRAINING}", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    teacher = ddray.load_teacher(str(tmp_path / "runs/emoji/models/emoji-llamagen"), device="cpu")
+    images = teacher.decode(teacher.sample(["red apple"], seed=0))
+    assert images.shape == (1, 3, 32, 32)
 
 
 # The cluster's part, on one node.
