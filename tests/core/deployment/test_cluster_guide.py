@@ -215,14 +215,19 @@ def test_commands_of_aws_are_operations_with_their_flags() -> None:
 def test_own_names_are_written_by_the_command_of_the_guide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (line,) = _of("ddray cluster config")
+    first, upgrade = _of("ddray cluster config")
     monkeypatch.chdir(tmp_path)
     # As it stands there, it names no bucket.
-    assert main(shlex.split(line)[1:]) == 2
-    assert main(shlex.split(line.replace("YOUR+BUCKET", "mine"))[1:]) == 0
-    config = yaml.safe_load((tmp_path / "mine" / "ray-cluster.yaml").read_text())
+    assert main(shlex.split(first)[1:]) == 2
+    images = []
+    for line in (first, upgrade):
+        words = shlex.split(line.replace("YOUR+BUCKET", "mine"))
+        assert main(words[1:]) == 0
+        out = tmp_path / words[words.index("--out") + 1]
+        images.append(yaml.safe_load((out / "ray-cluster.yaml").read_text())["docker"]["image"])
     (registry,) = {*_of("export REGISTRY=")}
-    assert config["docker"]["image"].startswith(registry.partition("=")[2])
+    assert all(image.startswith(registry.partition("=")[2]) for image in images)
+    assert images[0] != images[1]
 
 
 def test_charts_and_clusters_are_made_and_ended_from_files_that_there_are() -> None:

@@ -37,6 +37,7 @@ from tests.core.deployment.kuberay import (
 )
 
 README = (ROOT / "cluster" / "README.md").read_text("utf-8")
+GUIDE = (ROOT / "docs" / "cluster.md").read_text("utf-8")
 POOL = "ddray.io/node-pool"
 PLACEHOLDER = "registry.example.com/ddray"
 FILES = sorted(
@@ -133,7 +134,7 @@ def test_pools_are_those_of_the_readme() -> None:
 
 
 def test_readme_names_every_file_and_only_those_that_there_are() -> None:
-    assert len(README.splitlines()) <= 60
+    assert len(README.splitlines()) <= 64
     for path in [*KUBERAY.rglob("*.yaml"), ROOT / "cluster" / "grafana"]:
         name = path.relative_to(ROOT / "cluster")
         told = [f"`{folder.as_posix()}/`" in README for folder in name.parents]
@@ -182,6 +183,37 @@ def test_redis_may_be_somebody_elses(name: str, tmp_path: Path) -> None:
     assert options.pop("redisAddress").startswith("rediss://")
     del before["gcsFaultToleranceOptions"]["redisAddress"]
     assert spec == before
+
+
+def test_an_ingress_leads_to_the_service_and_is_let_in(tmp_path: Path) -> None:
+    kustomization = {
+        "namespace": "ddray",
+        "resources": [os.path.relpath(KUBERAY, tmp_path)],
+        "components": [os.path.relpath(KUBERAY / "components/ingress", tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    documents = build(str(tmp_path))
+    assert [problem for document in documents for problem in problems(document)] == []
+    (ingress,) = of_kind(documents, "Ingress")
+    (ray_service,) = of_kind(documents, "RayService")
+    (rule,) = ingress["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    # What KubeRay names the service before the nodes that answer.
+    name = f"{ray_service['metadata']['name']}-serve-svc"
+    assert path["backend"]["service"] == {"name": name, "port": {"name": "serve"}}
+    ports = groups(ray_service["spec"]["rayClusterConfig"])[1]["template"]["spec"]["containers"][0]
+    assert {"name": "serve", "containerPort": 8000} in ports["ports"]
+    assert [rule["host"]] == ingress["spec"]["tls"][0]["hosts"]
+    longest = yaml.safe_load(ray_service["spec"]["serveConfigV2"])["http_options"]
+    (patience,) = ingress["metadata"]["annotations"].values()
+    assert int(patience) > longest["request_timeout_s"]
+    (label,) = (line for line in GUIDE.splitlines() if line.startswith("kubectl label namespace"))
+    policies = of_kind(build("overlays/prod"), "NetworkPolicy")
+    (policy,) = (one for one in policies if one["metadata"]["name"] == "ddray-serve")
+    key, _, value = label.split()[-1].partition("=")
+    assert {"matchLabels": {key: value}} == policy["spec"]["ingress"][0]["from"][0][
+        "namespaceSelector"
+    ]
 
 
 def test_secrets_are_referenced_and_the_command_that_makes_them_is_told() -> None:
