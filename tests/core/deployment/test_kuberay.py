@@ -35,6 +35,7 @@ from tests.core.deployment.kuberay import (
     templates,
     walk,
 )
+from tests.core.deployment.test_dashboard import DASHBOARDS
 
 README = (ROOT / "cluster" / "README.md").read_text("utf-8")
 POOL = "ddray.io/node-pool"
@@ -402,9 +403,8 @@ def test_dev_shares_the_folder_that_the_digits_configs_write_to() -> None:
                 assert Path(mounts["runs"]) in Path(config["out"]).parents, path.name
 
 
-def test_grafana_gets_the_dashboard_as_it_is() -> None:
+def test_grafana_gets_the_dashboards_as_they_are() -> None:
     (found,) = of_kind(build("."), "ConfigMap")
-    file = ROOT / "cluster" / "grafana" / "ddray-serving.json"
-    assert found["data"] == {file.name: file.read_text("utf-8")}
+    assert found["data"] == {file.name: file.read_text("utf-8") for file in DASHBOARDS}
     assert found["metadata"]["labels"] == {"grafana_dashboard": "1"}
     assert build("../grafana")[0]["data"] == found["data"]
