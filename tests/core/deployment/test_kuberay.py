@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,37 @@ def test_the_head_comes_back_by_redis() -> None:
     assert container["livenessProbe"] != container["readinessProbe"]
     version = Version(container["image"].removeprefix("redis:"))
     assert Version("7.4.6") <= version < Version("8"), "a hole open to all with the password"
+
+
+@pytest.mark.parametrize("name", ["overlays/prod", "."])
+def test_heads_may_know_where_charts_come_from(name: str, tmp_path: Path) -> None:
+    kustomization = {
+        "resources": [os.path.relpath(KUBERAY / name, tmp_path)],
+        "components": [os.path.relpath(KUBERAY / "components" / "charts", tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    documents = build(str(tmp_path))
+    assert [problem for document in documents for problem in problems(document)] == []
+    (spec,), (before,) = ray_specs(documents), ray_specs(build(name))
+    env = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    added = {entry["name"]: entry["value"] for entry in env[-3:]}
+    del env[-3:]
+    assert spec == before
+    # As the chart calls them by the release and the namespace of the guide.
+    guide = (ROOT / "docs" / "cluster.md").read_text("utf-8")
+    chart = r"helm install (\w+) \S+/kube-prometheus-stack --namespace (\w+)"
+    ((release, namespace),) = re.findall(chart, guide)
+    assert added == {
+        "RAY_PROMETHEUS_HOST": f"http://{release}-kube-prometheus-prometheus.{namespace}.svc:9090",
+        "RAY_GRAFANA_HOST": f"http://{release}-grafana.{namespace}.svc:80",
+        "RAY_GRAFANA_IFRAME_HOST": "http://127.0.0.1:3000",
+    }
+    told = (KUBERAY / "components" / "charts" / "kustomization.yaml").read_text("utf-8")
+    assert f"kubectl -n {namespace} port-forward svc/{release}-grafana 3000:80" in told
+    ray = find_spec("ray")
+    assert ray is not None and ray.origin is not None
+    reader = Path(ray.origin).parent / "dashboard/modules/metrics/metrics_head.py"
+    assert all(f'"{key}"' in reader.read_text("utf-8") for key in added)
 
 
 @pytest.mark.parametrize("name", ["overlays/prod", "."])
