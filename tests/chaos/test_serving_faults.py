@@ -395,7 +395,7 @@ def test_a_burst_leaves_no_memory_behind(single: Service) -> None:
 
 def test_prometheus_gets_what_the_dashboard_shows(single: Service) -> None:
     # A gauge is there for ten seconds after it was set.
-    wanted = dashboard_metrics()
+    wanted = dashboard_metrics("ddray-serving")
 
     async def scenario() -> None:
         async with clients(single, 4, n=1):

@@ -38,6 +38,7 @@ from ddray.runtime.training.checkpoints import (
 )
 from ddray.runtime.training.engine import Engine, whole_weights
 from ddray.runtime.training.failures import is_full_disk, out_of_memory
+from ddray.runtime.training.metrics import TrainingMetrics
 from ddray.runtime.training.watchdog import Watchdog
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from ddray.storage import open_storage
@@ -113,6 +114,7 @@ class _Run:
             self.engine, self.objective, config, self.agree, self.rank, self.world
         )
         self.log = TrainingLog(config.out, lines) if self.rank == 0 else None
+        self._metrics = TrainingMetrics(config.out)
         self._saved = self.step
         self._looked_at, self._preempted = time.monotonic(), list[int]()
         self._start = {"loading_s": loaded - began, "engine_s": self._looked_at - loaded}
@@ -191,6 +193,9 @@ class _Run:
             if self.step % config.log_every == 0 or self.step == config.steps:
                 self._note(means, time.monotonic() - since)
                 means, since = Means(), time.monotonic()
+            if self.log is not None:
+                samples = 0 if figures is None else config.batch_size
+                self._metrics.moved(self.step, samples, self.log.lines)
             if self.step % config.checkpoint_every == 0 and self.step < config.steps:
                 began = time.monotonic()
                 self.save(wait=False)

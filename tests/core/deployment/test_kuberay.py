@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from tests.core.deployment.kuberay import (
     templates,
     walk,
 )
+from tests.core.deployment.test_dashboard import DASHBOARDS
 
 README = (ROOT / "cluster" / "README.md").read_text("utf-8")
 GUIDE = (ROOT / "docs" / "cluster.md").read_text("utf-8")
@@ -165,6 +167,37 @@ def test_the_head_comes_back_by_redis() -> None:
     assert container["livenessProbe"] != container["readinessProbe"]
     version = Version(container["image"].removeprefix("redis:"))
     assert Version("7.4.6") <= version < Version("8"), "a hole open to all with the password"
+
+
+@pytest.mark.parametrize("name", ["overlays/prod", "."])
+def test_heads_may_know_where_charts_come_from(name: str, tmp_path: Path) -> None:
+    kustomization = {
+        "resources": [os.path.relpath(KUBERAY / name, tmp_path)],
+        "components": [os.path.relpath(KUBERAY / "components" / "charts", tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    documents = build(str(tmp_path))
+    assert [problem for document in documents for problem in problems(document)] == []
+    (spec,), (before,) = ray_specs(documents), ray_specs(build(name))
+    env = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    added = {entry["name"]: entry["value"] for entry in env[-3:]}
+    del env[-3:]
+    assert spec == before
+    # As the chart calls them by the release and the namespace of the guide.
+    guide = (ROOT / "docs" / "cluster.md").read_text("utf-8")
+    chart = r"helm install (\w+) \S+/kube-prometheus-stack --namespace (\w+)"
+    ((release, namespace),) = re.findall(chart, guide)
+    assert added == {
+        "RAY_PROMETHEUS_HOST": f"http://{release}-kube-prometheus-prometheus.{namespace}.svc:9090",
+        "RAY_GRAFANA_HOST": f"http://{release}-grafana.{namespace}.svc:80",
+        "RAY_GRAFANA_IFRAME_HOST": "http://127.0.0.1:3000",
+    }
+    told = (KUBERAY / "components" / "charts" / "kustomization.yaml").read_text("utf-8")
+    assert f"kubectl -n {namespace} port-forward svc/{release}-grafana 3000:80" in told
+    ray = find_spec("ray")
+    assert ray is not None and ray.origin is not None
+    reader = Path(ray.origin).parent / "dashboard/modules/metrics/metrics_head.py"
+    assert all(f'"{key}"' in reader.read_text("utf-8") for key in added)
 
 
 @pytest.mark.parametrize("name", ["overlays/prod", "."])
@@ -434,9 +467,8 @@ def test_dev_shares_the_folder_that_the_digits_configs_write_to() -> None:
                 assert Path(mounts["runs"]) in Path(config["out"]).parents, path.name
 
 
-def test_grafana_gets_the_dashboard_as_it_is() -> None:
+def test_grafana_gets_the_dashboards_as_they_are() -> None:
     (found,) = of_kind(build("."), "ConfigMap")
-    file = ROOT / "cluster" / "grafana" / "ddray-serving.json"
-    assert found["data"] == {file.name: file.read_text("utf-8")}
+    assert found["data"] == {file.name: file.read_text("utf-8") for file in DASHBOARDS}
     assert found["metadata"]["labels"] == {"grafana_dashboard": "1"}
     assert build("../grafana")[0]["data"] == found["data"]

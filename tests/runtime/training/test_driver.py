@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+import urllib.request
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 import ddray
@@ -24,6 +26,7 @@ from ddray.errors import ConfigError, DDRayError, ShardError, StorageError, Trai
 from ddray.models.families import empty_network, empty_tokenizer
 from ddray.models.zoo import load_masked, new_student
 from ddray.runtime.training.driver import _validation, distill, read_history
+from ddray.runtime.training.metrics import TrainingMetrics
 from ddray.sets.sharded_set import shard_name
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
@@ -32,6 +35,7 @@ from ddray.storage.checkpoint import load_folder, save_folder
 from ddray.storage.lease import Lease
 from ddray.storage.run_folder import EVALUATIONS_FILE, read_lines
 from tests.core.tiny import VAR_SIZES, random_state
+from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import contents, distilling, sampling, write_teacher
 
 pytestmark = pytest.mark.ray
@@ -108,6 +112,29 @@ def test_every_logged_step_is_there_and_the_loss_falls(single: DistillConfig) ->
     summary = json.loads((Path(single.out) / "summary.json").read_text())
     assert (summary["steps"], summary["rows"]) == (12, 60)
     assert summary["loss"] == losses[-1]
+
+
+def test_prometheus_finds_a_trainings_step_samples_and_loss(ray_local: None) -> None:
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    metrics = TrainingMetrics("s3://bucket/runs/one")
+
+    def found() -> dict[str, float]:
+        with urllib.request.urlopen(address, timeout=PATIENCE_S) as answer:
+            lines = answer.read().decode().splitlines()
+        ours = [line for line in lines if 'run="s3://bucket/runs/one"' in line]
+        return {line.partition("{")[0]: float(line.split()[-1]) for line in ours}
+
+    # A skipped step before the log's first line, and one more.
+    metrics.moved(4, 0, [])
+    metrics.moved(5, 64, [{"step": 4, "loss": 2.5}, {"step": 5, "loss": 1.25}])
+    wanted = {"step": 5, "samples_total": 64, "loss": 1.25}
+
+    def told() -> bool:
+        # As steps do. Ray forgets a gauge, and keeps what a counter has counted.
+        metrics.moved(5, 0, [{"step": 5, "loss": 1.25}])
+        return found() == {f"ray_ddray_train_{name}": value for name, value in wanted.items()}
+
+    wait_until(told, "metric of every name")
 
 
 def test_losses_and_average_are_those_of_a_plain_loop(single: DistillConfig) -> None:
