@@ -42,11 +42,8 @@ def asked(*pods: Document) -> dict[str, float]:
 def fits(wanted: dict[str, float], instance_type: str) -> bool:
     """With a twentieth of CPUs and memory to spare, for the daemons of others."""
     has = allocatable(instance_type)
-    return (
-        wanted["cpu"] <= 0.95 * has["cpu"]
-        and wanted["memory"] <= 0.95 * has["memory"]
-        and wanted["nvidia.com/gpu"] <= has["nvidia.com/gpu"]
-    )
+    shares = {"cpu": 0.95, "memory": 0.95}
+    return all(amount <= shares.get(name, 1) * has.get(name, 0) for name, amount in wanted.items())
 
 
 def named_machines() -> dict[str, list[str]]:
@@ -65,15 +62,26 @@ def test_a_machine_has_what_eks_leaves_of_it() -> None:
     assert not fits({"cpu": 15.5, "memory": 2**30, "nvidia.com/gpu": 0}, "m7i.4xlarge")
     assert not fits({"cpu": 1, "memory": 56 * 2**30, "nvidia.com/gpu": 0}, "m7i.4xlarge")
     assert not fits({"cpu": 1, "memory": 2**30, "nvidia.com/gpu": 1}, "m7i.4xlarge")
+    assert not fits({"cpu": 1, "memory": 2**30, "example.com/card": 1}, "m7i.4xlarge")
+    assert fits({"vpc.amazonaws.com/efa": 32}, "p5.48xlarge")
+    assert fits({"vpc.amazonaws.com/efa": 4}, "p4de.24xlarge")
+    assert not fits({"vpc.amazonaws.com/efa": 5}, "p4de.24xlarge")
 
 
-@pytest.mark.parametrize("name", ["overlays/prod", "overlays/efa", "."])
+@pytest.mark.parametrize("name", ["overlays/prod", "."])
 def test_pods_fit_on_every_machine_that_is_named_for_their_pool(name: str) -> None:
     (spec,) = ray_specs(build(name))
     for group in spec["workerGroupSpecs"]:
         assert named_machines()[group["groupName"]]
         for instance_type in named_machines()[group["groupName"]]:
             assert fits(asked(group["template"]), instance_type), instance_type
+
+
+def test_pods_with_efa_fit_on_the_machines_that_are_named_for_it() -> None:
+    (row,) = re.findall(r"^\| `kuberay/overlays/efa/` .*", README, re.MULTILINE)
+    wanted = asked(pool_of(cluster("overlays/efa")["spec"], "training")["template"])
+    fitting = [one for one in named_machines()["training"] if fits(wanted, one)]
+    assert fitting and fitting == re.findall(r"`(\w+\.\w+)`", row)
 
 
 @pytest.mark.parametrize("name", ["overlays/prod", "."])
