@@ -1,12 +1,15 @@
 """The pods: that nodes have room for them, where they may stand, and what they may do."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.core.deployment.kuberay import (
     BUILDS,
+    KUBERAY,
+    OWN_CLUSTER,
     ROOT,
     Document,
     build,
@@ -16,12 +19,14 @@ from tests.core.deployment.kuberay import (
     pool_of,
     quantity,
     ray_specs,
+    read,
     service,
     templates,
 )
 from tests.core.deployment.machines import allocatable, instance_types
 
 CAPACITY = "karpenter.sh/capacity-type"
+OWN_CLUSTERS = [f"own-cluster/{stage}" for stage in OWN_CLUSTER]
 README = (ROOT / "cluster" / "README.md").read_text("utf-8")
 
 
@@ -153,30 +158,44 @@ def test_pools_are_of_the_machines_that_they_are_for() -> None:
 
 
 def test_nothing_in_prod_is_on_spot_machines_but_what_loses_little() -> None:
-    capacity = {
-        (document["kind"], of): template["spec"].get("nodeSelector", {}).get(CAPACITY)
-        for document in build("overlays/prod") + build(".")
+    found = {
+        (document["kind"], of, template["spec"].get("nodeSelector", {}).get(CAPACITY))
+        for name in ("overlays/prod", ".", "jobs", *OWN_CLUSTERS)
+        for document in build(name)
         for of, template in templates(document)
     }
+    capacity = {(kind, of): at for kind, of, at in found}
+    assert len(capacity) == len(found)
     assert capacity == {
         ("RayCluster", "head"): "on-demand",
         ("RayCluster", "sampling"): "spot",
         ("RayCluster", "training"): "on-demand",
         ("RayCluster", "cpu"): None,
         ("RayCluster", "serving"): "on-demand",
+        ("RayJob", "submitter"): "on-demand",
+        ("RayJob", "head"): "on-demand",
+        ("RayJob", "sampling"): "spot",
+        ("RayJob", "training"): "on-demand",
         ("RayService", "head"): "on-demand",
         ("RayService", "serving"): "on-demand",
         ("Deployment", "ddray-redis"): "on-demand",
     }
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_no_autoscaler_moves_drivers_or_a_training(name: str) -> None:
+@pytest.mark.parametrize("path", sorted((KUBERAY / "jobs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_job_of_a_file_by_itself_stays_off_nodes_with_a_taint(path: Path) -> None:
+    for _, template in [found for one in read(path) for found in templates(one)]:
+        assert "tolerations" not in template["spec"]
+
+
+@pytest.mark.parametrize("name", [*BUILDS, "jobs", *OWN_CLUSTERS])
+def test_no_autoscaler_moves_drivers_submitters_or_a_training(name: str) -> None:
     held = {"karpenter.sh/do-not-disrupt", "cluster-autoscaler.kubernetes.io/safe-to-evict"}
-    for document in of_kind(build(name), "RayCluster"):
+    documents = build(name)
+    for document in of_kind(documents, "RayCluster") + of_kind(documents, "RayJob"):
         for of, template in templates(document):
-            notes = template["metadata"].get("annotations", {})
-            if of in ("head", "training"):
+            notes = template.get("metadata", {}).get("annotations", {})
+            if of in ("head", "training", "submitter"):
                 assert [notes[key] for key in sorted(held)] == ["false", "true"]
             else:
                 assert not held & notes.keys()
