@@ -201,6 +201,16 @@ def test_no_autoscaler_moves_drivers_submitters_or_a_training(name: str) -> None
                 assert not held & notes.keys()
 
 
+def takes(rule: Document, pods: list[int], node: int) -> bool:
+    """Whether a node may have another pod, by how many each eligible one has.
+
+    As Kubernetes describes a constraint: its skew is against the node that has the fewest, or
+    against none where there are fewer nodes than minDomains.
+    """
+    fewest = min(pods) if len(pods) >= rule.get("minDomains", 1) else 0
+    return pods[node] + 1 - fewest <= rule["maxSkew"]
+
+
 def test_pods_of_the_service_are_apart_and_there_are_two() -> None:
     spec = service()["spec"]
     group = pool_of(spec["rayClusterConfig"], "serving")
@@ -218,6 +228,12 @@ def test_pods_of_the_service_are_apart_and_there_are_two() -> None:
     for rule in rules:
         assert rule["labelSelector"]["matchLabels"].items() <= labels.items()
         assert (rule["maxSkew"], rule["matchLabelKeys"]) == (1, ["ray.io/cluster"])
+    by_node = rules[0]
+    assert takes(by_node, [0], 0)
+    assert not takes(by_node, [1], 0)
+    assert takes(by_node, [1, 0], 1) and not takes(by_node, [1, 0], 0)
+    # One of two is lost: the other's node does not take its pod.
+    assert takes(by_node, [1, 1], 0) and not takes(by_node, [1], 0)
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
     (front,) = application["deployments"]
     # Of num_cpus 0 it would stand on the head too, which has none to give.
