@@ -156,6 +156,11 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     config.add_argument(
         "--account", help="of AWS, twelve digits (default: the registry's, if it is Amazon's)"
     )
+    config.add_argument(
+        "--tag",
+        default=__version__,
+        help=f"of the images; -cpu is added to the one without a GPU (default: {__version__})",
+    )
     submit = actions.add_parser(
         "submit",
         help="a job to the cluster at RAY_ADDRESS, and again whenever it is lost with its head",
@@ -366,6 +371,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
             arguments.region,
             arguments.out,
             arguments.account,
+            arguments.tag,
         )
     )
 

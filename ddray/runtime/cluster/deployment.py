@@ -20,6 +20,8 @@ BUCKET = "YOUR+BUCKET"
 REGISTRY = "registry.example.com"
 REGION = "us-west-2"
 ACCOUNTS = ("123456789012", "000000000000")
+IMAGE = f"ddray:{ddray.__version__}"
+"""As every file calls it, behind a registry or without one; the variant for CPUs adds -cpu."""
 
 # Names of S3, and of services like it: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 _BUCKET = re.compile(
@@ -27,12 +29,19 @@ _BUCKET = re.compile(
 )
 _RESERVED_ENDINGS = ("-s3alias", "--ol-s3", ".mrap", "--x-s3", "--table-s3")
 _REGISTRY = re.compile(r"[a-z0-9][a-z0-9.-]*[a-z0-9](:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*")
+# Of OCI's distribution, whose tags have at most 128 characters, less those of -cpu.
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,123}")
 _REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-\d+")
 _OF_AMAZON = re.compile(r"(\d{12})\.dkr\.ecr\.")
 
 
 def write_config(
-    bucket: str, registry: str, region: str, out: str, account: str | None = None
+    bucket: str,
+    registry: str,
+    region: str,
+    out: str,
+    account: str | None = None,
+    tag: str = ddray.__version__,
 ) -> dict[str, Any]:
     """Write a copy of the files of clusters and jobs, with the names of a user in them.
 
@@ -43,6 +52,7 @@ def write_config(
         out: Folder to write, which is not there or empty.
         account: Twelve digits; None = that of the registry, if it is Amazon's. Without any, service
             accounts of Kubernetes name no role.
+        tag: Of the images; -cpu is added for the variant without a GPU.
 
     Returns:
         What was written: `out`, `files` (their number), `image`, `bucket` (its URI), `region` and
@@ -54,9 +64,9 @@ def write_config(
     """
     registry = registry.removesuffix("/ddray")
     account = account or (found[1] if (found := _OF_AMAZON.match(registry)) else None)
-    _check_names(bucket, registry, region, account)
+    _check_names(bucket, registry, region, account, tag)
     folder = _empty_folder(out)
-    names = {BUCKET: bucket, REGISTRY: registry, REGION: region}
+    names = {BUCKET: bucket, REGISTRY: registry, REGION: region, IMAGE: f"ddray:{tag}"}
     names |= dict.fromkeys(ACCOUNTS, account) if account else {}
     files = list(_files())
     for path in files:
@@ -66,7 +76,7 @@ def write_config(
     return {
         "out": str(folder),
         "files": len(files),
-        "image": f"{registry}/ddray:{ddray.__version__}",
+        "image": f"{registry}/ddray:{tag}",
         "bucket": f"s3://{bucket}",
         "region": region,
         "account": account,
@@ -83,7 +93,7 @@ def _renamed(text: str, names: dict[str, str]) -> str:
     return placeholders.sub(lambda found: names[found[0]], text)
 
 
-def _check_names(bucket: str, registry: str, region: str, account: str | None) -> None:
+def _check_names(bucket: str, registry: str, region: str, account: str | None, tag: str) -> None:
     if not _BUCKET.fullmatch(bucket) or ".." in bucket or bucket.endswith(_RESERVED_ENDINGS):
         raise ConfigError(
             f"bucket={bucket!r} is no name of a bucket: give 3 to 63 of a-z, 0-9, '-' and '.', as "
@@ -98,6 +108,11 @@ def _check_names(bucket: str, registry: str, region: str, account: str | None) -
         raise ConfigError(f"region={region!r} is no region of AWS; give one such as eu-central-1")
     if account is not None and not re.fullmatch(r"\d{12}", account):
         raise ConfigError(f"account={account!r} is no account of AWS; give its twelve digits")
+    if not _TAG.fullmatch(tag):
+        raise ConfigError(
+            f"tag={tag!r} is no tag of an image: give 1 to 124 of a-z, A-Z, 0-9, '_', '.' and '-', "
+            "not beginning with '.' or '-'"
+        )
 
 
 def _empty_folder(out: str) -> Path:

@@ -1,8 +1,11 @@
 """Reading and checking the Kubernetes manifests.
 
-Fields of KubeRay are those of kuberay-schema.json, all others those of kubernetes_validate. The
-rules between them are of KubeRay's operator (ray-operator/controllers/ray/utils/validation.go), as
-far as its features are on by default.
+Fields of KubeRay are those of kuberay-schema.json, all others those of kubernetes_validate. That
+file is written down anew from KubeRay's API reference, whose release it names at its head, and is
+no copy of the CRDs: status, which is not ours to write, is left out, and types of Kubernetes are
+references into kubernetes_validate, so that pods of a RayCluster are held to the same as any
+others. The rules between fields are of KubeRay's operator
+(ray-operator/controllers/ray/utils/validation.go), as far as its features are on by default.
 """
 
 import copy

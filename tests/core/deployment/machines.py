@@ -17,7 +17,7 @@ def instance_types() -> dict[str, Any]:
 
 
 def allocatable(instance_type: str) -> dict[str, float]:
-    """What EKS leaves to pods of a machine: CPUs, bytes of memory, GPUs.
+    """What EKS leaves to pods of a machine: CPUs, bytes of memory, GPUs, network cards as EFA.
 
     Kept are kube-reserved as EKS's nodeadm computes it, the eviction threshold, and of memory what
     hypervisor and kernel take, for which Karpenter counts 7.5 %.
@@ -33,4 +33,5 @@ def allocatable(instance_type: str) -> dict[str, float]:
         "cpu": cpus - sum(shares[:cpus]),
         "memory": (seen_mib - (255 + 11 * most_pods) - 100) * 2**20,
         "nvidia.com/gpu": sum(gpu["Count"] for gpu in machine.get("GpuInfo", {}).get("Gpus", [])),
+        "vpc.amazonaws.com/efa": network.get("EfaInfo", {}).get("MaximumEfaInterfaces", 0),
     }

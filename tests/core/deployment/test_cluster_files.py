@@ -36,6 +36,7 @@ EFA = "cluster/aws-efa.yaml"
 FILES = [GROWING, SINGLE, ON_PREMISE]
 ON_AWS = [GROWING, SINGLE]
 JOBS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+ALL_YAML = [ROOT / GROWING, *sorted((ROOT / "cluster").rglob("*.yaml")), *JOBS]
 IMAGE = "registry.example.com/ddray"
 
 # Ray's schema, its defaults, and the image that either autoscaler would give to each type of node.
@@ -367,7 +368,20 @@ def test_no_file_holds_a_key(name):
     assert SECRET.search("token: " + "0" * 32)
 
 
-# Names
+# Names and comments
+
+
+@pytest.mark.parametrize("path", ALL_YAML, ids=lambda path: str(path.relative_to(ROOT)))
+def test_comments_are_indented_as_what_stands_before_or_after(path):
+    before, waiting = 0, []
+    for line in [*path.read_text("utf-8").splitlines(), "end"]:
+        text = line.lstrip()
+        indent = len(line) - len(text)
+        if text.startswith("#"):
+            waiting.append((indent, line))
+        elif text:
+            assert [one for at, one in waiting if at not in (before, indent)] == []
+            before, waiting = indent, []
 
 
 @pytest.mark.parametrize("name", FILES)

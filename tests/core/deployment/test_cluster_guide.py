@@ -17,6 +17,7 @@ from ddray.models.catalog import PUBLISHED
 from tests.core.deployment.cloudformation import template
 from tests.core.deployment.kuberay import build
 from tests.core.deployment.machines import instance_types
+from tests.core.deployment.test_eks import node_groups, types_of
 from tests.paths import ROOT
 
 GUIDE = ROOT / "docs" / "cluster.md"
@@ -174,16 +175,25 @@ def test_quotas_are_what_full_pools_take() -> None:
         taken[QUOTAS[machine[0].upper(), spot]] += vcpus * kind.get("max_workers", 1)
     rows = re.findall(r"^\| [^|]+ \| `(L-\w+)` \| (\d+) \|", GUIDE.read_text(), re.MULTILINE)
     assert {code: int(vcpus) for code, vcpus in rows} == taken
-    groups = {
-        group["name"]: group["maxSize"]
-        * instance_types()[group["instanceType"]]["VCpuInfo"]["DefaultVCpus"]
-        for group in yaml.safe_load((ROOT / "cluster" / "eks" / "cluster.yaml").read_text())[
-            "managedNodeGroups"
-        ]
-        if group["name"] in ("heads", "serving")
-    }
-    said = re.search(r"another quota: (\d+)\s+vCPUs .*? and (\d+) of", GUIDE.read_text(), re.DOTALL)
-    assert said and (int(said[1]), int(said[2])) == (groups["serving"], groups["heads"])
+
+
+def test_quotas_of_eks_are_those_of_aws_but_for_the_two_that_are_told() -> None:
+    text = GUIDE.read_text()
+    rows = re.findall(r"^\| [^|]+ \| `(L-\w+)` \| (\d+) \|", text, re.MULTILINE)
+    said = re.search(r"another quota: (\d+)\s+vCPUs .*? and (\d+) of", text, re.DOTALL)
+    assert said
+    others = {QUOTAS["G", False]: int(said[1]), QUOTAS["M", False]: int(said[2])}
+    taken = dict.fromkeys(QUOTAS.values(), 0)
+    for group in node_groups():
+        # Any of its types may be all that there is: each has a quota for a group that is full.
+        most: dict[str, int] = {}
+        for machine in types_of(group):
+            code = QUOTAS[machine[0].upper(), group.get("spot", False)]
+            vcpus = instance_types()[machine]["VCpuInfo"]["DefaultVCpus"]
+            most[code] = max(most.get(code, 0), vcpus * group["maxSize"])
+        for code, vcpus in most.items():
+            taken[code] += vcpus
+    assert taken == {code: int(vcpus) for code, vcpus in rows} | others
 
 
 def test_the_stack_takes_what_the_guide_gives_it() -> None:

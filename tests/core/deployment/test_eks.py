@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.core.deployment.kuberay import (
     Document,
     build,
     of_kind,
+    pool_of,
     problems,
     templates,
 )
@@ -123,6 +125,29 @@ def test_gpus_are_told_of_on_every_machine_that_has_some() -> None:
     assert {group["name"] for group in with_gpus} == set(rule["values"])
     for group in with_gpus:
         assert all(tolerates(plugin["tolerations"], taint) for taint in group["taints"])
+
+
+def test_a_group_that_has_efa_by_its_comments_takes_the_pods_of_efa() -> None:
+    text = (EKS / "cluster.yaml").read_text("utf-8")
+    key = r"efaEnabled: |tags:$|  k8s\.io/cluster-autoscaler/"
+    text, number = re.subn(rf"^    # (?={key})", "    ", text, flags=re.MULTILINE)
+    (group,) = [
+        one for one in yaml.safe_load(text)["managedNodeGroups"] if one["name"] == "training"
+    ]
+    assert number == 4 and group["efaEnabled"] is True
+    (cluster,) = of_kind(build("overlays/efa"), "RayCluster")
+    pod = pool_of(cluster["spec"], "training")["template"]
+    (container,) = pod["spec"]["containers"]
+    # CPUs, memory and GPUs the autoscaler knows of each type of machine.
+    unknown = container["resources"]["requests"].keys() - {"cpu", "memory", GPU}
+    template = "k8s.io/cluster-autoscaler/node-template/resources/"
+    assert group["tags"] == {
+        template + name: container["resources"]["requests"][name] for name in unknown
+    }
+    assert all(fits(asked(pod), instance_type) for instance_type in types_of(group))
+    plugin = load("efa-device-plugin.yaml")
+    assert plugin["nodeSelector"].items() <= group["labels"].items()
+    assert may_stand_on({"tolerations": plugin["tolerations"]}, group)
 
 
 def test_pods_may_do_what_machines_of_ray_up_may() -> None:

@@ -386,17 +386,18 @@ def test_a_job_with_a_cluster_of_its_own_is_begun_again_by_kuberay(stage: str) -
     assert found["metadata"] == plain["metadata"]
     changed = {
         *("rayClusterSpec", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"),
-        *("clusterSelector", "deletionStrategy", "entrypoint", "submitterPodTemplate"),
+        *("clusterSelector", "deletionStrategy", "entrypoint"),
     }
+    at = spec["submitterPodTemplate"]["spec"].pop("nodeSelector")
+    assert at == {"karpenter.sh/capacity-type": "on-demand"}
     assert {k: v for k, v in spec.items() if k not in changed} == {
         k: v for k, v in plain["spec"].items() if k not in changed
     }
     assert spec["backoffLimit"] >= 3 and spec["shutdownAfterJobFinishes"]
     # GPUs wait no longer than it takes to look.
     assert spec["ttlSecondsAfterFinished"] <= 60
-    config = f"jobs/configs/llamagen-b-{stage}.yaml"
     # Its workers come back after the head, and nothing grows here that a job would wait for.
-    assert spec["entrypoint"] == f"python jobs/{stage}.py --config {config} --set wait_s=600"
+    assert spec["entrypoint"] == plain["spec"]["entrypoint"] + " --set wait_s=600"
     assert spec["submitterConfig"]["backoffLimit"] >= 2
     assert images([found]) == {f"{PLACEHOLDER}:{ddray.__version__}{end}" for end in ("", "-cpu")}
 
@@ -435,16 +436,28 @@ def test_what_a_job_starts_is_in_the_image(name: str) -> None:
     digits = name == "digits"
     found = read(KUBERAY / "overlays/dev/digits.yaml")[0] if digits else job(name)
     stage = "pipeline" if digits else name
-    model = "digits" if digits or name == "evaluate" else "llamagen-b"
+    model = "digits" if digits else "llamagen-b"
     config = f"jobs/configs/{model}-{stage}.yaml"
     assert found["spec"]["entrypoint"] == f"python jobs/{stage}.py --config {config}"
-    # Those of the digits read and write the disk of overlays/dev, whose node has another image.
+    # The digits read and write the disk of overlays/dev, whose node has another image.
     (image,) = images([found])
-    assert image.startswith("ddray:" if model == "digits" else PLACEHOLDER)
+    assert image.startswith("ddray:" if digits else f"{PLACEHOLDER}:")
     for file in (f"jobs/{stage}.py", config):
         assert (ROOT / file).is_file(), file
     dockerfile = (ROOT / "cluster" / "Dockerfile").read_text("utf-8")
     assert "jobs /home/ray/jobs" in dockerfile and "WORKDIR /home/ray" in dockerfile
+
+
+def test_the_evaluation_is_of_what_the_stages_of_the_pipeline_make() -> None:
+    def config_of(stage: str) -> Document:
+        (config,) = read(ROOT / job(stage)["spec"]["entrypoint"].split()[-1])
+        return config
+
+    pipeline = config_of("pipeline")
+    assert config_of("distill") == read(ROOT / "jobs" / "configs" / pipeline["distill"])[0]
+    evaluation = config_of("evaluate")
+    assert evaluation["student"] == f"{config_of('distill')['out']}/student"
+    assert evaluation["data"] == config_of("sample")["out"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """The pods: that nodes have room for them, where they may stand, and what they may do."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.core.deployment.kuberay import (
     BUILDS,
+    KUBERAY,
+    OWN_CLUSTER,
     ROOT,
     Document,
     build,
@@ -16,12 +19,14 @@ from tests.core.deployment.kuberay import (
     pool_of,
     quantity,
     ray_specs,
+    read,
     service,
     templates,
 )
 from tests.core.deployment.machines import allocatable, instance_types
 
 CAPACITY = "karpenter.sh/capacity-type"
+OWN_CLUSTERS = [f"own-cluster/{stage}" for stage in OWN_CLUSTER]
 README = (ROOT / "cluster" / "README.md").read_text("utf-8")
 
 
@@ -42,11 +47,8 @@ def asked(*pods: Document) -> dict[str, float]:
 def fits(wanted: dict[str, float], instance_type: str) -> bool:
     """With a twentieth of CPUs and memory to spare, for the daemons of others."""
     has = allocatable(instance_type)
-    return (
-        wanted["cpu"] <= 0.95 * has["cpu"]
-        and wanted["memory"] <= 0.95 * has["memory"]
-        and wanted["nvidia.com/gpu"] <= has["nvidia.com/gpu"]
-    )
+    shares = {"cpu": 0.95, "memory": 0.95}
+    return all(amount <= shares.get(name, 1) * has.get(name, 0) for name, amount in wanted.items())
 
 
 def named_machines() -> dict[str, list[str]]:
@@ -65,15 +67,26 @@ def test_a_machine_has_what_eks_leaves_of_it() -> None:
     assert not fits({"cpu": 15.5, "memory": 2**30, "nvidia.com/gpu": 0}, "m7i.4xlarge")
     assert not fits({"cpu": 1, "memory": 56 * 2**30, "nvidia.com/gpu": 0}, "m7i.4xlarge")
     assert not fits({"cpu": 1, "memory": 2**30, "nvidia.com/gpu": 1}, "m7i.4xlarge")
+    assert not fits({"cpu": 1, "memory": 2**30, "example.com/card": 1}, "m7i.4xlarge")
+    assert fits({"vpc.amazonaws.com/efa": 32}, "p5.48xlarge")
+    assert fits({"vpc.amazonaws.com/efa": 4}, "p4de.24xlarge")
+    assert not fits({"vpc.amazonaws.com/efa": 5}, "p4de.24xlarge")
 
 
-@pytest.mark.parametrize("name", ["overlays/prod", "overlays/efa", "."])
+@pytest.mark.parametrize("name", ["overlays/prod", "."])
 def test_pods_fit_on_every_machine_that_is_named_for_their_pool(name: str) -> None:
     (spec,) = ray_specs(build(name))
     for group in spec["workerGroupSpecs"]:
         assert named_machines()[group["groupName"]]
         for instance_type in named_machines()[group["groupName"]]:
             assert fits(asked(group["template"]), instance_type), instance_type
+
+
+def test_pods_with_efa_fit_on_the_machines_that_are_named_for_it() -> None:
+    (row,) = re.findall(r"^\| `kuberay/overlays/efa/` .*", README, re.MULTILINE)
+    wanted = asked(pool_of(cluster("overlays/efa")["spec"], "training")["template"])
+    fitting = [one for one in named_machines()["training"] if fits(wanted, one)]
+    assert fitting and fitting == re.findall(r"`(\w+\.\w+)`", row)
 
 
 @pytest.mark.parametrize("name", ["overlays/prod", "."])
@@ -145,33 +158,57 @@ def test_pools_are_of_the_machines_that_they_are_for() -> None:
 
 
 def test_nothing_in_prod_is_on_spot_machines_but_what_loses_little() -> None:
-    capacity = {
-        (document["kind"], of): template["spec"].get("nodeSelector", {}).get(CAPACITY)
-        for document in build("overlays/prod") + build(".")
+    found = {
+        (document["kind"], of, template["spec"].get("nodeSelector", {}).get(CAPACITY))
+        for name in ("overlays/prod", ".", "jobs", *OWN_CLUSTERS)
+        for document in build(name)
         for of, template in templates(document)
     }
+    capacity = {(kind, of): at for kind, of, at in found}
+    assert len(capacity) == len(found)
     assert capacity == {
         ("RayCluster", "head"): "on-demand",
         ("RayCluster", "sampling"): "spot",
         ("RayCluster", "training"): "on-demand",
         ("RayCluster", "cpu"): None,
         ("RayCluster", "serving"): "on-demand",
+        ("RayJob", "submitter"): "on-demand",
+        ("RayJob", "head"): "on-demand",
+        ("RayJob", "sampling"): "spot",
+        ("RayJob", "training"): "on-demand",
         ("RayService", "head"): "on-demand",
         ("RayService", "serving"): "on-demand",
         ("Deployment", "ddray-redis"): "on-demand",
     }
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_no_autoscaler_moves_drivers_or_a_training(name: str) -> None:
+@pytest.mark.parametrize("path", sorted((KUBERAY / "jobs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_job_of_a_file_by_itself_stays_off_nodes_with_a_taint(path: Path) -> None:
+    for _, template in [found for one in read(path) for found in templates(one)]:
+        assert "tolerations" not in template["spec"]
+
+
+@pytest.mark.parametrize("name", [*BUILDS, "jobs", *OWN_CLUSTERS])
+def test_no_autoscaler_moves_drivers_submitters_or_a_training(name: str) -> None:
     held = {"karpenter.sh/do-not-disrupt", "cluster-autoscaler.kubernetes.io/safe-to-evict"}
-    for document in of_kind(build(name), "RayCluster"):
+    documents = build(name)
+    for document in of_kind(documents, "RayCluster") + of_kind(documents, "RayJob"):
         for of, template in templates(document):
-            notes = template["metadata"].get("annotations", {})
-            if of in ("head", "training"):
+            notes = template.get("metadata", {}).get("annotations", {})
+            if of in ("head", "training", "submitter"):
                 assert [notes[key] for key in sorted(held)] == ["false", "true"]
             else:
                 assert not held & notes.keys()
+
+
+def takes(rule: Document, pods: list[int], node: int) -> bool:
+    """Whether a node may have another pod, by how many each eligible one has.
+
+    As Kubernetes describes a constraint: its skew is against the node that has the fewest, or
+    against none where there are fewer nodes than minDomains.
+    """
+    fewest = min(pods) if len(pods) >= rule.get("minDomains", 1) else 0
+    return pods[node] + 1 - fewest <= rule["maxSkew"]
 
 
 def test_pods_of_the_service_are_apart_and_there_are_two() -> None:
@@ -191,6 +228,12 @@ def test_pods_of_the_service_are_apart_and_there_are_two() -> None:
     for rule in rules:
         assert rule["labelSelector"]["matchLabels"].items() <= labels.items()
         assert (rule["maxSkew"], rule["matchLabelKeys"]) == (1, ["ray.io/cluster"])
+    by_node = rules[0]
+    assert takes(by_node, [0], 0)
+    assert not takes(by_node, [1], 0)
+    assert takes(by_node, [1, 0], 1) and not takes(by_node, [1, 0], 0)
+    # One of two is lost: the other's node does not take its pod.
+    assert takes(by_node, [1, 1], 0) and not takes(by_node, [1], 0)
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
     (front,) = application["deployments"]
     # Of num_cpus 0 it would stand on the head too, which has none to give.

@@ -1,6 +1,7 @@
 """`ddray cluster config`: the files of clusters with a user's names in them, and no others."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from ddray.runtime.cluster.deployment import (
     REGISTRY,
     write_config,
 )
+from tests.core.deployment.kuberay import BUILDS, OWN_CLUSTER, build, read, templates
 from tests.paths import ROOT
 
 OWN = {
@@ -85,6 +87,38 @@ def test_copies_say_the_same_with_other_names(own: Path) -> None:
     assert cluster["metadata"]["region"] == OWN["region"]
 
 
+@pytest.mark.parametrize("tag", ["2026-08-01", f"{ddray.__version__}.1", "_", "a" * 124])
+def test_every_image_is_written_under_the_tag(tag: str, tmp_path: Path) -> None:
+    told = write_config(**OWN, out=str(tmp_path), tag=tag)
+    assert told["image"] == f"{OWN['registry']}/ddray:{tag}"
+    pattern = re.compile(
+        rf"\bddray:({re.escape(tag)}|{re.escape(ddray.__version__)})(-cpu)?(?![\w.-])"
+    )
+    before, after = texts(ROOT), texts(tmp_path)
+    for name in before:
+        was, found = (pattern.findall(text[name]) for text in (before, after))
+        assert found == [(tag, variant) for _, variant in was], name
+    # What pods and machines are made of has no other.
+    kuberay = tmp_path / "cluster" / "kuberay"
+    stages = [f"own-cluster/{stage}" for stage in OWN_CLUSTER]
+    documents = [one for name in (*BUILDS, "jobs", *stages) for one in build(str(kuberay / name))]
+    documents += read(kuberay / "overlays" / "dev" / "digits.yaml")
+    of_pods = {
+        container["image"]
+        for document in documents
+        for _, template in templates(document)
+        for container in template["spec"]["containers"]
+    }
+    registry = f"{OWN['registry']}/ddray"
+    assert {image for image in of_pods if not image.startswith("redis:")} == {
+        *(f"{registry}:{tag}", f"{registry}:{tag}-cpu", f"ddray:{tag}-cpu")
+    }
+    growing = yaml.safe_load((tmp_path / "ray-cluster.yaml").read_text("utf-8"))
+    cpu = growing["available_node_types"]["cpu"]["docker"]["worker_image"]
+    images = growing["docker"]["image"], growing["docker"]["head_image"], cpu
+    assert images == (f"{registry}:{tag}", f"{registry}:{tag}-cpu", f"{registry}:{tag}-cpu")
+
+
 def test_names_that_hold_a_placeholder_stay_as_they_are(tmp_path: Path) -> None:
     bucket, registry = f"mine-{REGION}", f"{ACCOUNTS[0]}.dkr.ecr.{REGION}.amazonaws.com"
     write_config(bucket, registry, "eu-central-1", str(tmp_path), account="444455556666")
@@ -140,6 +174,10 @@ def test_pods_take_the_images_and_roles_that_are_told(account: str | None, tmp_p
             ("account", account, "is no account of AWS; give its twelve digits")
             for account in ("1234", "1234-5678-9012", "x" * 12)
         ),
+        *(
+            ("tag", tag, "is no tag of an image: give 1 to 124 of a-z")
+            for tag in ("", "-cpu", ".1", "a" * 125, "v1+2", "mine:1", "a b", "1\n")
+        ),
         ("out", "s3://mine/files", "must be a folder of this machine"),
     ],
 )  # fmt: skip
@@ -177,8 +215,9 @@ def test_the_command_prints_what_it_wrote(
 ) -> None:
     flags = [word for key, value in OWN.items() for word in (f"--{key}", value)]
     out = str(tmp_path / "files")
-    assert main(["cluster", "config", *flags, "--out", out]) == 0
-    assert json.loads(capsys.readouterr().out)["out"] == out
+    assert main(["cluster", "config", *flags, "--out", out, "--tag", "second"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["out"] == out and told["image"].endswith("/ddray:second")
     assert main(["cluster", "config", *flags, "--out", out]) == 2
     assert "is there and not an empty folder" in capsys.readouterr().err
     assert main(["cluster", "config", *flags]) == 2
