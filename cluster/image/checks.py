@@ -22,6 +22,7 @@ from cluster.image.engines import Container, ImageError
 ROOT = Path(__file__).resolve().parents[2]
 # Only what hangs takes longer.
 PATIENCE_S = 3600.0
+_END, _TRIES = "--end-of-answer--", 3
 # Any will do on nodes that nobody else reaches.
 _TOKEN = "0123456789abcdef" * 2
 _TOOLS = ("ddray", "ray", "rsync", "ssh", "wget", "ps", "g++")
@@ -40,19 +41,31 @@ class NodeEndedError(ImageError):
 def ask(
     container: Container, *argv: str, environment: dict[str, str] | None = None, given: str = ""
 ) -> str:
-    """What a command in a container prints.
+    """What a command in a container prints; it may run more than once.
 
     Raises:
         ImageError: If it fails.
     """
-    command = container.command(*argv, environment=environment)
-    done = subprocess.run(
-        command, input=given, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
-    if done.returncode:
-        told = (done.stdout + done.stderr).strip()[-3000:]
-        raise ImageError(f"`{' '.join(argv)}` ended with exit status {done.returncode}:\n{told}")
-    return done.stdout
+    # On a busy machine what is printed in buildah's chroot is lost, once in some fifty times, and
+    # nothing says so.
+    marked = ("sh", "-c", f'"$@" && echo {_END}', "sh", *argv)
+    for _ in range(_TRIES):
+        done = subprocess.run(
+            container.command(*marked, environment=environment),
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        if done.returncode:
+            told = (done.stdout + done.stderr).strip()[-3000:]
+            status = f"exit status {done.returncode}"
+            raise ImageError(f"`{' '.join(argv)}` ended with {status}:\n{told}")
+        answer, end, _ = done.stdout.rpartition(f"{_END}\n")
+        if end:
+            return answer
+    raise ImageError(f"`{' '.join(argv)}`: its output was lost, {_TRIES} times")
 
 
 # Alone

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from cluster.image import build, engines, stand_ins
-from cluster.image.checks import NodeEndedError, operator_command
+from cluster.image.checks import NodeEndedError, ask, operator_command
 from cluster.image.engines import Container, ImageError, Order
 from tests.paths import ROOT
 
@@ -166,3 +166,21 @@ def test_an_image_may_be_only_so_large(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build._sizes("cpu", 3.4e9, HERE).startswith("3.40 GB: ")
     with pytest.raises(ImageError, match=r"3\.60 GB are more than 3\.5 GB"):
         build._sizes("cpu", 3.6e9, HERE)
+
+
+def test_an_answer_that_was_lost_is_asked_for_again(tmp_path: Path) -> None:
+    loses = tmp_path / "loses"
+    loses.write_text('#!/bin/sh\n"$@" > /dev/null\n')
+    loses_once = tmp_path / "loses-once"
+    asked = tmp_path / "asked"
+    loses_once.write_text(
+        f'#!/bin/sh\n[ -e {asked} ] && exec "$@"\ntouch {asked}\n"$@" > /dev/null\n'
+    )
+    for script in (loses, loses_once):
+        script.chmod(0o755)
+    once, always = (Container("", (str(script),), ()) for script in (loses_once, loses))
+    assert ask(once, "cat", given="it's\nthere") == "it's\nthere"
+    with pytest.raises(ImageError, match="`echo there`: its output was lost, 3 times"):
+        ask(always, "echo", "there")
+    with pytest.raises(ImageError, match=r"`false` ended with exit status 1"):
+        ask(HERE, "false")
