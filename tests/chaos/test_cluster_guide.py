@@ -44,7 +44,7 @@ def test_from_a_head_to_a_served_student_by_submitted_jobs_alone(tmp_path: Path)
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=3 * PATIENCE_S,  # of half a dozen jobs
             check=False,
         )
         printed = done.stdout + done.stderr
