@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -59,7 +60,7 @@ PROSE = [
     " ".join(line.split()) for line in re.findall(r"`((?:ddray evaluate|python \w+/)[^`]+)`", PAGE)
 ]
 SHORT = {
-    "evaluate": "--count 100 --speed-batches 1 --transport-count 10",
+    "evaluate": "--count 100 --speed-batches 1 --transport-count 0",
     "caption_sheet": "--count 12",
     "bench_serve": "--seconds 1 --overload-seconds 2",
 }
@@ -86,9 +87,16 @@ def test_what_a_figure_is_of_runs(line: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_python_takes_texts_as_the_page_says() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["images"].shape == (2, 3, 32, 32)
+
+
 def test_the_teacher_can_be_trained_again(tmp_path: Path) -> None:
     part = PAGE.partition("### Training it again")[2]
-    (script,) = re.findall(r"```console\n(.*?)```", part, re.DOTALL)
+    script = re.findall(r"```console\n(.*?)```", part, re.DOTALL)[0]
     downloads, training = script.rsplit("cd ..\n", 1)
     done = _typed(downloads, tmp_path)
     if done.returncode:
