@@ -123,7 +123,7 @@ def until(job: subprocess.Popen[str], condition: Callable[[], object]) -> None:
 
 
 _CLIENT = """
-import itertools, json, pathlib, sys, httpx
+import itertools, json, pathlib, sys, time, httpx
 log, stop, *urls = open(sys.argv[1], "w", buffering=1), pathlib.Path(sys.argv[2]), *sys.argv[3:]
 with httpx.Client(trust_env=False, timeout=120) as client:
     for seed, url in zip(itertools.count(), itertools.cycle(urls)):
@@ -134,6 +134,7 @@ with httpx.Client(trust_env=False, timeout=120) as client:
             told = "answered" if answer.status_code == 200 else answer.text
         except httpx.HTTPError as error:
             told = repr(error)
+            time.sleep(0.1)
         print(json.dumps(told), file=log)
 """
 
