@@ -19,12 +19,23 @@ import ddray
 from ddray.sets.trajectories.making import make_plan, sample_rows
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
 from tests.patience import PATIENCE_S, wait_until
+from tests.processes import kill_with_children
 from tests.runtime.tiny import command, environment, sampling
 
 
 def json_lines(file: Path) -> list[Any]:
     """What a running job has noted so far; nothing before it has begun."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def events(out: Path, event: str) -> list[dict[str, Any]]:
+    """Lines of a kind in `events.jsonl` of a set or run."""
+    return [line for line in json_lines(out / "events.jsonl") if line["event"] == event]
+
+
+def logged_steps(run: Path) -> list[int]:
+    """Steps in the log of a training."""
+    return [line["step"] for line in json_lines(run / "metrics.jsonl")]
 
 
 class Job:
@@ -68,9 +79,7 @@ class Job:
     def end_by_force(self) -> None:
         """Kill what still runs, as a failed test leaves it."""
         if self.process.poll() is None:
-            for process in (*self.tree(), psutil.Process(self.process.pid)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill_with_children(self.process.pid)
             self.process.communicate(timeout=PATIENCE_S)
 
     def kill_driver(self) -> None:

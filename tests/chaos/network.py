@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tests.chaos.hosts import Host, hosts
 from tests.chaos.job import json_lines
 from tests.chaos.ray_head import BIN, RayHead, end, ray_head
 from tests.patience import PATIENCE_S, wait_until
+from tests.processes import kill_with_children
 from tests.runtime.tiny import command, environment
 
 # Seconds after which a host that does not answer counts as lost: 5 x (3 + 10) by default.
@@ -108,14 +107,8 @@ def running(network: Network, *arguments: str) -> Iterator[subprocess.Popen[str]
         yield job
     finally:
         if job.poll() is None:
-            for process in (*psutil.Process(job.pid).children(recursive=True), job):
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            kill_with_children(job.pid)
             job.communicate(timeout=PATIENCE_S)
-
-
-def events(out: Path, event: str) -> list[dict[str, Any]]:
-    return [line for line in json_lines(out / "events.jsonl") if line["event"] == event]
 
 
 def until(job: subprocess.Popen[str], condition: Callable[[], object]) -> None:

@@ -22,6 +22,7 @@ from ddray.runtime.cluster.connection import CLUSTER_ENVIRONMENT
 from tests.loopback import free_port
 from tests.paths import ROOT
 from tests.patience import PATIENCE_S, wait_until
+from tests.processes import kill_with_children, suspended
 
 BIN = Path(sys.executable).parent
 
@@ -82,14 +83,8 @@ class RayHead:
             for process in psutil.Process(self.process.pid).children(recursive=True)
             if title in " ".join(process.cmdline())
         ]
-        for worker in workers:
-            worker.suspend()
-        try:
+        with suspended(*workers):
             self.job("stop", job, "--no-wait")
-        finally:
-            for worker in workers:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    worker.resume()
 
     def job(self, verb: str, job: str, *flags: str) -> str:
         """`ray job status`, `stop` or `logs`."""
@@ -112,11 +107,7 @@ class RayHead:
 
     def lose(self) -> None:
         """What a machine that loses its power does: nobody on it says goodbye."""
-        tree = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.kill()
-        for process in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_with_children(self.process.pid)
 
     def until(self, job: str, *wanted: str, timeout_s: float = PATIENCE_S) -> str:
         """Wait for one of these states."""

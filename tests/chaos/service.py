@@ -19,6 +19,7 @@ import psutil
 from tests.chaos.job import Job
 from tests.loopback import free_port, is_ready
 from tests.patience import PATIENCE_S, wait_until
+from tests.processes import suspended
 
 FULL, RAW = "/v1/images/generations", "/v1/images/raw"
 
@@ -32,12 +33,8 @@ def standing_still(job: Job) -> Iterator[None]:
     # On a busy machine a device that stands still may have lasted so long that another replaces it.
     wait_until(lambda: len(job.workers(_REPLICA)) == 1, "single replica")
     (replica,) = job.workers(_REPLICA)
-    replica.suspend()
-    try:
+    with suspended(replica):
         yield
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            replica.resume()
 
 
 class Service:

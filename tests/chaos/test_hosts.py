@@ -9,8 +9,8 @@ import pytest
 
 import ddray
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import write_set
-from tests.chaos.network import Network, events, ray_network, running, until
+from tests.chaos.job import events, write_set
+from tests.chaos.network import Network, ray_network, running, until
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.chaos

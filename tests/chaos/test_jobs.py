@@ -9,7 +9,7 @@ import pytest
 
 from ddray.sets.images.image_set import ImageSet
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import json_lines, write_set
+from tests.chaos.job import logged_steps, write_set
 from tests.chaos.ray_head import BIN, RayHead, answers, ray_head
 from tests.paths import ROOT
 from tests.patience import PATIENCE_S, wait_until
@@ -72,20 +72,18 @@ def test_training_that_is_stopped_goes_on_when_it_is_submitted_again(
     flags = ("--data", data, "--out", tmp_path / "run", "--steps", 600, "--schedule", "0,8")
     flags = (*flags, "--log-every", 1, "--checkpoint-every", 100, "--evaluate-every", 0)
     job, _ = head.submit(*_job("distill", *flags), wait=False)
-    metrics = tmp_path / "run" / "metrics.jsonl"
 
-    def steps() -> list[int]:
-        return [line["step"] for line in json_lines(metrics)]
-
-    head.stop_midway(job, "ray::RayTrainWorker", lambda: max(steps(), default=0) >= 20)
+    head.stop_midway(
+        job, "ray::RayTrainWorker", lambda: max(logged_steps(tmp_path / "run"), default=0) >= 20
+    )
     # The driver says by its status that it was told to end and has left a checkpoint.
     assert head.until(job, "STOPPED", "FAILED") == "STOPPED"
     assert "a rerun goes on from there" in head.job("logs", job)
-    before = max(steps())
+    before = max(logged_steps(tmp_path / "run"))
     assert before < 600
     log = _succeeds(head, "distill", *flags)
     assert '"steps": 600' in log
-    assert sorted(set(steps())) == list(range(1, 601))
+    assert sorted(set(logged_steps(tmp_path / "run"))) == list(range(1, 601))
     events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
     resumed = [e for e in map(json.loads, events) if e["event"] == "resumed"]
     assert resumed, events

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import json_lines, write_set
+from tests.chaos.job import json_lines, logged_steps, write_set
 from tests.chaos.ray_head import BIN, ray_head
 from tests.loopback import free_port
 from tests.paths import ROOT
@@ -63,10 +63,7 @@ def test_a_student_is_there_after_its_head_was_lost(teacher: str, tmp_path: Path
     def events() -> list[str]:
         return [line["event"] for line in json_lines(run / "events.jsonl")]
 
-    def steps() -> list[int]:
-        return [line["step"] for line in json_lines(run / "metrics.jsonl")]
-
-    drill(tmp_path, "distill", lambda: max(steps(), default=0) >= 150, *flags)
-    assert sorted(set(steps())) == list(range(1, 601))
+    drill(tmp_path, "distill", lambda: max(logged_steps(run), default=0) >= 150, *flags)
+    assert sorted(set(logged_steps(run))) == list(range(1, 601))
     assert "resumed" in events()
     assert (run / "student" / "model.safetensors").is_file()

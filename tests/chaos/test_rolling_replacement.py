@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddray.sets.trajectories.trajectory_set import TrajectorySet
-from tests.chaos.job import json_lines, write_set
+from tests.chaos.job import logged_steps, write_set
 from tests.chaos.network import Network, asking, ray_network, running, until
 from tests.chaos.ray_head import end
 from tests.chaos.service import RAW
@@ -72,16 +72,13 @@ def test_a_training_takes_every_step(fleet: Fleet, teacher: str, tmp_path: Path)
     sizes = ("--batch-size", "64", "--threads", "1", "--schedule", "0,8", "--log-every", "1")
     often = ("--steps", "600", "--checkpoint-every", "25", "--step-timeout-s", "20")
 
-    def steps() -> list[int]:
-        return [line["step"] for line in json_lines(out / "metrics.jsonl")]
-
     with running(fleet.network, "distill", *where, *sizes, *often) as job:
         for step in (50, 300):
-            until(job, lambda n=step: max(steps(), default=0) >= n)
+            until(job, lambda n=step: max(logged_steps(out), default=0) >= n)
             fleet.replace_oldest()
         _, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, stderr
-    assert sorted(set(steps())) == list(range(1, 601))
+    assert sorted(set(logged_steps(out))) == list(range(1, 601))
     assert (out / "student" / "model.safetensors").is_file()
 
 

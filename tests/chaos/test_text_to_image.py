@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import transformers
 from PIL import Image
 
 import ddray
@@ -26,7 +25,7 @@ from tests.chaos.ray_head import BIN, RayHead, ray_head
 from tests.chaos.service import RAW, Service
 from tests.core.metrics.test_networks import random_weights
 from tests.core.test_text_to_image_page import PAGE, SUBMITTED
-from tests.core.tiny import write_text_encoder
+from tests.core.tiny import write_clip, write_text_encoder
 from tests.loopback import free_port, is_ready
 from tests.paths import ROOT
 from tests.patience import PATIENCE_S, wait_until
@@ -127,17 +126,9 @@ SMALL = {
 
 def _write_clip(folder: Path) -> None:
     """A CLIP of a few thousand random weights, which spells its captions."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32}
     letters = [*"abcdefghijklmnopqrstuvwxyz"]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    ids = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPConfig(
-        text_config={**sizes, **ids, "max_position_embeddings": 77},
-        vision_config={**sizes, "image_size": 28, "patch_size": 14},
-        projection_dim=12,
-    )
-    transformers.CLIPModel(config).save_pretrained(folder)
+    write_clip(folder, len(words))
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
 

@@ -21,7 +21,7 @@ import pytest
 
 import ddray
 from ddray.sets.sharded_set import shard_name
-from tests.chaos.job import Job, is_alive, json_lines, write_set
+from tests.chaos.job import Job, events, is_alive, json_lines, write_set
 from tests.patience import PATIENCE_S, wait_until
 from tests.runtime.tiny import contents, distilling
 
@@ -60,10 +60,6 @@ def _distill(data: Path, out: Path, **other: Any) -> list[str]:
     config = distilling(data, out, **{**RUN, **other}).model_dump(mode="json")
     settings = [f"{key}={json.dumps(value)}" for key, value in config.items()]
     return ["distill", *(part for setting in settings for part in ("--set", setting))]
-
-
-def _events(out: Path, event: str) -> list[dict[str, Any]]:
-    return [line for line in json_lines(out / "events.jsonl") if line["event"] == event]
 
 
 def _saved(out: Path) -> list[int]:
@@ -118,7 +114,7 @@ def test_a_killed_worker_of_two_costs_two_intervals_at_most(
     reached = _saved(tmp_path)[-1]
     job.workers("ray::RayTrainWorker")[1].kill()
     assert _finished(tmp_path, job) == pytest.approx(undisturbed, **SAME)
-    (resumed,) = _events(tmp_path, "resumed")
+    (resumed,) = events(tmp_path, "resumed")
     # The checkpoint that was being written may be lost, the one before it is not.
     assert resumed["step"] >= reached - EVERY > 0
     assert (resumed["workers"], resumed["optimizer_moments"]) == (2, "kept")
@@ -133,7 +129,7 @@ def test_a_killed_driver_costs_two_intervals_at_most(
     job.kill_driver()
     rerun = start(*_distill(data, tmp_path))
     assert _finished(tmp_path, rerun) == pytest.approx(undisturbed, **SAME)
-    (resumed,) = _events(tmp_path, "resumed")
+    (resumed,) = events(tmp_path, "resumed")
     assert resumed["step"] >= reached - EVERY > 0
 
 
@@ -170,11 +166,11 @@ def test_a_stopped_run_leaves_a_checkpoint_of_its_last_step_and_goes_on_from_it(
     )
     wait_until(lambda: not any(map(is_alive, stopped.tree)), "end of all processes")
     assert not (stopped.out / "summary.json").exists()
-    assert len(_events(stopped.out, "stopped")) == 1
+    assert len(events(stopped.out, "stopped")) == 1
     out = stopped.again(tmp_path / "run")
     losses = _finished(out, start(*_distill(stopped.data, out)))
     assert losses == pytest.approx(undisturbed, **SAME)
-    assert [event["step"] for event in _events(out, "resumed")] == [stopped.step]
+    assert [event["step"] for event in events(out, "resumed")] == [stopped.step]
 
 
 def test_fewer_workers_go_on_from_the_same_weights_and_average(
@@ -182,7 +178,7 @@ def test_fewer_workers_go_on_from_the_same_weights_and_average(
 ) -> None:
     out = stopped.again(tmp_path / "run")
     losses = _finished(out, start(*_distill(stopped.data, out, workers=(1, 1))))
-    (resumed,) = _events(out, "resumed")
+    (resumed,) = events(out, "resumed")
     assert (resumed["step"], resumed["workers"], resumed["workers_before"]) == (stopped.step, 1, 2)
     assert resumed["optimizer_moments"] == "restarted"
     # Without their moments the next steps take another path, to the same place.
@@ -231,13 +227,13 @@ def test_a_damaged_checkpoint_is_left_out(
     history = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in history] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in history] == pytest.approx(undisturbed, **SAME)
-    (resumed,) = _events(out, "resumed")
+    (resumed,) = events(out, "resumed")
     if "list" in damage:
         assert resumed["step"] == stopped.step
         assert (newest.parent / f"damaged-{file.name}").stat().st_size == 100
         return
     assert resumed["step"] == before[-2]
-    (left_out,) = _events(out, "checkpoint left out")
+    (left_out,) = events(out, "checkpoint left out")
     assert str(newest) in left_out["reason"]
     assert f"ddray: {left_out['reason']}; going on from an older one" in stderr.splitlines()
 
@@ -290,7 +286,7 @@ def test_of_many_drivers_in_one_folder_one_works(
             assert f"ddray: error: {tmp_path} is in use by process " in stderr
     losses = [line["loss"] for line in json_lines(tmp_path / "metrics.jsonl")]
     assert losses == pytest.approx(undisturbed, **SAME)
-    assert len(_events(tmp_path, "started")) == 1
+    assert len(events(tmp_path, "started")) == 1
     assert not list(tmp_path.glob("lease-*"))
 
 
@@ -305,9 +301,9 @@ def test_a_frozen_worker_is_replaced(
     losses = _finished(tmp_path, job)
     if workers == 2:
         assert losses == pytest.approx(undisturbed, **SAME)
-    noticed = _events(tmp_path, "frozen") + _events(tmp_path, "hung")
+    noticed = events(tmp_path, "frozen") + events(tmp_path, "hung")
     assert min(event["time"] for event in noticed) - frozen_at > 6
-    assert len(_events(tmp_path, "resumed")) == 1
+    assert len(events(tmp_path, "resumed")) == 1
     assert not is_alive(worker)
 
 
@@ -325,7 +321,7 @@ def test_a_full_disk_names_the_checkpoint_and_with_room_a_rerun_goes_on(
     assert f"make room at {out}, then rerun: it goes on from the last checkpoint" in line
     _resize(small_disk, "100m")
     _finished(out, start(*_distill(data, out, workers=(1, 1), keep_checkpoints=STEPS)))
-    (resumed,) = _events(out, "resumed")
+    (resumed,) = events(out, "resumed")
     assert resumed["step"] > 0
 
 

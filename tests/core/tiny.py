@@ -165,6 +165,28 @@ def write_text_encoder(folder: Path, width: int) -> str:
     return str(folder)
 
 
+def write_clip(folder: Path, vocab_size: int) -> Any:
+    """Write a CLIP of a few thousand random weights, without a tokenizer, and return the model.
+
+    The first two words of its vocabulary are beginning and end.
+    """
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32}
+    words = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, **words, "max_position_embeddings": 8},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        projection_dim=12,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
 def gradient_errors(name: str, device: str, *, compiled: bool = False) -> dict[str, float]:
     """How far a bundled student's gradients in bfloat16 are from those in float32, relative.
 

@@ -114,7 +114,7 @@ class _Run:
             self.engine, self.objective, config, self.agree, self.rank, self.world
         )
         self.log = TrainingLog(config.out, lines) if self.rank == 0 else None
-        self._metrics = TrainingMetrics(config.out)
+        self._metrics = TrainingMetrics(config.out) if self.rank == 0 else None
         self._saved = self.step
         self._looked_at, self._preempted = time.monotonic(), list[int]()
         self._start = {"loading_s": loaded - began, "engine_s": self._looked_at - loaded}
@@ -193,7 +193,7 @@ class _Run:
             if self.step % config.log_every == 0 or self.step == config.steps:
                 self._note(means, time.monotonic() - since)
                 means, since = Means(), time.monotonic()
-            if self.log is not None:
+            if self.log is not None and self._metrics is not None:
                 samples = 0 if figures is None else config.batch_size
                 self._metrics.moved(self.step, samples, self.log.lines)
             if self.step % config.checkpoint_every == 0 and self.step < config.steps:

@@ -11,6 +11,7 @@ others. The rules between fields are of KubeRay's operator
 import copy
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +57,23 @@ def _built(folder: Path) -> list[Document]:
     )
     assert done.returncode == 0, done.stderr
     return list(yaml.load_all(done.stdout, _LOADER))
+
+
+def build_with(component: str, name: str, folder: Path) -> list[Document]:
+    """What comes of a folder of cluster/kuberay with one of its components.
+
+    Args:
+        component: folder below `components`.
+        name: of the folder.
+        folder: for the kustomization of the two.
+    """
+    kustomization = {
+        "namespace": "ddray",
+        "resources": [os.path.relpath(KUBERAY / name, folder)],
+        "components": [os.path.relpath(KUBERAY / "components" / component, folder)],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return build(str(folder))
 
 
 def build(name: str) -> list[Document]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.core.deployment.kuberay import (
     SCHEMA,
     Document,
     build,
+    build_with,
     cluster,
     groups,
     job,
@@ -171,12 +171,7 @@ def test_the_head_comes_back_by_redis() -> None:
 
 @pytest.mark.parametrize("name", ["overlays/prod", "."])
 def test_heads_may_know_where_charts_come_from(name: str, tmp_path: Path) -> None:
-    kustomization = {
-        "resources": [os.path.relpath(KUBERAY / name, tmp_path)],
-        "components": [os.path.relpath(KUBERAY / "components" / "charts", tmp_path)],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    documents = build(str(tmp_path))
+    documents = build_with("charts", name, tmp_path)
     assert [problem for document in documents for problem in problems(document)] == []
     (spec,), (before,) = ray_specs(documents), ray_specs(build(name))
     env = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
@@ -184,9 +179,8 @@ def test_heads_may_know_where_charts_come_from(name: str, tmp_path: Path) -> Non
     del env[-3:]
     assert spec == before
     # As the chart calls them by the release and the namespace of the guide.
-    guide = (ROOT / "docs" / "cluster.md").read_text("utf-8")
     chart = r"helm install (\w+) \S+/kube-prometheus-stack --namespace (\w+)"
-    ((release, namespace),) = re.findall(chart, guide)
+    ((release, namespace),) = re.findall(chart, GUIDE)
     assert added == {
         "RAY_PROMETHEUS_HOST": f"http://{release}-kube-prometheus-prometheus.{namespace}.svc:9090",
         "RAY_GRAFANA_HOST": f"http://{release}-grafana.{namespace}.svc:80",
@@ -202,12 +196,7 @@ def test_heads_may_know_where_charts_come_from(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["overlays/prod", "."])
 def test_redis_may_be_somebody_elses(name: str, tmp_path: Path) -> None:
-    kustomization = {
-        "resources": [os.path.relpath(KUBERAY / name, tmp_path)],
-        "components": [os.path.relpath(KUBERAY / "components/external-redis", tmp_path)],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    documents = build(str(tmp_path))
+    documents = build_with("external-redis", name, tmp_path)
     assert [problem for document in documents for problem in problems(document)] == []
     assert "ddray-redis" not in {one["metadata"]["name"] for one in documents}
     (spec,) = ray_specs(documents)
@@ -219,13 +208,7 @@ def test_redis_may_be_somebody_elses(name: str, tmp_path: Path) -> None:
 
 
 def test_an_ingress_leads_to_the_service_and_is_let_in(tmp_path: Path) -> None:
-    kustomization = {
-        "namespace": "ddray",
-        "resources": [os.path.relpath(KUBERAY, tmp_path)],
-        "components": [os.path.relpath(KUBERAY / "components/ingress", tmp_path)],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    documents = build(str(tmp_path))
+    documents = build_with("ingress", ".", tmp_path)
     assert [problem for document in documents for problem in problems(document)] == []
     (ingress,) = of_kind(documents, "Ingress")
     (ray_service,) = of_kind(documents, "RayService")
@@ -419,12 +402,7 @@ def test_the_cluster_of_a_job_is_that_of_prod_with_as_many_nodes_as_its_config_t
 
 
 def test_kueue_may_keep_a_job_waiting(tmp_path: Path) -> None:
-    kustomization = {
-        "resources": [os.path.relpath(KUBERAY / "own-cluster" / "sample", tmp_path)],
-        "components": [os.path.relpath(KUBERAY / "components" / "queue", tmp_path)],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    (queued,) = build(str(tmp_path))
+    (queued,) = build_with("queue", "own-cluster/sample", tmp_path)
     assert problems(queued) == []
     assert queued["metadata"]["labels"].pop(QUEUE)
     assert queued["spec"].pop("suspend") is True

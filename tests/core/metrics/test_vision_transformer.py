@@ -10,6 +10,7 @@ from ddray.metrics.caption_agreement import caption_scores
 from ddray.metrics.network import POOL
 from ddray.metrics.vision_transformer import Clip, Dinov2
 from tests.core.metrics.stub_network import some_images
+from tests.core.tiny import write_clip
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -53,15 +54,7 @@ def test_dinov2_gives_the_class_token(tmp_path):
 def test_clip_embeds_images_as_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {**SIZES, "intermediate_size": 32}
-    vocabulary = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPConfig(
-        text_config={**sizes, **vocabulary, "max_position_embeddings": 8},
-        vision_config={**sizes, "image_size": 28, "patch_size": 14},
-        projection_dim=12,
-    )
-    model = transformers.CLIPModel(config).eval()
-    model.save_pretrained(tmp_path)
+    model = write_clip(tmp_path, vocab_size=50)
     network = Clip(tmp_path)
     images = torch.randint(0, 256, (2, 28, 28, 3), dtype=torch.uint8)
     processor = transformers.CLIPImageProcessor(do_resize=False, do_center_crop=False)

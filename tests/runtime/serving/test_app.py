@@ -6,8 +6,6 @@ import contextlib
 import gzip
 import io
 import json
-import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -37,6 +35,7 @@ from ddray.serving.rendering import ImageJob, Renderer
 from ddray.storage.checkpoint import save_folder
 from tests.loopback import free_port
 from tests.patience import PATIENCE_S, wait_until
+from tests.processes import suspended
 from tests.runtime.tiny import write_teacher
 from tests.s3_server import BUCKET, s3_environment, s3_server
 
@@ -151,11 +150,8 @@ def _replicas() -> dict[int, str]:
 def _held() -> Iterator[None]:
     """No image is made meanwhile, however fast the machine: what is asked for waits."""
     (students,) = (pid for pid, name in _replicas().items() if name.endswith(f":{STUDENTS}"))
-    os.kill(students, signal.SIGSTOP)
-    try:
+    with suspended(psutil.Process(students)):
         yield
-    finally:
-        os.kill(students, signal.SIGCONT)
 
 
 def _more_than_room(client: httpx.Client, bodies: list[Any], refused: int) -> list[httpx.Response]:
